@@ -1,0 +1,32 @@
+"""Every setting of a run, checked before anything heavy starts.
+
+Promise: a RunConfig that exists is valid in itself, and each value has one owner.
+"""
+
+from megaskip.config.cli import build_parser, parse_run_config
+from megaskip.config.layers import resolve_layers
+from megaskip.config.router import GRANULARITIES, RouterConfig
+from megaskip.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
+
+__all__ = [
+    "GRANULARITIES",
+    "CheckpointConfig",
+    "DataConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RouterConfig",
+    "RunConfig",
+    "build_parser",
+    "parse_run_config",
+    "resolve_layers",
+]

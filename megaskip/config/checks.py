@@ -1,0 +1,32 @@
+"""Small checks shared by the sections: each returns the problem as a sentence, or nothing."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+
+
+def one_of(flag: str, value: str, choices: Iterable[str]) -> Iterator[str]:
+    """Yield a problem when `value` is none of `choices`, with the closest one as a suggestion."""
+    choices = tuple(choices)
+    if value in choices:
+        return
+    yield f"--{flag} {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+
+
+def within(flag: str, value: float, low: float, high: float, *, open_low: bool = False) -> Iterator[str]:
+    """Yield a problem when `value` lies outside [low, high], or (low, high] with `open_low`."""
+    too_low = value <= low if open_low else value < low
+    if too_low or value > high or value != value:
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+        yield f"--{flag} {value:g} is outside {interval}"
+
+
+def at_least(flag: str, value: float, low: float) -> Iterator[str]:
+    """Yield a problem when `value` is below `low`."""
+    if value < low or value != value:
+        yield f"--{flag} {value:g} must be at least {low:g}"
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """Return '; did you mean ...?' for the choice closest to `value`, or nothing."""
+    close = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,207 @@
+"""The sections of a run. The string under each field is its --help text; checks live beside the fields."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megaskip.config.checks import at_least, one_of, within
+from megaskip.config.router import RouterConfig
+from megaskip.errors import ConfigError
+
+DEMO = "demo"
+
+
+class Checked:
+    """A section that reports all of its problems at once."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        problems = tuple(self._problems())
+        if problems:
+            raise ConfigError(*problems)
+
+    def _problems(self) -> Iterator[str]:
+        yield from ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(Checked):
+    """The frozen base model and what of it trains."""
+
+    model: str = DEMO
+    """Base model: a Hugging Face folder or hub id; "demo" is the small backbone that ships with megaskip."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id, when it is not the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    train: str = "routers"
+    """What trains: "routers" (the backbone stays frozen) or "full" (every weight; makes small backbones)."""
+    dtype: str = "auto"
+    """Type of the backbone's weights: auto (as stored), float32 or bfloat16. Routers are always float32."""
+    attn_implementation: str = "sdpa"
+    """Attention of the backbone as transformers names it: sdpa, eager, flash_attention_2, ..."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the model folder."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from one_of("train", self.train, ("routers", "full"))
+        yield from one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig(Checked):
+    """What the routers learn from."""
+
+    data: tuple[str, ...] = (DEMO,)
+    """Training data, PATH[:weight], repeatable: .json, .jsonl, .parquet, .txt, a folder of them, or a hub name;
+    alpaca, sharegpt, messages, prompt/completion, question/answer or plain text. "demo" ships with megaskip."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out data, like --data; without it --held_out samples are carved off the training data."""
+    held_out: int = 256
+    """Samples carved off for the held-out loss (at most a fifth of the data)."""
+    seq_length: int = 512
+    """Longest sample in tokens; longer ones are cut, plain text is split."""
+    packing: bool = False
+    """Put several samples into one row, without any attention between them."""
+    streaming: bool = False
+    """Read and tokenise while training, for data that do not fit on disk."""
+    chat_template: str | None = None
+    """A jinja file that replaces the tokenizer's chat template."""
+    cache_dir: str | None = None
+    """Where tokenised data are kept [~/.cache/megaskip/data]."""
+    tokenize_workers: int = 1
+    """Processes that tokenise."""
+    max_samples: int | None = None
+    """Use only so many samples of the mix."""
+    prompt_tokens: int = field(default=32, metadata={"flag": False})
+    """Follows RouterConfig.prompt_tokens."""
+    seed: int = field(default=0, metadata={"flag": False})
+    """Follows OptimConfig.seed."""
+
+    def _problems(self) -> Iterator[str]:
+        if not self.data:
+            yield "--data names nothing to train on"
+        yield from at_least("seq_length", self.seq_length, 8)
+        yield from at_least("held_out", self.held_out, 0)
+        yield from at_least("tokenize_workers", self.tokenize_workers, 1)
+        if self.max_samples is not None:
+            yield from at_least("max_samples", self.max_samples, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig(Checked):
+    """How long and how fast to learn. Batch size, precision, rate and clipping are owned here, not in the JSON."""
+
+    max_steps: int | None = None
+    """Optimizer steps; without it --epochs decides."""
+    epochs: float = 1.0
+    """Passes over the training data, when --max_steps is not given."""
+    micro_batch_size: int = 4
+    """Rows per rank and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the rate climbs linearly; then it falls along a cosine."""
+    min_lr_ratio: float = 0.0
+    """Rate at the end, as a share of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm; 0 switches clipping off."""
+    seed: int = 0
+    """Seed of data order, sampling and initialisation."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.max_steps is not None:
+            yield from at_least("max_steps", self.max_steps, 1)
+        if self.epochs <= 0:
+            yield f"--epochs {self.epochs:g} must be above 0"
+        yield from at_least("micro_batch_size", self.micro_batch_size, 1)
+        yield from at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        yield from at_least("lr", self.lr, 0.0)
+        yield from within("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
+        yield from within("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
+        yield from at_least("weight_decay", self.weight_decay, 0.0)
+        yield from at_least("max_grad_norm", self.max_grad_norm, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig(Checked):
+    """Where things run."""
+
+    ds_config: str | None = None
+    """DeepSpeed JSON that owns sharding, e.g. ds_configs/zero3.json; without it every rank holds the model."""
+    train_execution: str = "dense"
+    """"dense": every unit runs and the decision multiplies it (the published objective; skipped units keep
+    their gradient). "sparse": skipped units are really not computed."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of routed layers and compute them again in the backward pass: less memory."""
+    loss_chunk_tokens: int = 1024
+    """Logits are held for so many tokens at a time."""
+    dist_timeout: int = 600
+    """Seconds after which a collective that does not answer ends the run."""
+    heartbeat_timeout: int = 30
+    """Seconds of silence after which a rank is taken for dead, and named."""
+    world_size: int | None = None
+    """With --dry_run: the number of ranks to plan for."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from one_of("train_execution", self.train_execution, ("dense", "sparse"))
+        yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
+        yield from at_least("dist_timeout", self.dist_timeout, 60)
+        yield from at_least("heartbeat_timeout", self.heartbeat_timeout, 5)
+        if self.world_size is not None:
+            yield from at_least("world_size", self.world_size, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig(Checked):
+    """What is written and where a run picks up."""
+
+    output_dir: str = "runs/default"
+    """The run's folder."""
+    save_every: int = 100
+    """Steps between checkpoints; 0 writes only the last one."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are removed."""
+    resume: str | None = None
+    """"auto" continues from the newest complete checkpoint of --output_dir, if any; or name one."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from at_least("save_every", self.save_every, 0)
+        yield from at_least("keep_last", self.keep_last, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig(Checked):
+    """What one sees while it runs."""
+
+    log_every: int = 10
+    """Steps between lines of TensorBoard histograms and the log."""
+    eval_every: int = 0
+    """Steps between held-out evaluations; 0 evaluates once, at the end."""
+    tensorboard: bool = True
+    """Write TensorBoard events under --output_dir/tensorboard."""
+    progress: bool = True
+    """Show the progress bar."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from at_least("log_every", self.log_every, 1)
+        yield from at_least("eval_every", self.eval_every, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    dry_run: bool = False
+    """Print what the job would do and need, without loading weights or starting ranks."""

@@ -1,0 +1,25 @@
+"""Decisions: what a router looks at, what it decides, what that costs. Torch only.
+
+Promise: a fresh router keeps everything, bit for bit; all routing arithmetic is float32.
+"""
+
+from megaskip.routing.budget import Budget
+from megaskip.routing.decision import RoutingDecision, straight_through
+from megaskip.routing.flow import DenseFlow, Flow, SparseFlow
+from megaskip.routing.gate import Gate
+from megaskip.routing.pooling import Pooling
+from megaskip.routing.routers import PREFIX, Router, RouterSet
+
+__all__ = [
+    "PREFIX",
+    "Budget",
+    "DenseFlow",
+    "Flow",
+    "Gate",
+    "Pooling",
+    "Router",
+    "RouterSet",
+    "RoutingDecision",
+    "SparseFlow",
+    "straight_through",
+]

@@ -1,0 +1,48 @@
+"""One routed layer's decision for one batch. Knows tensors, not models.
+
+Shapes: B rows, T tokens, U units of decision in a row (1 for a sequence, segments of a packed row, or T tokens).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def straight_through(logit: Tensor, threshold_logit: float | Tensor) -> Tensor:
+    """Return the 0/1 decision in float32 whose gradient is that of the score sigmoid(logit).
+
+    The logits are compared, not the scores: in bfloat16 sigmoid(z) rounds to 0.5 for z in (-0.004, 0].
+    Source: paper section 3 (straight-through estimator, dM/dR = 1).
+    """
+    score = torch.sigmoid(logit)
+    hard = (logit.detach() >= threshold_logit).float()
+    return hard + (score - score.detach())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingDecision:
+    """What one layer's router decided: which units run, and what it based that on."""
+
+    logit: Tensor
+    """float32 [B, U]."""
+    keep: Tensor
+    """float32 [B, U], 1 = run; its gradient reaches the router (straight-through)."""
+    unit_mask: Tensor
+    """bool [B, U], False for units that are padding."""
+    unit_of_token: Tensor | None
+    """int64 [B, T], the unit each token belongs to; None where U is 1 or T."""
+
+    def per_token(self) -> Tensor:
+        """Return keep as float32 [B, 1] or [B, T], ready to multiply [B, T, D] after unsqueeze(-1)."""
+        if self.unit_of_token is None:
+            return self.keep
+        return self.keep.gather(1, self.unit_of_token)
+
+    def kept(self) -> Tensor:
+        """Return the number of real units that run, as a float32 scalar with gradient."""
+        return (self.keep * self.unit_mask).sum()
+
+    def units(self) -> Tensor:
+        """Return the number of real units, as a float32 scalar."""
+        return self.unit_mask.sum(dtype=torch.float32)

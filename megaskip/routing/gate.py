@@ -1,0 +1,68 @@
+"""The gate of one decoder layer: decides once, then lets through what was decided. Knows no model.
+
+Shapes: B rows, T tokens, D hidden, U units of decision in a row.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from megaskip.routing.decision import RoutingDecision, straight_through
+
+if TYPE_CHECKING:
+    from megaskip.routing.routers import RouterSet
+
+
+class Gate:
+    """Decides for one layer of a RouterSet. A plain object, so that no state-dict key of the model changes."""
+
+    def __init__(self, routers: "RouterSet", layer: int) -> None:
+        self._routers = routers
+        self.layer = layer
+        self.decision: RoutingDecision | None = None
+        target = routers.config.target
+        self.skips = frozenset({"attn", "mlp"} if target == "block" else {target})
+        self.writes = frozenset({target})
+
+    def decide(self, hidden_states: Tensor) -> None:
+        """Decide from the layer's normalised input [B, T, D], for the update sites that follow in it."""
+        routers = self._routers
+        held = routers.held.get(self.layer)
+        self.decision = held or self._decide(hidden_states)
+        routers.record(self.layer, self.decision)
+
+    def run_attention(self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run the attention on what is kept; returns its output tuple, not yet multiplied."""
+        return self._routers.flow.attention(run, hidden_states, kwargs, self._decided())
+
+    def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
+        """Run the MLP on what is kept; returns its output, not yet multiplied."""
+        return self._routers.flow.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
+
+    def apply(self, update: Tensor, site: str) -> Tensor:
+        """Multiply the update [B, T, D] by the decision, in the update's dtype."""
+        return update * self._multiplier(update)
+
+    def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """Return x + keep * (output - x), written so that it is exact at keep 0 and 1; all [B, T, D]."""
+        keep = self._multiplier(output)
+        return output * keep + hidden_states * (1 - keep)
+
+    def _multiplier(self, like: Tensor) -> Tensor:
+        return self._decided().per_token().unsqueeze(-1).to(like.dtype)
+
+    def _decide(self, hidden_states: Tensor) -> RoutingDecision:
+        routers = self._routers
+        pooling = routers.pooling_for(hidden_states)
+        logit = routers.router(self.layer)(pooling.features(hidden_states))
+        return RoutingDecision(
+            logit=logit,
+            keep=routers.forced(self.layer, straight_through(logit, routers.threshold_logit)),
+            unit_mask=pooling.unit_mask,
+            unit_of_token=pooling.unit_of_token,
+        )
+
+    def _decided(self) -> RoutingDecision:
+        assert self.decision is not None, "a sublayer ran before its layer's gate decided"
+        return self.decision

@@ -1,0 +1,53 @@
+"""Which tokens each decision looks at: made once a batch, used by every routed layer.
+
+Shapes: B rows, T tokens, U units of decision in a row, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooling:
+    """How the tokens of a batch become the units that routers decide about."""
+
+    weights: Tensor | None
+    """float32 [B, U, T], each row of real units sums to 1; None when every token is a unit."""
+    unit_mask: Tensor
+    """bool [B, U], False for units that are padding."""
+    unit_of_token: Tensor | None
+    """int64 [B, T] for packed rows, else None."""
+
+    @classmethod
+    def tokens(cls, token_mask: Tensor) -> "Pooling":
+        """Return the pooling in which each token decides for itself; `token_mask` is bool [B, T]."""
+        return cls(weights=None, unit_mask=token_mask, unit_of_token=None)
+
+    @classmethod
+    def sequences(cls, pooled: Tensor, token_mask: Tensor, segment_ids: Tensor | None = None) -> "Pooling":
+        """Return the pooling in which each row, or each segment of a packed row, is one unit.
+
+        `pooled` bool [B, T] marks the tokens that are averaged, `token_mask` bool [B, T] the real ones;
+        `segment_ids` int64 [B, T] numbers the segments of a row from 0, padding is -1.
+        """
+        pooled = pooled & token_mask
+        if segment_ids is None:
+            member = torch.ones_like(token_mask).unsqueeze(1)
+            unit_of_token = None
+        else:
+            count = int(segment_ids.max().clamp(min=0)) + 1
+            member = segment_ids.unsqueeze(1) == torch.arange(count, device=segment_ids.device)[:, None]
+            unit_of_token = segment_ids.clamp(min=0)
+        counted = (member & pooled.unsqueeze(1)).float()
+        return cls(
+            weights=counted / counted.sum(-1, keepdim=True).clamp(min=1),
+            unit_mask=(member & token_mask.unsqueeze(1)).any(-1),
+            unit_of_token=unit_of_token,
+        )
+
+    def features(self, hidden_states: Tensor) -> Tensor:
+        """Return what the router reads, float32 [B, U, D], from hidden states [B, T, D] of any dtype."""
+        hidden_states = hidden_states.float()
+        return hidden_states if self.weights is None else torch.bmm(self.weights, hidden_states)
