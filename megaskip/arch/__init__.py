@@ -1,0 +1,19 @@
+"""Where routers meet Hugging Face decoders. Knows attribute names and arithmetic, not parallelism.
+
+Promise: no modelling code is copied, no state-dict key changes, and a family on which skipping is not the
+identity is refused with numbers.
+"""
+
+from megaskip.arch.anatomy import Anatomy, find_decoder, freeze
+from megaskip.arch.attach import attach_routers, detach_routers
+from megaskip.arch.probe import ProbeReport, probe_layer
+
+__all__ = [
+    "Anatomy",
+    "ProbeReport",
+    "attach_routers",
+    "detach_routers",
+    "find_decoder",
+    "freeze",
+    "probe_layer",
+]

@@ -1,0 +1,166 @@
+"""Proof by numbers that skipping is the identity on a model: run it, do not guess from attribute names.
+
+With a for the attention's keep and m for the MLP's, a decoder layer f(x; a, m) that is gated in the right
+places satisfies f(x; 0, 0) = x, is affine in a at m = 0 and in m at a = 0, and f(x; 1, 1) is the plain layer.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.sites import find_sites
+from megaskip.arch.sublayer import route_layer, unroute
+
+_TOKENS = 8
+_INPUT_SCALE = 0.1
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeReport:
+    """What the probe measured on one layer, relative to the size of the layer's update."""
+
+    layer: int
+    at_zero: float
+    """|f(x; 0, 0) - x|: skipping must be the identity."""
+    bend_attention: float
+    """Departure of f(x; a, 0) from a straight line in a."""
+    bend_mlp: float
+    """Departure of f(x; 0, m) from a straight line in m."""
+    at_one: float
+    """|f(x; 1, 1) - plain layer|: keeping must be exact."""
+
+    @property
+    def passed(self) -> bool:
+        """Return whether skipping is the identity, gates are affine, and keeping is exact."""
+        worst = max(self.at_zero, self.bend_attention, self.bend_mlp)
+        return self.at_one == 0 and worst <= _TOLERANCE
+
+    def explain(self, model_type: str) -> str:
+        """Return the verdict as an error text."""
+        return (
+            f"{model_type}: skipping a sublayer of layer {self.layer} is not the identity. Distance from the input "
+            f"with everything skipped: {self.at_zero:.1e}; departure from affine in keep: attention "
+            f"{self.bend_attention:.1e}, MLP {self.bend_mlp:.1e} (each at most {_TOLERANCE:.0e} of the update); "
+            f"distance from the plain layer with everything kept: {self.at_one:.1e} (must be 0). megaskip does not "
+            "route this family; a row in EXCEPTIONS of megaskip/arch/sites.py could teach it where the gates belong"
+        )
+
+
+class _ProbeGate:
+    """A gate that multiplies by given numbers."""
+
+    skips = writes = frozenset({"attn", "mlp"})
+
+    def __init__(self) -> None:
+        self.keep = {"attn": 1.0, "mlp": 1.0}
+
+    def decide(self, hidden_states: Tensor) -> None:
+        """Decide nothing."""
+
+    def run_attention(self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run everything."""
+        return run(hidden_states, **kwargs)
+
+    def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
+        """Run everything."""
+        return run(hidden_states)
+
+    def apply(self, update: Tensor, site: str) -> Tensor:
+        """Multiply by the number set for the site."""
+        return update * self.keep[site]
+
+    def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """Return the output: whole layers are not probed, their mix is the identity by construction."""
+        return output
+
+
+@torch.no_grad()
+def probe_layer(model: nn.Module, index: int) -> ProbeReport:
+    """Measure on layer `index` of `model` itself, not yet routed, whether its gates would be in the right places.
+
+    Runs one forward pass of 8 tokens and the layer seven times. Under ZeRO-3 collective: every rank calls it.
+    """
+    anatomy = find_decoder(model)
+    layer = anatomy.layers[index]
+    was_training = model.training
+    model.eval()
+    try:
+        args, kwargs = _arguments_of(layer, anatomy.decoder)
+        x = _input_like(args[0])
+
+        def plain() -> Tensor:
+            out = layer(x, *args[1:], **kwargs)
+            return out[0] if isinstance(out, tuple) else out
+
+        reference = plain()
+        with _gated(layer, anatomy.model_type) as keep:
+
+            def run(attention: float, mlp: float) -> Tensor:
+                keep.update(attn=attention, mlp=mlp)
+                return plain()
+
+            return _measure(run, x, reference, index)
+    finally:
+        model.train(was_training)
+
+
+def _measure(run: Callable[[float, float], Tensor], x: Tensor, reference: Tensor, index: int) -> ProbeReport:
+    zero = run(0.0, 0.0)
+    # Residual additions in bfloat16 round by this much, whatever the gates do.
+    rounding = 4 * torch.finfo(x.dtype).eps * float(reference.abs().max())
+
+    def relative(difference: Tensor, update: Tensor) -> float:
+        excess = max(float(difference.float().abs().max()) - rounding, 0.0)
+        return excess / max(float(update.float().abs().max()), 1e-12)
+
+    def bend(half: Tensor, one: Tensor) -> float:
+        return relative(half - (zero + one) / 2, one - zero)
+
+    return ProbeReport(
+        layer=index,
+        at_zero=relative(zero - x, reference - x),
+        bend_attention=bend(run(0.5, 0.0), run(1.0, 0.0)),
+        bend_mlp=bend(run(0.0, 0.5), run(0.0, 1.0)),
+        at_one=float((run(1.0, 1.0) - reference).abs().max()),
+    )
+
+
+@contextlib.contextmanager
+def _gated(layer: nn.Module, model_type: str) -> Iterator[dict[str, float]]:
+    gate = _ProbeGate()
+    routed = route_layer(layer, find_sites(layer, model_type), gate)
+    try:
+        yield gate.keep
+    finally:
+        for module in routed:
+            unroute(module)
+
+
+def _arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what `decoder` passes to `layer` for a short input: masks, positions, whatever the family needs."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+
+    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        device = next(buffer for buffer in (*decoder.parameters(), *decoder.buffers())).device
+        decoder(input_ids=torch.arange(1, _TOKENS + 1, device=device).unsqueeze(0), use_cache=False)
+    finally:
+        handle.remove()
+    args, kwargs = seen[0]
+    return (args, kwargs) if args else ((kwargs.pop("hidden_states"),), kwargs)
+
+
+def _input_like(hidden_states: Tensor) -> Tensor:
+    """Return small seeded noise: a large residual would hide the update behind rounding."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(hidden_states.shape, generator=generator) * _INPUT_SCALE
+    return noise.to(device=hidden_states.device, dtype=hidden_states.dtype)

@@ -1,0 +1,154 @@
+"""Sublayers that ask a gate: dynamic subclasses of whatever class the model uses. No arithmetic of their own.
+
+The class of the instance is exchanged, its forward is never overridden: an overridden `forward` switches
+activation checkpointing off in silence in transformers 5.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from megaskip.arch.sites import Sites
+
+
+class SublayerGate(Protocol):
+    """What a routed sublayer asks; megaskip.routing.Gate is the one that routes."""
+
+    skips: frozenset[str]
+    """Sublayers that a decision may leave out: attn, mlp."""
+    writes: frozenset[str]
+    """Where the decision is multiplied: attn or mlp (an update of the residual), block (the whole layer)."""
+
+    def decide(self, hidden_states: Tensor) -> None:
+        """Decide from the layer's normalised input [B, T, D]."""
+        ...
+
+    def run_attention(self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Run the attention on what is kept."""
+        ...
+
+    def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
+        """Run the MLP on what is kept."""
+        ...
+
+    def apply(self, update: Tensor, site: str) -> Tensor:
+        """Multiply the update [B, T, D] of the site ("attn" or "mlp") by the decision."""
+        ...
+
+    def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """Return the layer's output where it is kept, its input [B, T, D] elsewhere."""
+        ...
+
+
+class _Routed:
+    """What all routed sublayers carry; names start with `_skip_` so that they collide with nothing."""
+
+    _skip_gate: SublayerGate
+    _skip_base: type
+    _skip_site: str
+    """Whose update this sublayer returns: attn or mlp."""
+    _skip_writes: bool
+    """Whether the output meets the residual here, so that it is multiplied here."""
+
+
+class RoutedAttention(_Routed):
+    """Reads the layer's normalised input, has the gate decide, and runs on what is kept."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the attention's output tuple, as its class does."""
+        gate, run = self._skip_gate, super().forward  # type: ignore[misc]
+        hidden_states, extra = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        gate.decide(hidden_states)
+        if "attn" not in gate.skips:
+            return run(hidden_states, *extra, **kwargs)
+        assert not extra, "decoder layers pass the attention's arguments by keyword"
+        output = gate.run_attention(run, hidden_states, kwargs)
+        return (gate.apply(output[0], "attn"), *output[1:]) if self._skip_writes else output
+
+
+class RoutedMlp(_Routed):
+    """Runs the MLP on what its layer's gate decided."""
+
+    _skip_is_tuple: bool
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """Return the MLP's output, as its class does."""
+        gate = self._skip_gate
+        output = gate.run_mlp(super().forward, hidden_states, is_tuple=self._skip_is_tuple)  # type: ignore[misc]
+        if not self._skip_writes:
+            return output
+        if self._skip_is_tuple:
+            return gate.apply(output[0], "mlp"), *output[1:]
+        return gate.apply(output, "mlp")
+
+
+class RoutedNorm(_Routed):
+    """The norm behind a sublayer, where its update meets the residual."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the norm's output times the decision."""
+        return self._skip_gate.apply(super().forward(hidden_states), self._skip_site)  # type: ignore[misc]
+
+
+class RoutedBlock(_Routed):
+    """A decoder layer that is kept or skipped as a whole."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output where it is kept, its input elsewhere."""
+        output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, tuple):
+            return self._skip_gate.mix(hidden_states, output[0]), *output[1:]
+        return self._skip_gate.mix(hidden_states, output)
+
+
+def route_layer(layer: nn.Module, sites: Sites, gate: SublayerGate) -> list[nn.Module]:
+    """Make the sublayers of a decoder layer ask `gate`; returns the modules that now do.
+
+    The attention always does: its input is what the router reads, whatever is skipped.
+    """
+    attention_writes = "attn" in gate.writes
+    behind = sites.attention_update != sites.attention
+    attention = getattr(layer, sites.attention)
+    routed = [_route(attention, RoutedAttention, gate, "attn", writes=attention_writes and not behind)]
+    if attention_writes and behind:
+        routed.append(_route(getattr(layer, sites.attention_update), RoutedNorm, gate, "attn"))
+    if "mlp" in gate.skips:
+        mlp_writes = "mlp" in gate.writes
+        behind = sites.mlp_update != sites.mlp
+        mlp = getattr(layer, sites.mlp)
+        extra = {"writes": mlp_writes and not behind, "is_tuple": sites.mlp_is_tuple}
+        routed.append(_route(mlp, RoutedMlp, gate, "mlp", **extra))
+        if mlp_writes and behind:
+            routed.append(_route(getattr(layer, sites.mlp_update), RoutedNorm, gate, "mlp"))
+    if "block" in gate.writes:
+        routed.append(_route(layer, RoutedBlock, gate, "block"))
+    return routed
+
+
+def unroute(module: nn.Module) -> None:
+    """Give a routed sublayer its own class back."""
+    base = module._skip_base
+    for name in [name for name in vars(module) if name.startswith("_skip_")]:
+        del module.__dict__[name]
+    module.__class__ = base  # type: ignore[assignment]
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Return whether a sublayer asks a gate."""
+    return isinstance(module, _Routed)
+
+
+@functools.cache
+def routed_class(base: type, mixin: type) -> type:
+    """Return the subclass of `base` that asks a gate; one per pair, so that class comparisons hold."""
+    return type(f"Routed{base.__name__}", (mixin, base), {"__module__": base.__module__})
+
+
+def _route(module: nn.Module, mixin: type[_Routed], gate: SublayerGate, site: str, **extra: Any) -> nn.Module:
+    base = type(module)
+    module.__class__ = routed_class(base, mixin)
+    for name, value in {"gate": gate, "base": base, "site": site, **extra}.items():
+        module.__dict__[f"_skip_{name}"] = value
+    return module

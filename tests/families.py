@@ -1,0 +1,81 @@
+"""Tiny models of every supported family: one row each, built in code, no network."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": ("Phi3Config", {}),
+    "granite": (
+        "GraniteConfig",
+        {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 3.0},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 2,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "olmo2": ("Olmo2Config", {}),
+    "glm4": ("Glm4Config", {"partial_rotary_factor": 0.5}),
+}
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """Return the tiny config of a family."""
+    name, extra = FAMILIES[family]
+    return getattr(transformers, name)(**{**COMMON, **extra, **overrides})
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
+    """Return a tiny float32 model whose sublayers move the residual as much as a trained model's do."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+    _enlarge(model)
+    return model.eval()
+
+
+def _enlarge(model: nn.Module) -> None:
+    """Scale matrices up: freshly initialised sublayers hardly touch the residual, which would hide mistakes."""
+    scale: Callable[[str], float] = lambda name: 1.0 if "embed" in name or "lm_head" in name else 6.0  # noqa: E731
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale(name))
