@@ -1,0 +1,152 @@
+"""The task loss of a decoder without vocabulary-sized logits held whole. Knows heads, not routers.
+
+Shapes: B rows, T tokens, D hidden, N supervised tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaskip.arch.anatomy import find_decoder
+from megaskip.errors import UnsupportedModelError
+
+IGNORED = -100
+
+
+class TaskLoss(nn.Module):
+    """Sums the cross-entropy of the supervised tokens of a batch. The module that engines call and shard."""
+
+    def __init__(self, model: nn.Module, *, chunk_tokens: int) -> None:
+        super().__init__()
+        anatomy = find_decoder(model)
+        if not isinstance(anatomy.head, nn.Linear):
+            raise UnsupportedModelError(
+                f"{anatomy.model_type}: its output embedding is {type(anatomy.head).__name__}, expected nn.Linear"
+            )
+        self.model = model
+        self.head = HeadLoss(anatomy.head, _logit_transform(model.config), chunk_tokens)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED has no loss."""
+        decoder = find_decoder(self.model).decoder
+        hidden_states = decoder(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )[0]
+        targets = labels[:, 1:]
+        supervised = targets != IGNORED
+        return self.head(hidden_states[:, :-1][supervised], targets[supervised])
+
+
+class HeadLoss(nn.Module):
+    """Output embedding and cross-entropy, a chunk of tokens at a time. One ZeRO-3 leaf: gathered once."""
+
+    def __init__(self, head: nn.Linear, transform: Callable[[Tensor], Tensor], chunk_tokens: int) -> None:
+        super().__init__()
+        self.linear = head
+        self._transform = transform
+        self._chunk_tokens = chunk_tokens
+
+    def forward(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed loss, float32 [], of hidden states [N, D] and targets int64 [N]."""
+        return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
+            hidden_states, self.linear.weight, self.linear.bias, targets, self._transform, self._chunk_tokens
+        )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy whose gradient is taken in the forward pass, chunk by chunk.
+
+    Logits live only for their chunk and are not computed again, and a frozen head needs its weight once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: Callable[[Tensor], Tensor],
+        chunk_tokens: int,
+    ) -> Tensor:
+        learns_hidden, learns_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        hidden_grad = torch.empty_like(hidden_states) if learns_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if learns_weight else None
+        for start in range(0, hidden_states.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            hidden = hidden_states[part]
+            logits = nn.functional.linear(hidden, weight, bias)
+            loss, logits_grad = _loss_and_gradient(
+                logits, targets[part], transform, learns_hidden or learns_weight
+            )
+            total += loss
+            if hidden_grad is not None:
+                hidden_grad[part] = logits_grad @ weight
+            if weight_grad is not None:
+                weight_grad += (logits_grad.t() @ hidden).float()
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if hidden_grad is None else hidden_grad * grad.to(hidden_grad.dtype),
+            None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _loss_and_gradient(
+    logits: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor], learns: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of logits [n, V] and its gradient, in the logits' dtype (empty if not `learns`)."""
+    with torch.set_grad_enabled(learns):
+        logits = logits.detach().requires_grad_(learns)
+        loss = nn.functional.cross_entropy(transform(logits.float()), targets, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss, logits)[0] if learns else logits
+
+
+def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
+    """Return what a family does to its logits after the output embedding; verified by verify_task_loss."""
+    config = config.get_text_config(decoder=True)
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    factor = getattr(config, "logit_scale", None) or 1.0
+
+    def transform(logits: Tensor) -> Tensor:
+        if divisor != 1.0 or factor != 1.0:
+            logits = logits * (factor / divisor)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return transform
+
+
+@torch.no_grad()
+def verify_task_loss(loss: TaskLoss) -> None:
+    """Raise UnsupportedModelError unless the loss is that of the model's own logits on a few tokens.
+
+    Under ZeRO-3 collective: every rank calls it.
+    """
+    model = loss.model
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device).unsqueeze(0)
+    own = loss(ids, None, torch.arange(8, device=device).unsqueeze(0), ids)
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    theirs = nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if abs(float(own - theirs)) > tolerance * max(1.0, abs(float(theirs))):
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: the loss from hidden states and output embedding is {float(own):.4f}, from "
+            f"the model's own logits {float(theirs):.4f}; it does something to its logits that "
+            "megaskip/arch/task_loss.py does not know"
+        )

@@ -1,0 +1,82 @@
+"""Which base model routers belong to: a short description that another model does not match by accident."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaskip.errors import CheckpointError
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModel:
+    """A base model's identity and shape."""
+
+    name: str
+    revision: str | None
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    weights: str | None
+    """Fingerprint of the weight files; None when the model did not come from files."""
+
+    def require(self, other: "BaseModel", what: str) -> None:
+        """Raise CheckpointError unless `other`, the model at hand, is this one; its name may differ."""
+        for field in ("model_type", "num_layers", "hidden_size", "weights"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs and None not in (mine, theirs):
+                raise CheckpointError(
+                    f"{what} belongs to another base model: {field} is {mine} there ({self.name}) and {theirs} in "
+                    f"the model at hand ({other.name}); pass the base it was trained on with --model"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], source: Path) -> "BaseModel":
+        """Read a description; raises CheckpointError when a field is missing."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in content]
+        if missing:
+            raise CheckpointError(f"{source}: base_model lacks {', '.join(missing)}")
+        return cls(**{name: content[name] for name in names})
+
+
+def describe_base(config: Any, folder: str | Path | None = None, revision: str | None = None) -> BaseModel:
+    """Return the identity of a model with HF `config`, whose weight files lie in `folder`, if any."""
+    text = config.get_text_config(decoder=True)
+    return BaseModel(
+        name=str(getattr(config, "_name_or_path", "") or folder or ""),
+        revision=revision or getattr(config, "_commit_hash", None),
+        model_type=config.model_type,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        weights=_fingerprint(Path(folder)) if folder is not None else None,
+    )
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Hash the headers of all shards and a few samples of each: the same on every disk, cheap at any size."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        return None
+    digest = hashlib.sha256()
+    for shard in shards:
+        size = shard.stat().st_size
+        with open(shard, "rb") as handle:
+            header_size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(header_size))
+            header.pop("__metadata__", None)
+            digest.update(json.dumps(header, sort_keys=True).encode())
+            data = size - 8 - header_size
+            for sample in range(_SAMPLES):
+                handle.seek(8 + header_size + data * sample // _SAMPLES)
+                digest.update(handle.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

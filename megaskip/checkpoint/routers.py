@@ -1,0 +1,102 @@
+"""A router folder: routers.safetensors and router_config.json, all that export and evaluation need."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from megaskip.arch import attach_routers, find_decoder
+from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
+from megaskip.checkpoint.base import BaseModel, describe_base
+from megaskip.config import RouterConfig
+from megaskip.errors import CheckpointError, ConfigError
+from megaskip.routing import PREFIX, RouterSet
+
+WEIGHTS = "routers.safetensors"
+CONFIG = "router_config.json"
+FORMAT = 1
+
+
+def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None = None) -> Path:
+    """Write a router folder, atomically, and return its path. `base` names the model they belong to."""
+    path = Path(path)
+    with new_folder(path) as folder:
+        write_router_files(folder, routers, base)
+    return path
+
+
+def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -> RouterSet:
+    """Attach the routers of a router folder to `model` and return them.
+
+    Raises CheckpointError when the folder is damaged, incomplete, or belongs to another base model.
+    """
+    path = Path(path)
+    config, layers, base = read_router_config(path)
+    anatomy = find_decoder(model)
+    if base is not None:
+        base.require(describe_base(model.config), f"the router folder {path}")
+    tensors = read_router_weights(path, layers, config.target, anatomy.hidden_size)
+    routers = attach_routers(model, dataclasses.replace(config, layers=layers), register=register)
+    routers.load_state_dict(tensors)
+    return routers
+
+
+def write_router_files(folder: Path, routers: RouterSet, base: BaseModel | None) -> None:
+    """Write the two files of a router folder into `folder`."""
+    tensors = {f"{PREFIX}.{name}": tensor for name, tensor in routers.state_dict().items()}
+    write_tensors(folder / WEIGHTS, tensors)
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "method": "router-tuning",
+        **dataclasses.asdict(routers.config),
+        "layers": list(routers.layers),
+        "base_model": base.to_json() if base else None,
+    }
+    write_json(folder / CONFIG, content)
+
+
+def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseModel | None]:
+    """Return (configuration, routed layers, base model) of a router folder."""
+    file = path / CONFIG
+    content = read_json(file)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: format {content.get('format')!r}; this version of megaskip reads {FORMAT}")
+    names = [field.name for field in dataclasses.fields(RouterConfig)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise CheckpointError(f"{file} lacks {', '.join(missing)}")
+    try:
+        config = RouterConfig(**{name: content[name] for name in names})
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    base = content.get("base_model")
+    return config, tuple(content["layers"]), BaseModel.from_json(base, file) if base else None
+
+
+def read_router_weights(
+    path: Path, layers: tuple[int, ...], target: str, hidden_size: int
+) -> dict[str, Tensor]:
+    """Return the routers' state dict from a router folder, checked against what it must hold."""
+    file = path / WEIGHTS
+    tensors = read_tensors(file)
+    expected = {f"{PREFIX}.{layer}.{target}.weight": (1, hidden_size) for layer in layers}
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(f"{file}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(f"{file}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+    return {name.removeprefix(f"{PREFIX}."): tensor for name, tensor in tensors.items()}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; raises CheckpointError when it is missing or damaged."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist")
+    try:
+        return load_file(file)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None

@@ -1,0 +1,60 @@
+"""From a checked RunConfig to an engine that can train: load, shard, attach, verify."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaskip.arch import attach_routers, find_decoder, freeze
+from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.arch.task_loss import TaskLoss, verify_task_loss
+from megaskip.config import RunConfig
+from megaskip.parallel.ds_config import zero3_config
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.load import load_hf_config, load_partitioned, load_whole, skeleton, weight_dtype
+from megaskip.parallel.topology import Topology
+from megaskip.routing import SparseFlow
+
+
+def build_engine(
+    config: RunConfig, topology: Topology, folder: Path, ds_content: dict[str, Any] | None
+) -> Engine:
+    """Return the engine of a run: ZeRO-3 with `ds_content`, else a replica on every rank. Collective.
+
+    `folder` is the model's local folder. Raises MegaskipError for models that cannot be loaded or routed.
+    """
+    hf_config = load_hf_config(folder, config.model)
+    dtype = weight_dtype(config.model, hf_config)
+    if config.model.train == "full":
+        model = load_whole(folder, hf_config, dtype, config.model, topology.device).train()
+        loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
+        if config.parallel.activation_checkpointing:
+            checkpoint_activations(model, 0)
+        return Engine(loss, None, config, topology)
+    if ds_content is None:
+        model = load_whole(folder, hf_config, dtype, config.model, topology.device).eval()
+        loss, handle = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), None
+    else:
+        loss, handle = _sharded(config, folder, hf_config, dtype, ds_content)
+    verify_task_loss(loss)
+    routers = attach_routers(loss.model, config.router, register=False)
+    if config.parallel.train_execution == "sparse":
+        routers.flow = SparseFlow()
+    if config.parallel.activation_checkpointing:
+        checkpoint_activations(loss.model, routers.layers[0])
+    return Engine(loss, routers, config, topology, handle)
+
+
+def _sharded(
+    config: RunConfig, folder: Path, hf_config: Any, dtype: torch.dtype, ds_content: dict[str, Any]
+) -> tuple[TaskLoss, Any]:
+    # DeepSpeed reads its environment on import, and takes seconds; only runs that shard pay for it.
+    from megaskip.parallel.zero3 import shard
+
+    shape = skeleton(hf_config, config.model)
+    layer_numel = sum(p.numel() for p in find_decoder(shape).layers[-1].parameters())
+    largest = max(p.numel() for p in shape.parameters())
+    ds_config = zero3_config(ds_content, layer_numel=layer_numel, largest_numel=largest)
+    model = load_partitioned(folder, hf_config, dtype, config.model, ds_config).eval()
+    freeze(model)
+    return shard(TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), ds_config)

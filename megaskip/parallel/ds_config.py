@@ -1,0 +1,106 @@
+"""The DeepSpeed JSON: it owns sharding, and nothing that RunConfig owns. No silent overrides."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megaskip.config import RunConfig
+from megaskip.errors import ConfigError
+
+# A routed 70B layer holds 856M parameters: room for two lets one be prefetched while another computes
+# (DeepSpeed's defaults of 1e9 and 5e7 allow neither).
+_LIVE_LAYERS = 2
+
+
+def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
+    """Return the checked content of --ds_config, or None without one; raises ConfigError with every problem."""
+    path = config.parallel.ds_config
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--ds_config {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ConfigError(f"--ds_config {path}: not valid JSON ({error})") from None
+    problems = _conflicts(path, content, config) + _unsupported(path, content)
+    if config.model.train == "full":
+        problems.append(
+            f"--train full trains every weight on every rank and does not shard yet; leave --ds_config {path} out"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    return dict(content)
+
+
+def zero3_config(content: dict[str, Any], *, layer_numel: int, largest_numel: int) -> dict[str, Any]:
+    """Return the JSON that DeepSpeed gets: every "auto" resolved from the size of a decoder layer.
+
+    The backbone has no optimizer: batch sizes are formal, and gradients never pass through DeepSpeed.
+    """
+    zero = {k: v for k, v in content.get("zero_optimization", {}).items() if v != "auto"}
+    live = _LIVE_LAYERS * layer_numel + largest_numel
+    defaults = {
+        "stage3_max_live_parameters": live,
+        "stage3_prefetch_bucket_size": int(1.05 * layer_numel),
+        "stage3_max_reuse_distance": layer_numel,
+        "stage3_param_persistence_threshold": 16384,
+        "reduce_bucket_size": 1_000_000,
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {**defaults, **zero, "stage": 3},
+        **{k: v for k, v in content.items() if k in _PASSED_ON},
+    }
+
+
+_PASSED_ON = ("aio", "comms_logger", "flops_profiler", "wall_clock_breakdown", "steps_per_print", "communication_data_type")
+
+
+def _conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[str]:
+    """Return where the JSON says something else than the flags about what the flags own."""
+    optim = config.optim
+    scheduler_owned = {"optimizer": "--lr and --weight_decay", "scheduler": "--warmup_ratio"}
+    owned = {
+        "train_micro_batch_size_per_gpu": ("--micro_batch_size", optim.micro_batch_size),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", optim.gradient_accumulation_steps),
+        "gradient_clipping": ("--max_grad_norm", optim.max_grad_norm),
+    }
+    problems = [
+        f"--ds_config {path} sets {key} to {content[key]}, but {flag} is {value}; make them equal, or write "
+        f'"auto" in the JSON'
+        for key, (flag, value) in owned.items()
+        if content.get(key, "auto") not in ("auto", value)
+    ]
+    problems += [
+        f"--ds_config {path} has a section {key!r}; megaskip's flags {flags} own it, remove the section"
+        for key, flags in scheduler_owned.items()
+        if key in content
+    ]
+    if content.get("train_batch_size", "auto") != "auto":
+        problems.append(
+            f"--ds_config {path} sets train_batch_size to {content['train_batch_size']}; the batch is "
+            '--micro_batch_size x --gradient_accumulation_steps x ranks, write "auto" or remove it'
+        )
+    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = content.get(key, {}).get("enabled", "auto")
+        if enabled is True and config.model.dtype not in ("auto", dtype):
+            problems.append(f"--ds_config {path} enables {key}, but --dtype is {config.model.dtype}")
+        if enabled is True and key == "fp16":
+            problems.append(f"--ds_config {path} enables fp16; megaskip runs backbones in bfloat16 or float32")
+    return problems
+
+
+def _unsupported(path: str, content: dict[str, Any]) -> list[str]:
+    stage = content.get("zero_optimization", {}).get("stage")
+    problems = []
+    if stage != 3:
+        problems.append(
+            f"--ds_config {path} has ZeRO stage {stage!r}, expected 3: with a frozen backbone, stages 1 and 2 have "
+            "nothing to shard; leave --ds_config out to keep the whole model on every rank"
+        )
+    if "offload_optimizer" in content.get("zero_optimization", {}):
+        problems.append(
+            f"--ds_config {path} has offload_optimizer; the optimizer state is a few kilobytes, remove the section"
+        )
+    return problems

@@ -1,0 +1,225 @@
+"""One optimizer step over a global batch, on one process, on replicas, or under ZeRO-3: the same numbers.
+
+Task loss and penalty are divided by the supervised tokens and routed units of the whole global batch, so
+that what micro-batches and ranks add up to does not depend on how the batch was split.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megaskip.config import RunConfig
+from megaskip.data import Batch
+from megaskip.parallel.topology import Topology
+from megaskip.routing import RouterSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step did, over all ranks."""
+
+    loss_task: float
+    """Mean cross-entropy of the supervised tokens, nats."""
+    loss_penalty: float
+    capacity: float
+    """Units kept over all routed layers; 1 without routers."""
+    capacity_per_layer: tuple[float, ...]
+    grad_norm: float
+    tokens: int
+    """Real tokens of the global batch."""
+    supervised_fraction: float
+
+
+class Engine:
+    """Trains what requires grad of a task loss, or its routers, and evaluates. Every method is collective."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        routers: RouterSet | None,
+        config: RunConfig,
+        topology: Topology,
+        zero3: Any = None,
+    ) -> None:
+        self.module = module
+        self.routers = routers
+        self._topology = topology
+        self._zero3 = zero3
+        self._max_grad_norm = config.optim.max_grad_norm
+        source: nn.Module = module.model if routers is None else routers  # type: ignore[assignment]
+        self.parameters = {name: p for name, p in source.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
+        )
+
+    # -- training
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Take one optimizer step over this rank's micro-batches `batches` at learning rate `lr`."""
+        batches = [batch.to(self._topology.device) for batch in batches]
+        totals = self._totals(batches)
+        sums = torch.zeros(2 + 2 * self._num_routed, dtype=torch.float64, device=self._topology.device)
+        self.optimizer.zero_grad(set_to_none=False)
+        for batch in batches:
+            sums += self._micro_step(batch, totals, len(batches))
+        grad_norm = self._reduce_gradients(sums)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return self._result(sums.tolist(), totals, grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch | None], *, routed: bool) -> "EvalResult":
+        """Return held-out loss and capacity over this and all other ranks' `batches`.
+
+        Every rank passes as many; a rank that has run out passes None, and takes part in the collectives
+        with a batch that counts for nothing. `routed=False` keeps everything: the dense model.
+        """
+        routers = self.routers
+        if routers is not None and not routed:
+            routers.force(dict.fromkeys(routers.layers, 1.0))
+        sums = torch.zeros(2 + 2 * self._num_routed, dtype=torch.float64, device=self._topology.device)
+        try:
+            for batch in batches:
+                sums += self._eval_step(batch)
+        finally:
+            if routers is not None:
+                routers.force({})
+        dist.all_reduce(sums)
+        return EvalResult.of(sums.tolist(), self._num_routed)
+
+    def _eval_step(self, batch: Batch | None) -> Tensor:
+        """Return [loss, supervised tokens, kept per layer, units per layer] of one batch."""
+        loss = self._forward(batch.to(self._topology.device) if batch is not None else self._filler())
+        counts = loss.new_zeros(0) if self.routers is None else self.routers.counts()
+        if batch is None:
+            return torch.zeros(2 + counts.numel(), dtype=torch.float64, device=loss.device)
+        head = torch.stack([loss, loss.new_tensor(batch.num_supervised())])
+        return torch.cat([head, counts.flatten()]).double()
+
+    def _filler(self) -> Batch:
+        ids = torch.zeros(1, 8, dtype=torch.int64, device=self._topology.device)
+        real = torch.ones_like(ids, dtype=torch.bool)
+        return Batch(
+            input_ids=ids, labels=ids - 100, token_mask=real, prompt_mask=real, position_ids=ids + torch.arange(8, device=ids.device)
+        )
+
+    def _micro_step(self, batch: Batch, totals: "_Totals", micro_batches: int) -> Tensor:
+        """Add one micro-batch's gradient; returns its [task loss, penalty, kept per layer, units per layer]."""
+        task = self._forward(batch) / totals.supervised
+        penalty, counts = self._penalty(totals, micro_batches, like=task)
+        (task + penalty).backward()
+        if self._zero3 is not None:
+            # Modules whose backward hooks never fire, such as the frozen lower layers, still hold weights.
+            self._zero3.release_backward_leftovers()
+        return torch.cat([torch.stack([task.detach(), penalty.detach()]).double(), counts.flatten().double()])
+
+    def _forward(self, batch: Batch) -> Tensor:
+        if self.routers is not None:
+            self.routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        loss: Tensor = self.module(batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels)
+        return loss
+
+    def _penalty(self, totals: "_Totals", micro_batches: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        routers = self.routers
+        if routers is None:
+            return like.new_zeros(()), like.new_zeros(0)
+        if routers.config.budget == "global":
+            return routers.penalty(totals.units), routers.counts()
+        return routers.penalty() / (micro_batches * self._topology.world_size), routers.counts()
+
+    def _totals(self, batches: Sequence[Batch]) -> "_Totals":
+        """Return what the global batch holds. Collective."""
+        local = torch.tensor(
+            [
+                sum(batch.num_supervised() for batch in batches),
+                sum(self._units(batch) for batch in batches) * self._num_routed,
+                sum(int(batch.token_mask.sum()) for batch in batches),
+            ],
+            dtype=torch.float64,
+            device=self._topology.device,
+        )
+        dist.all_reduce(local)
+        supervised, units, tokens = local.tolist()
+        return _Totals(supervised=max(supervised, 1.0), units=max(units, 1.0), tokens=tokens)
+
+    def _units(self, batch: Batch) -> int:
+        if self.routers is None:
+            return 0
+        if self.routers.config.unit == "token":
+            return int(batch.token_mask.sum())
+        if batch.segment_ids is None:
+            return int(batch.token_mask.any(dim=1).sum())
+        return int((batch.segment_ids.amax(dim=1) + 1).sum())
+
+    def _reduce_gradients(self, sums: Tensor) -> float:
+        """Sum gradients and `sums` over the ranks, clip, and return the gradient's norm. Collective."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        dist.all_reduce(sums)
+        if self._topology.world_size > 1:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        limit = self._max_grad_norm or float("inf")
+        return float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+
+    def _result(self, sums: list[float], totals: "_Totals", grad_norm: float) -> StepResult:
+        layers = self._num_routed
+        kept, units = sums[2 : 2 + layers], sums[2 + layers :]
+        capacity = _share(sum(kept), sum(units)) if layers else 1.0
+        if self.routers is not None:
+            self.routers.steer(capacity)
+        return StepResult(
+            loss_task=sums[0],
+            loss_penalty=sums[1],
+            capacity=capacity,
+            capacity_per_layer=tuple(map(_share, kept, units)),
+            grad_norm=grad_norm,
+            tokens=int(totals.tokens),
+            supervised_fraction=totals.supervised / max(totals.tokens, 1.0),
+        )
+
+    @property
+    def _num_routed(self) -> int:
+        return len(self.routers.layers) if self.routers is not None else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """Held-out numbers over all ranks."""
+
+    loss: float
+    """Mean cross-entropy of the supervised tokens, nats."""
+    capacity: float
+    capacity_per_layer: tuple[float, ...]
+
+    @classmethod
+    def of(cls, sums: Sequence[float], layers: int) -> "EvalResult":
+        """Return the result of summed [loss, supervised tokens, kept per layer, units per layer]."""
+        kept, units = sums[2 : 2 + layers], sums[2 + layers :]
+        return cls(
+            loss=sums[0] / max(sums[1], 1.0),
+            capacity=_share(sum(kept), sum(units)) if layers else 1.0,
+            capacity_per_layer=tuple(map(_share, kept, units)),
+        )
+
+
+def _share(kept: float, units: float) -> float:
+    return kept / max(units, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Totals:
+    """What the global batch holds, over all micro-batches and ranks."""
+
+    supervised: float
+    units: float
+    tokens: float

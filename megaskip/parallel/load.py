@@ -1,0 +1,186 @@
+"""Weights from disk to where they belong: whole on every rank, or each rank's own slice of a partition."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megaskip.config import ModelConfig
+from megaskip.config.run import DEMO
+from megaskip.errors import ConfigError, MegaskipError
+from megaskip.log import get_logger
+
+logger = get_logger(__name__)
+
+DEMO_FOLDER = Path(__file__).parent.parent / "demo"
+_WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.py")
+
+
+def find_model_folder(config: ModelConfig) -> Path:
+    """Return the local folder of --model, downloading it from the hub if it is an id. Safe on every rank."""
+    if config.model == DEMO:
+        return DEMO_FOLDER / "backbone"
+    folder = Path(config.model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"--model {folder}: no config.json in this folder")
+        return folder
+    if folder.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1:
+        raise ConfigError(f"--model {config.model}: no such folder")
+    try:
+        found = snapshot_download(config.model, revision=config.revision, allow_patterns=list(_WEIGHT_FILES))
+    except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"--model {config.model}: neither a folder here nor a model that the hub gave us ({_first_line(error)})"
+        ) from None
+    return Path(found)
+
+
+def load_hf_config(folder: Path, config: ModelConfig) -> Any:
+    """Return the HF config of a model folder; raises ConfigError when it is not one of a decoder."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model {folder}: cannot read its config.json ({_first_line(error)})") from None
+
+
+def weight_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
+    """Return the type that the backbone's weights have in memory."""
+    if config.dtype != "auto":
+        return torch.float32 if config.dtype == "float32" else torch.bfloat16
+    stored = getattr(hf_config, "dtype", None) or torch.float32
+    return torch.bfloat16 if stored == torch.float16 else stored
+
+
+def load_whole(folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, device: torch.device) -> nn.Module:
+    """Return the model with all of its weights on `device`. Every rank calls it by itself."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=hf_config,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise MegaskipError(f"--model {folder}: cannot load its weights ({_first_line(error)})") from None
+    return model.to(device)
+
+
+def load_partitioned(
+    folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, ds_config: Mapping[str, Any]
+) -> nn.Module:
+    """Return the model with its weights partitioned by ZeRO-3; no rank ever holds it whole. Collective.
+
+    Each rank maps the safetensors shards and copies its own slice of every tensor: no communication, and a
+    rank reads 1/W of the bytes. Models whose stored names are not those of the module (MoE experts that
+    transformers fuses on loading) go through from_pretrained, where rank 0 reads and scatters.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    shards = _tensor_files(folder)
+    offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
+    names = _parameter_names(hf_config, config)
+    if not shards or offload == "nvme" or not names <= shards.keys():
+        why = "NVMe offload" if offload == "nvme" else "stored tensor names differ from the module's"
+        logger.info("weights are read by rank 0 and scattered (%s)", why)
+        return _load_by_transformers(folder, hf_config, dtype, config, ds_config)
+    # zero.Init makes torch.arange follow the weights' type, which would round RoPE's frequencies to bfloat16.
+    with (
+        transformers.initialization.no_init_weights(),
+        prevent_arange_dtype_change(),
+        deepspeed.zero.Init(config_dict_or_path=_with_dtype(ds_config, dtype)),
+    ):
+        model = AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    # Construction without initialisation leaves tied embeddings apart.
+    model.tie_weights()
+    _fill_partitions(model, shards)
+    return model
+
+
+@torch.no_grad()
+def _fill_partitions(model: nn.Module, shards: Mapping[str, Path]) -> None:
+    """Copy this rank's slice of every parameter from the mapped shards into its partition."""
+    by_file: dict[Path, list[tuple[str, Any]]] = {}
+    for name, parameter in model.named_parameters():
+        by_file.setdefault(shards[name], []).append((name, parameter))
+    for file, parameters in sorted(by_file.items()):
+        with safe_open(file, framework="pt") as handle:
+            for name, parameter in parameters:
+                stored = handle.get_tensor(name)
+                if tuple(stored.shape) != tuple(parameter.ds_shape):
+                    raise MegaskipError(
+                        f"{file}: {name} has shape {tuple(stored.shape)}, config.json asks for {tuple(parameter.ds_shape)}"
+                    )
+                partition = parameter.ds_tensor
+                start = partition.ds_numel * parameter.ds_process_group.rank()
+                mine = stored.view(-1)[start : start + partition.ds_numel]
+                partition.data[: mine.numel()].copy_(mine)
+
+
+def _load_by_transformers(
+    folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, ds_config: Mapping[str, Any]
+) -> nn.Module:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # It must live while the model loads.
+    live = HfDeepSpeedConfig(_with_dtype(ds_config, dtype))
+    model = load_whole(folder, hf_config, dtype, config, torch.device("cpu"))
+    del live
+    return model
+
+
+def _with_dtype(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the JSON that makes partitions of type `dtype`.
+
+    zero.Init's own argument is not used: on a CPU, DeepSpeed 0.19.8 takes any given dtype for bfloat16.
+    """
+    return {**ds_config, "bf16": {"enabled": dtype == torch.bfloat16}}
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Return the file of each stored tensor; empty when there are no safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        return {}
+    with safe_open(single, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), single)
+
+
+def _parameter_names(hf_config: Any, config: ModelConfig) -> set[str]:
+    """Return the names of the model's parameters, tied ones once, without making any."""
+    return {name for name, _ in skeleton(hf_config, config).named_parameters()}
+
+
+def skeleton(hf_config: Any, config: ModelConfig, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the model without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

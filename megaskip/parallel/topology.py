@@ -1,0 +1,71 @@
+"""Who is who: the only place that reads the launcher's environment and makes the process group."""
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megaskip.errors import RankError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this rank writes files and speaks."""
+        return self.rank == 0
+
+
+def read_topology(environment: Mapping[str, str]) -> Topology:
+    """Return this process's place, as torchrun and the deepspeed launcher tell it; alone without them."""
+    local_rank = int(environment.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    return Topology(
+        rank=int(environment.get("RANK", 0)),
+        world_size=int(environment.get("WORLD_SIZE", 1)),
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+    )
+
+
+@contextlib.contextmanager
+def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
+    """Hold the default process group open. Collective; a rank that never comes ends the wait with RankError."""
+    if topology.device.type == "cuda":
+        torch.cuda.set_device(topology.device)
+    if topology.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1")
+    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
+    backend = "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError, ConnectionError) as error:
+        raise RankError(
+            f"rank {topology.rank} of {topology.world_size} waited {timeout} s for the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} in vain ({error}); check that every rank was "
+            "started with the same address and world size"
+        ) from None
+    try:
+        yield
+    finally:
+        # After a failure a barrier would wait for ranks that are gone; the group ends with the process then.
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
