@@ -160,14 +160,15 @@ class ParallelConfig(Checked):
 class CheckpointConfig(Checked):
     """What is written and where a run picks up."""
 
-    output_dir: str = "runs/default"
-    """The run's folder."""
+    output_dir: str | None = None
+    """The run's folder [a new one, runs/MODEL-GRANULARITY-NNN]."""
     save_every: int = 100
     """Steps between checkpoints; 0 writes only the last one."""
     keep_last: int = 2
     """Checkpoints kept; older ones are removed."""
     resume: str | None = None
-    """"auto" continues from the newest complete checkpoint of --output_dir, if any; or name one."""
+    """"auto" continues from the newest complete checkpoint of --output_dir (or of the newest run of this
+    kind), if there is any; or the path of a checkpoint."""
 
     def _problems(self) -> Iterator[str]:
         yield from at_least("save_every", self.save_every, 0)

@@ -53,10 +53,10 @@ class Engine:
         source: nn.Module = module.model if routers is None else routers  # type: ignore[assignment]
         self.parameters = {name: p for name, p in source.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
+            self.parameters.values(), lr=config.optim.lr, weight_decay=config.optim.weight_decay, foreach=True
         )
 
-    # -- training
+        _materialise(self.optimizer)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step over this rank's micro-batches `batches` at learning rate `lr`."""
@@ -190,6 +190,17 @@ class Engine:
     @property
     def _num_routed(self) -> int:
         return len(self.routers.layers) if self.routers is not None else 0
+
+
+def _materialise(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW's state now instead of at the first step, so that it can be measured and restored."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
-import torch
 from torch import nn
 
 from megaskip.arch import find_decoder
@@ -28,13 +27,3 @@ def shard(loss: TaskLoss, ds_config: Mapping[str, Any]) -> tuple[nn.Module, Any]
     deepspeed.utils.set_z3_leaf_modules(loss, [*layer_types, HeadLoss])
     engine, *_ = deepspeed.initialize(model=loss, config=dict(ds_config), dist_init_required=False)
     return engine.module, engine.optimizer
-
-
-def partition_bytes(model: nn.Module) -> int:
-    """Return the bytes of this rank's partitions, and of small parameters kept whole, as they lie in memory."""
-    total = 0
-    for parameter in model.parameters():
-        whole = parameter.data.untyped_storage().nbytes() if parameter.data.numel() else 0
-        partition = getattr(parameter, "ds_tensor", None)
-        total += whole + (partition.untyped_storage().nbytes() if isinstance(partition, torch.Tensor) else 0)
-    return total

@@ -1,6 +1,6 @@
 """The capacity penalty: a steered price for the whole model, or the published hinge for each layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ class Budget:
     def penalty(self, kept: Tensor, units: Tensor, total_units: Tensor | float) -> Tensor:
         """Return this part's share of price * (capacity - target)."""
         return self.price * (kept - self.target * units) / total_units
+
+    def state(self) -> dict[str, float]:
+        """Return what the steering remembers."""
+        return {"integral": self.integral, "error": self.error}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Continue from `state`."""
+        self.integral, self.error = state["integral"], state["error"]
 
     def steer(self, capacity: float) -> None:
         """Take in the capacity of a global batch."""

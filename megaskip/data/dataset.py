@@ -1,0 +1,224 @@
+"""From a DataConfig to training and held-out rows: tokenised once per machine, then shared."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megaskip.config import DataConfig
+from megaskip.data.corpus import Job, read_samples, tokenise_all
+from megaskip.data.fingerprint import fingerprint
+from megaskip.data.mix import interleave, mix
+from megaskip.data.order import permutation
+from megaskip.data.pack import pack
+from megaskip.data.row import Row
+from megaskip.data.source import Source, find_source
+from megaskip.data.stats import DataStats, SourceStats, check_losses
+from megaskip.data.store import RowWriter, StoredRows, open_store, write_meta, write_plan
+from megaskip.data.streaming import StreamingRows, count, take_held_out
+from megaskip.data.tokenize import SampleTokenizer
+from megaskip.errors import DataError
+from megaskip.log import get_logger
+
+logger = get_logger(__name__)
+
+_HELD_OUT = 3  # keeps these random numbers apart from the other uses of the seed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedData:
+    """Everything a run reads."""
+
+    train: StoredRows | StreamingRows
+    """Rows by index; with --streaming an iterable instead."""
+    held_out: StoredRows | list[Row]
+    """Rows for the held-out loss: never packed, and never seen in training."""
+    stats: DataStats
+    """With --streaming only what the held-out rows tell."""
+    fingerprint: str
+
+
+def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
+    """Return the data of a run, tokenising them unless an equal run has.
+
+    Every rank calls this, before any process group exists: the first one on a machine tokenises,
+    the others wait for its lock, with no time limit, and read. Raises DataError for unusable data.
+    """
+    sample_tokenizer = SampleTokenizer(
+        tokenizer, seq_length=config.seq_length, template_file=config.chat_template
+    )
+    train = tuple(find_source(entry, streaming=config.streaming) for entry in config.data)
+    held_out = tuple(find_source(entry, streaming=config.streaming) for entry in config.eval_data)
+    for source in held_out:
+        if source.weight != 1:
+            raise DataError(f"--eval_data {source.name}: held-out data take no weight; remove it")
+    key = fingerprint(config, tokenizer, sample_tokenizer, (*train, *held_out))
+    if config.streaming:
+        return _stream(config, sample_tokenizer, train, held_out, key)
+    root = Path(config.cache_dir or "~/.cache/megaskip/data").expanduser()
+    folder = root / key
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{key}.lock"):
+            if not folder.is_dir():
+                _build(folder, config, sample_tokenizer, train, held_out)
+    rows, kept, stats = open_store(folder)
+    return TokenizedData(train=rows, held_out=kept, stats=stats, fingerprint=key)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of one cache entry; the system frees it when its holder dies."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.info("Another process is tokenising the data; waiting for %s.", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(
+    folder: Path,
+    config: DataConfig,
+    tokenizer: SampleTokenizer,
+    train: Sequence[Source],
+    held_out: Sequence[Source],
+) -> None:
+    """Tokenise into another folder and rename it: a killed process leaves nothing to trust."""
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(stale)
+    work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    work.mkdir()
+    try:
+        _write(work, config, tokenizer, train, held_out)
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(
+    work: Path,
+    config: DataConfig,
+    tokenizer: SampleTokenizer,
+    train: Sequence[Source],
+    held_out: Sequence[Source],
+) -> None:
+    stats = [SourceStats(name=source.name) for source in (*train, *held_out)]
+    jobs = islice(_jobs(train, first=0), config.max_samples)
+    with RowWriter(work) as writer:
+        _tokenise(jobs, writer, stats, tokenizer, config)
+        check_losses(stats[: len(train)], seq_length=config.seq_length)
+        num_train = len(writer.sources)
+        if held_out:
+            _tokenise(_jobs(held_out, first=len(train)), writer, stats, tokenizer, config)
+            check_losses(stats[len(train) :], seq_length=config.seq_length)
+    lengths = np.diff(writer.starts)
+    nothing = np.empty(0, dtype=np.int64)
+    chosen, removed = (nothing, nothing) if held_out else _split(writer.hashes, config)
+    kept = np.arange(num_train, len(lengths)) if held_out else chosen
+    rest = np.setdiff1d(np.arange(num_train), np.concatenate([chosen, removed]))
+    order = rest[mix(writer.sources[rest], weights=[s.weight for s in train], seed=config.seed)]
+    if not len(order):
+        raise DataError(
+            f"--data {' '.join(config.data)}: no training row is left; raise the weights"
+        )
+    packs = pack(lengths[order].tolist(), seq_length=config.seq_length) if config.packing else None
+    write_plan(work, train=order, packs=packs, held_out=kept)
+    write_meta(
+        work,
+        DataStats(
+            sources=tuple(stats),
+            train_rows=len(order) if packs is None else len(packs),
+            train_tokens=int(lengths[order].sum()),
+            held_out_rows=len(kept),
+            duplicates_of_held_out=len(removed),
+        ),
+    )
+
+
+def _jobs(sources: Sequence[Source], *, first: int) -> Iterator[Job]:
+    """Take turns among the sources, so that --max_samples is a cut through all of them."""
+
+    def numbered(index: int) -> Iterator[Job]:
+        return ((first + index, sample) for sample in read_samples(sources[index]))
+
+    return interleave([numbered(i) for i in range(len(sources))], rates=[1.0] * len(sources))
+
+
+def _tokenise(
+    jobs: Iterable[Job],
+    writer: RowWriter,
+    stats: Sequence[SourceStats],
+    tokenizer: SampleTokenizer,
+    config: DataConfig,
+) -> None:
+    done = tokenise_all(jobs, tokenizer, workers=config.tokenize_workers)
+    for index, tokenised in tqdm(done, desc="tokenising", unit=" samples", disable=None):
+        stats[index].add(tokenised)
+        for row in tokenised.rows:
+            writer.append(row)
+
+
+def _split(
+    hashes: NDArray[np.uint64], config: DataConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Choose the held-out rows by seed, and the copies of them that must leave the training rows.
+
+    Both together are at most a fifth of the rows: a row with too many copies is not held out.
+    """
+    _, group, copies = np.unique(hashes, return_inverse=True, return_counts=True)
+    room = len(hashes) // 5
+    chosen: dict[int, int] = {}
+    for row in permutation(len(hashes), config.seed, _HELD_OUT):
+        if len(chosen) == config.held_out or room == 0:
+            break
+        if group[row] not in chosen and copies[group[row]] <= room:
+            chosen[int(group[row])] = int(row)
+            room -= copies[group[row]]
+    held_out = np.sort(np.fromiter(chosen.values(), dtype=np.int64, count=len(chosen)))
+    leaving = np.flatnonzero(np.isin(group, list(chosen)))
+    return held_out, np.setdiff1d(leaving, held_out)
+
+
+def _stream(
+    config: DataConfig,
+    tokenizer: SampleTokenizer,
+    train: tuple[Source, ...],
+    held_out: tuple[Source, ...],
+    key: str,
+) -> TokenizedData:
+    stream = StreamingRows(
+        sources=train,
+        tokenizer=tokenizer,
+        seq_length=config.seq_length,
+        seed=config.seed,
+        packing=config.packing,
+        max_samples=config.max_samples,
+    )
+    if held_out:
+        jobs = _jobs(held_out, first=len(train))
+        done = tokenise_all(jobs, tokenizer, workers=config.tokenize_workers)
+        kept = [row for _, tokenised in done for row in tokenised.rows]
+    else:
+        kept, stream = take_held_out(stream, config.held_out)
+    stats = DataStats(
+        sources=count(kept, (*train, *held_out)),
+        train_rows=0,
+        train_tokens=0,
+        held_out_rows=len(kept),
+        duplicates_of_held_out=0,
+    )
+    return TokenizedData(train=stream, held_out=kept, stats=stats, fingerprint=key)

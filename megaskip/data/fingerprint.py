@@ -1,0 +1,64 @@
+"""One hash of all that decides the tokenised data: files, tokenizer, template and settings."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+
+from megaskip.config import DataConfig
+from megaskip.data.source import Source, load_hub
+from megaskip.data.tokenize import SampleTokenizer
+
+_VERSION = 1
+"""Raise when the same input would give other rows, or the store another layout."""
+
+_PROBE = "Hello  world,\n it's 12,345.67 o'clock \u2014 na\u00efve \u4f60\u597d <s> </s>"
+
+_SETTINGS = ("data", "eval_data", "held_out", "seq_length", "packing", "max_samples", "seed")
+
+
+def fingerprint(
+    config: DataConfig,
+    tokenizer: Any,
+    sample_tokenizer: SampleTokenizer,
+    sources: Sequence[Source],
+) -> str:
+    """Return 32 hex digits; equal when, and only when, the tokenised data would be."""
+    parts = {
+        "version": _VERSION,
+        "transformers": transformers.__version__,
+        "settings": {name: getattr(config, name) for name in _SETTINGS},
+        "template": sample_tokenizer.template.identity,
+        "tokenizer": _tokenizer_identity(tokenizer),
+        "content": [_content(source) for source in sources],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    identity = {
+        "class": type(tokenizer).__name__,
+        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        "probe": tokenizer(_PROBE, verbose=False)["input_ids"],
+        "vocab": sorted(tokenizer.get_vocab().items()),
+    }
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # What an earlier call left behind, not what the tokenizer is.
+        identity["rules"] = {k: v for k, v in rules.items() if k not in ("truncation", "padding")}
+    return identity
+
+
+def _content(source: Source) -> list[str]:
+    if source.files:
+        hashes = []
+        for path in source.files:
+            with path.open("rb") as file:
+                hashes.append(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+        return hashes
+    if source.streaming:
+        return [source.name]
+    # The cached files' paths carry the data set's revision.
+    return [source.name, *(entry["filename"] for entry in load_hub(source).cache_files)]

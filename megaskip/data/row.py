@@ -1,0 +1,65 @@
+"""A tokenised row, alone or packed with others. Knows no tokenizer, file or tensor."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED = -100
+"""Label of a token without loss, as in transformers."""
+
+
+class AnyRow(Protocol):
+    """What a batch is made of: one or several samples that do not see each other."""
+
+    @property
+    def segments(self) -> "tuple[Row, ...]": ...
+
+    @property
+    def packed(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Row:
+    """One tokenised sample, at most seq_length long."""
+
+    input_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    """Which tokens the model learns to predict; never the first, which nothing predicts."""
+    prompt_length: int
+    """Tokens before the first supervised one; 0 when there is no prompt, as in plain text."""
+    source: int
+    """Index of the --data entry that the sample came from."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Labels as transformers wants them: not shifted, IGNORED where there is no loss."""
+        return np.where(self.supervised, self.input_ids, IGNORED).astype(np.int64)
+
+    @property
+    def segments(self) -> "tuple[Row, ...]":
+        return (self,)
+
+    @property
+    def packed(self) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedRow:
+    """Whole samples side by side in one row."""
+
+    segments: tuple[Row, ...]
+
+    @property
+    def packed(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return sum(map(len, self.segments))

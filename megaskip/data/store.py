@@ -1,0 +1,160 @@
+"""Tokenised rows on disk: written once, mapped by every rank. Knows no tokenizer and no format."""
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megaskip.data.row import PackedRow, Row
+from megaskip.data.stats import DataStats, SourceStats
+from megaskip.errors import DataError
+
+_TYPES = {"input_ids": np.int32, "supervised": np.bool_, "starts": np.int64}
+_TYPES |= {"prompt_length": np.int32, "source": np.int32}
+_TYPES |= {"held_out": np.int64, "train": np.int64, "train_starts": np.int64}
+
+
+def content_hash(row: Row) -> int:
+    """Return 64 bits that are equal for rows with the same tokens."""
+    digest = hashlib.blake2b(row.input_ids.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class RowWriter:
+    """Appends rows to the files of a store: memory stays small, whatever the number of tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ids = (folder / "input_ids.bin").open("wb")
+        self._supervised = (folder / "supervised.bin").open("wb")
+        self._starts = array("q", [0])
+        self._prompt_length = array("i")
+        self._source = array("i")
+        self._hashes = array("Q")
+
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ids.close()
+        self._supervised.close()
+        write_column(self._folder, "starts", self.starts)
+        write_column(self._folder, "prompt_length", np.array(self._prompt_length))
+        write_column(self._folder, "source", self.sources)
+
+    def append(self, row: Row) -> None:
+        row.input_ids.tofile(self._ids)
+        row.supervised.tofile(self._supervised)
+        self._starts.append(self._starts[-1] + len(row))
+        self._prompt_length.append(row.prompt_length)
+        self._source.append(row.source)
+        self._hashes.append(content_hash(row))
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        return np.array(self._starts, dtype=np.int64)
+
+    @property
+    def sources(self) -> NDArray[np.int32]:
+        return np.array(self._source, dtype=np.int32)
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        return np.array(self._hashes, dtype=np.uint64)
+
+
+class StoredRows:
+    """Rows by index or in order. Mapped read-only, so that ranks share the memory."""
+
+    def __init__(
+        self,
+        columns: dict[str, NDArray[Any]],
+        members: NDArray[np.int64],
+        starts: NDArray[np.int64] | None,
+    ) -> None:
+        self._columns = columns
+        self._members = members
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._members) if self._starts is None else len(self._starts) - 1
+
+    def __iter__(self) -> Iterator[Row | PackedRow]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Row | PackedRow:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        if self._starts is None:
+            return self._row(int(self._members[index]))
+        members = self._members[self._starts[index] : self._starts[index + 1]]
+        return PackedRow(segments=tuple(self._row(int(member)) for member in members))
+
+    def _row(self, member: int) -> Row:
+        start, end = self._columns["starts"][member], self._columns["starts"][member + 1]
+        return Row(
+            input_ids=self._columns["input_ids"][start:end],
+            supervised=self._columns["supervised"][start:end],
+            prompt_length=int(self._columns["prompt_length"][member]),
+            source=int(self._columns["source"][member]),
+        )
+
+
+def write_plan(
+    folder: Path,
+    *,
+    train: NDArray[np.int64],
+    packs: Sequence[Sequence[int]] | None,
+    held_out: NDArray[np.int64],
+) -> None:
+    """Write which rows make up an epoch, and, if packed, which go together."""
+    if packs is not None:
+        train = train[np.concatenate([np.array(members, dtype=np.int64) for members in packs])]
+        write_column(folder, "train_starts", np.cumsum([0, *map(len, packs)]))
+    write_column(folder, "train", train)
+    write_column(folder, "held_out", held_out)
+
+
+def write_column(folder: Path, name: str, values: NDArray[Any]) -> None:
+    values.astype(_TYPES[name]).tofile(folder / f"{name}.bin")
+
+
+def write_meta(folder: Path, stats: DataStats) -> None:
+    """Write the stats and the size of every file: the last thing to be written."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.bin"))}
+    meta = {"stats": asdict(stats), "sizes": sizes}
+    with (folder / "meta.json").open("w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_store(folder: Path) -> tuple[StoredRows, StoredRows, DataStats]:
+    """Map a complete store: training rows, held-out rows, stats."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    columns: dict[str, NDArray[Any]] = {}
+    for name, size in meta["sizes"].items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != size:
+            raise DataError(f"{path}: the cached data are damaged. Delete the folder {folder}")
+        kind = _TYPES[path.stem]
+        # numpy cannot map an empty file.
+        columns[path.stem] = np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, kind)
+    sources = tuple(SourceStats(**source) for source in meta["stats"].pop("sources"))
+    train = StoredRows(columns, columns["train"], columns.get("train_starts"))
+    held_out = StoredRows(columns, columns["held_out"], None)
+    return train, held_out, DataStats(sources=sources, **meta["stats"])

@@ -1,0 +1,97 @@
+"""Rows read and tokenised on the fly, in a deterministic order. Knows no cache."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from megaskip.data.corpus import Job, read_samples
+from megaskip.data.mix import in_pass, interleave, num_passes
+from megaskip.data.pack import pack_stream
+from megaskip.data.row import PackedRow, Row
+from megaskip.data.source import Source
+from megaskip.data.stats import SourceStats, check_losses
+from megaskip.data.store import content_hash
+from megaskip.data.tokenize import SampleTokenizer
+
+_FIRST_CHECK = 1000
+"""Samples after which a stream that loses too much says so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamingRows:
+    """One epoch of training rows as an iterable; iterating again starts again from the same row.
+
+    Sources take turns in proportion to their weights, each in file order: shuffle the files first.
+    """
+
+    sources: tuple[Source, ...]
+    tokenizer: SampleTokenizer
+    seq_length: int
+    seed: int
+    packing: bool = False
+    max_samples: int | None = None
+    held_out: frozenset[int] = frozenset()
+    """Content hashes of the held-out rows, which are left out wherever they turn up."""
+    start: int = 0
+    """Rows to pass over, as after a resume."""
+
+    def skip(self, rows: int) -> "StreamingRows":
+        """Return the stream that begins `rows` rows later; those are tokenised and thrown away."""
+        return replace(self, start=self.start + rows)
+
+    def __iter__(self) -> Iterator[Row | PackedRow]:
+        rows: Iterator[Row | PackedRow] = self._kept()
+        if self.packing:
+            rows = pack_stream(self._kept(), seq_length=self.seq_length)
+        return islice(rows, self.start, None)
+
+    def _kept(self) -> Iterator[Row]:
+        for row in self._rows():
+            if content_hash(row) not in self.held_out:
+                yield row
+
+    def _rows(self) -> Iterator[Row]:
+        counts = [SourceStats(name=source.name) for source in self.sources]
+        streams = [self._source_stream(index) for index in range(len(self.sources))]
+        weights = [source.weight for source in self.sources]
+        jobs = islice(interleave(streams, rates=weights), self.max_samples)
+        seen = 0
+        for seen, (index, sample) in enumerate(jobs, start=1):
+            tokenised = self.tokenizer.tokenise(sample, source=index)
+            counts[index].add(tokenised)
+            if seen == _FIRST_CHECK:
+                check_losses(counts, seq_length=self.seq_length)
+            yield from tokenised.rows
+        if seen < _FIRST_CHECK:
+            check_losses(counts, seq_length=self.seq_length)
+
+    def _source_stream(self, index: int) -> Iterator[Job]:
+        source = self.sources[index]
+        for number in range(num_passes(source.weight)):
+            for position, sample in enumerate(read_samples(source)):
+                if in_pass(
+                    position, weight=source.weight, number=number, seed=self.seed, source=index
+                ):
+                    yield index, sample
+
+
+def take_held_out(stream: StreamingRows, wanted: int) -> tuple[list[Row], StreamingRows]:
+    """Return the first `wanted` rows, at most a fifth of the data, and the stream without them."""
+    first = list(islice(replace(stream, packing=False), 5 * wanted))
+    different: dict[int, Row] = {}
+    for row in first:
+        assert isinstance(row, Row)
+        different.setdefault(content_hash(row), row)
+    chosen = dict(islice(different.items(), min(wanted, len(first) // 5)))
+    return list(chosen.values()), replace(stream, held_out=frozenset(chosen))
+
+
+def count(rows: Sequence[Row], sources: Sequence[Source]) -> tuple[SourceStats, ...]:
+    """Return what is known of streamed data before they are read: the held-out rows."""
+    stats = tuple(SourceStats(name=source.name) for source in sources)
+    for row in rows:
+        one = stats[row.source]
+        one.rows += 1
+        one.tokens += len(row)
+        one.supervised_tokens += int(row.supervised.sum())
+    return stats

@@ -1,0 +1,23 @@
+"""The tokenizer of a run, fast or SentencePiece."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megaskip.errors import ConfigError
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a folder or hub id; raises ConfigError when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"no tokenizer in {source} ({reason}); name one with --tokenizer"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere, so any token does.
+        tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    return tokenizer

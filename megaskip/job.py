@@ -1,0 +1,268 @@
+"""A training job from its flags to its report: the order in which things are checked, made and released."""
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megaskip.arch.anatomy import describe_layers
+from megaskip.checkpoint import BaseModel, describe_base
+from megaskip.checkpoint.resume import checkpoints, read_state
+from megaskip.config import DataConfig, RunConfig, parse_run_config
+from megaskip.config.run import DEMO
+from megaskip.data import StreamingRows, TokenizedData, build_dataset
+from megaskip.data.feed import Feed
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import CheckpointError, ConfigError, MegaskipError
+from megaskip.log import get_logger, quiet_libraries, set_up_logging
+from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.build import build_engine
+from megaskip.parallel.ds_config import read_ds_config
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.load import DEMO_FOLDER, find_model_folder, load_hf_config
+from megaskip.parallel.measure import bytes_by_kind
+from megaskip.parallel.topology import Topology, process_group, read_topology
+from megaskip.parallel.watch import Watch
+from megaskip.reporting.dry_run import print_dry_run
+from megaskip.reporting.summary import human_bytes, table, versions
+from megaskip.trainer import Trainer
+
+logger = get_logger(__name__)
+
+_USER_ERROR = 2
+_FIRST_SPEAKS = 3.0
+"""Seconds that other ranks leave the first one to print an error that all of them have found."""
+
+
+def run_cli(main: Callable[[Sequence[str]], None]) -> None:
+    """Run an entry point on sys.argv; a MegaskipError ends it with one message and status 2, no traceback."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main(sys.argv[1:])
+    except MegaskipError as error:
+        if rank != 0:
+            time.sleep(_FIRST_SPEAKS)
+        name = f"[rank {rank}] " if rank else ""
+        print(f"{name}error: {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: threads of a process group in an undefined state could keep the process.
+        sys.stdout.flush()
+        os._exit(_USER_ERROR)
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train as the flags say; the job of launch/train.py. Every rank calls it."""
+    config = parse_run_config(argv, description="Router-tune a frozen model, or train a small one whole.")
+    topology = read_topology(os.environ)
+    set_up_logging(rank=topology.rank)
+    quiet_libraries()
+    ds_content = read_ds_config(config)
+    folder = find_model_folder(config.model)
+    if config.dry_run:
+        print_dry_run(config, folder, topology)
+        return
+    data, pad_token_id = _read_data(config, folder)
+    if ds_content is not None:
+        from megaskip.parallel.zero3 import prepare_deepspeed
+
+        prepare_deepspeed()
+    with process_group(topology, timeout=config.parallel.dist_timeout), _watch(config, topology):
+        output_dir, resume = on_first_rank(topology, lambda: _choose_folders(config))
+        engine = build_engine(config, topology, folder, ds_content)
+        base = describe_base(load_hf_config(folder, config.model), folder, config.model.revision)
+        feed = _feed(config, topology, data, pad_token_id, resume)
+        trainer = _trainer(config, topology, engine, feed, base, output_dir, folder)
+        _print_header(trainer, folder)
+        if resume is not None:
+            trainer.resume(resume)
+        trainer.run()
+
+
+def _watch(config: RunConfig, topology: Topology) -> Watch:
+    return Watch(topology, silence=config.parallel.heartbeat_timeout)
+
+
+# -- data
+
+
+def _read_data(config: RunConfig, folder: Path) -> tuple[TokenizedData, int]:
+    """Return tokenised data and the padding token; before any process group exists, so nobody times out."""
+    tokenizer = load_tokenizer(
+        config.model.tokenizer or folder, trust_remote_code=config.model.trust_remote_code
+    )
+    data = build_dataset(_with_demo(config.data), tokenizer)
+    return data, tokenizer.pad_token_id
+
+
+def _with_demo(data: DataConfig) -> DataConfig:
+    """Replace the name "demo" by the instruction set that ships with megaskip."""
+    path = str(DEMO_FOLDER / "instruct.jsonl")
+    entries = tuple(
+        path + entry.removeprefix(DEMO) if entry == DEMO or entry.startswith(f"{DEMO}:") else entry
+        for entry in data.data
+    )
+    return dataclasses.replace(data, data=entries)
+
+
+def _feed(
+    config: RunConfig, topology: Topology, data: TokenizedData, pad_token_id: int, resume: Path | None
+) -> Feed:
+    optim, world = config.optim, topology.world_size
+    size = optim.micro_batch_size * optim.gradient_accumulation_steps * world
+    if resume is not None:
+        size = _same_global_batch(resume, config, world)
+    return Feed(
+        data=data,
+        rank=topology.rank,
+        world_size=world,
+        micro_batch_size=optim.micro_batch_size,
+        global_batch_size=size,
+        seed=optim.seed,
+        pad_token_id=pad_token_id,
+        prompt_tokens=config.router.prompt_tokens,
+    )
+
+
+def _same_global_batch(resume: Path, config: RunConfig, world: int) -> int:
+    """Return the global batch of the run that continues: another number of ranks accumulates more or less."""
+    size = read_state(resume).global_batch_size
+    share = config.optim.micro_batch_size * world
+    if size % share:
+        raise ConfigError(
+            f"--resume {resume}: its global batch of {size} rows cannot be split over {world} ranks with "
+            f"--micro_batch_size {config.optim.micro_batch_size}; choose one so that ranks x size divides {size}"
+        )
+    if size // share != config.optim.gradient_accumulation_steps:
+        logger.info("gradient accumulation is %d, to keep the global batch of %d rows", size // share, size)
+    return size
+
+
+# -- folders
+
+
+def _choose_folders(config: RunConfig) -> tuple[Path, Path | None]:
+    """Return (run folder, checkpoint to continue from), on the first rank; never a folder that holds a run."""
+    settings = config.checkpoint
+    if settings.resume not in (None, "auto"):
+        checkpoint = Path(str(settings.resume))
+        read_state(checkpoint)
+        return Path(settings.output_dir or checkpoint.parent), checkpoint
+    if settings.output_dir is None:
+        stem = Path("runs") / _run_name(config)
+        runs = sorted(stem.parent.glob(f"{stem.name}-[0-9][0-9][0-9]"))
+        continues = settings.resume == "auto" and runs
+        output_dir = runs[-1] if continues else stem.with_name(f"{stem.name}-{_next_number(runs):03d}")
+    else:
+        output_dir = Path(settings.output_dir)
+    found = checkpoints(output_dir)
+    if found and settings.resume is None:
+        raise ConfigError(
+            f"--output_dir {output_dir} holds a run already ({found[-1].name}); continue it with --resume auto, or "
+            "name another folder"
+        )
+    _require_writable(output_dir)
+    return output_dir, found[-1] if found else None
+
+
+def _run_name(config: RunConfig) -> str:
+    model = Path(config.model.model).name
+    return f"{model}-{config.router.granularity if config.model.train == 'routers' else 'full'}"
+
+
+def _next_number(runs: Sequence[Path]) -> int:
+    return int(runs[-1].name[-3:]) + 1 if runs else 1
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise CheckpointError now rather than after hours of training."""
+    probe = folder / ".write_test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 65536)
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"--output_dir {folder}: cannot write there ({error.strerror or error}); name another folder"
+        ) from None
+
+
+# -- the trainer and its header
+
+
+def _trainer(
+    config: RunConfig,
+    topology: Topology,
+    engine: Engine,
+    feed: Feed,
+    base: BaseModel,
+    output_dir: Path,
+    folder: Path,
+) -> Trainer:
+    def save_hf(path: Path) -> None:
+        model: Any = engine.module.model
+        model.save_pretrained(path, max_shard_size="1TB")
+        load_tokenizer(config.model.tokenizer or folder).save_pretrained(path)
+
+    return Trainer(
+        config=config,
+        topology=topology,
+        engine=engine,
+        feed=feed,
+        base=base,
+        output_dir=output_dir,
+        total_steps=total_steps(config, feed),
+        save_hf=save_hf,
+    )
+
+
+def total_steps(config: RunConfig, feed: Feed) -> int:
+    """Return how many optimizer steps the run takes."""
+    if config.optim.max_steps is not None:
+        return config.optim.max_steps
+    if isinstance(feed.data.train, StreamingRows):
+        raise ConfigError("--streaming needs --max_steps: the length of a stream is not known")
+    return max(math.ceil(config.optim.epochs * len(feed.data.train) / feed.global_batch_size), 1)
+
+
+def _print_header(trainer: Trainer, folder: Path) -> None:
+    """Print what runs, on what, and what it takes, measured. Collective."""
+    config, engine, feed, topology = trainer.config, trainer.engine, trainer.feed, trainer.topology
+    sizes = bytes_by_kind(engine)
+    count = sum(p.numel() for p in engine.parameters.values())
+    routers = engine.routers
+    optim = config.optim
+    rows = [
+        ("model", f"{folder} ({trainer.base.model_type}, {trainer.base.num_layers} layers)"),
+        ("trains", _trainable_text(engine, count)),
+        (
+            "engine",
+            f"{'ZeRO-3' if config.parallel.ds_config else 'replicas'} on {topology.world_size} rank(s), "
+            f"{topology.device.type}, {next(engine.module.parameters()).dtype}",
+        ),
+        ("bytes on rank 0", "  ".join(f"{kind} {human_bytes(size)}" for kind, size in sizes.items())),
+        (
+            "batch",
+            f"{feed.global_batch_size} rows = {topology.world_size} rank(s) x {optim.micro_batch_size} x "
+            f"{feed.global_batch_size // (topology.world_size * optim.micro_batch_size)}, "
+            f"{trainer.total_steps} steps",
+        ),
+        *(("data", line) for line in feed.data.stats.lines()),
+        ("run folder", str(trainer.output_dir)),
+        ("versions", "  ".join(f"{name} {number}" for name, number in versions().items())),
+    ]
+    if routers is not None:
+        asked = f"{routers.config.capacity:.2f} of layers {describe_layers(routers.layers)}"
+        rows.insert(2, ("capacity asked", f"{asked}, {routers.config.granularity}, budget {routers.config.budget}"))
+    for line in table(rows, title="megaskip"):
+        logger.info("%s", line)
+
+
+def _trainable_text(engine: Engine, count: int) -> str:
+    if engine.routers is None:
+        return f"every weight, {count:,} parameters"
+    names = ", ".join(f"skip_routers.{name}" for name in engine.parameters)
+    shape = tuple(next(iter(engine.parameters.values())).shape)
+    return f"{names}: {len(engine.parameters)} x {shape[0]}x{shape[1]} = {count:,} parameters, float32"

@@ -1,0 +1,75 @@
+"""The header and the closing table of a run, as text and as report.json."""
+
+import platform
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("megaskip", "torch", "transformers", "deepspeed", "datasets", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return this rank's peak memory so far: of the GPU, or resident on a CPU. GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # ru_maxrss is in KiB on Linux, in bytes on macOS.
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def table(rows: Iterable[Sequence[str]], *, title: str) -> list[str]:
+    """Return rows of (name, value) as aligned lines under a title."""
+    rows = [tuple(row) for row in rows]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{row[0]:<{width}}  {row[1]}" for row in rows]
+    rule = "-" * max(len(title), *(len(line) for line in lines))
+    return [rule, title, rule, *lines, rule]
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes with a fitting unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def capacity_line(shares: Mapping[int, float]) -> str:
+    """Return capacity by layer in one line."""
+    return "  ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())
+
+
+def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of the closing table from the content of report.json."""
+    held_out = report.get("held_out")
+    rows = [("steps", f"{report['steps']} ({report['tokens']:,} tokens, {report['seconds']:.0f} s)")]
+    if held_out and "loss_dense" in held_out:
+        dense, routed = held_out["loss_dense"], held_out["loss_routed"]
+        rows += [
+            ("held-out loss, dense", f"{dense:.4f}"),
+            ("held-out loss, routed", f"{routed:.4f} ({routed - dense:+.4f})"),
+            ("asked capacity", f"{report['asked_capacity']:.3f}"),
+            ("realised capacity, held out", f"{held_out['capacity']:.3f}"),
+            ("realised capacity, training", f"{report['training_capacity']:.3f} (last {report['window']} steps)"),
+            ("capacity per layer, held out", capacity_line(held_out["capacity_per_layer"])),
+        ]
+    elif held_out:
+        rows.append(("held-out loss", f"{held_out['loss']:.4f}"))
+    rows += [
+        ("optimizer state", report["optimizer"]),
+        ("peak memory a rank", f"{report['peak_memory_gib']:.2f} GiB"),
+    ]
+    return rows + [(name, str(path)) for name, path in report["written"].items()]

@@ -1,0 +1,287 @@
+"""The training loop and what surrounds it. Owns the run's order of events, not its arithmetic."""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megaskip.checkpoint import BaseModel
+from megaskip.checkpoint.resume import (
+    TrainerState,
+    prune,
+    read_state,
+    require_same_run,
+    restore,
+    save_checkpoint,
+)
+from megaskip.checkpoint.routers import WEIGHTS, save_routers, write_router_files
+from megaskip.config import OptimConfig, RunConfig
+from megaskip.data.feed import Feed
+from megaskip.log import get_logger
+from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.engine import Engine, EvalResult, StepResult
+from megaskip.parallel.topology import Topology
+from megaskip.reporting.metrics import MetricsWriter
+from megaskip.reporting.summary import closing_rows, human_bytes, peak_memory_gib, table, versions
+from megaskip.routing import PREFIX
+
+logger = get_logger(__name__)
+
+_WINDOW = 20
+"""Steps at the end over which the capacity of training is averaged."""
+_CLOSE = 0.01
+"""How far a run may end from the asked capacity without saying so."""
+
+
+def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
+    """Return the rate of step `step` of `total` (from 0): a linear warm-up, then a cosine."""
+    warmup = math.ceil(optim.warmup_ratio * total)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    floor = optim.lr * optim.min_lr_ratio
+    return floor + (optim.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One run. Every rank makes one and calls `run`."""
+
+    config: RunConfig
+    topology: Topology
+    engine: Engine
+    feed: Feed
+    base: BaseModel
+    output_dir: Path
+    total_steps: int
+    save_hf: Any = None
+    """With --train full: writes the model's HF folder."""
+    step: int = 0
+    tokens: int = 0
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate and write; returns the content of report.json. Collective."""
+        started = time.monotonic()
+        with self._metrics() as metrics, self._bar() as bar:
+            for batches in self.feed.steps(self.step):
+                if self.step >= self.total_steps:
+                    break
+                self._seed()
+                result, seconds = self._timed_step(batches)
+                self.step, self.tokens = self.step + 1, self.tokens + result.tokens
+                self._record(metrics, bar, result, seconds)
+                if self._due(self.config.checkpoint.save_every):
+                    self.save()
+                if self._due(self.config.log.eval_every) and self.step < self.total_steps:
+                    self._evaluate(metrics)
+            if not self._due(self.config.checkpoint.save_every):
+                self.save()
+            return self._close(metrics, time.monotonic() - started)
+
+    # -- steps
+
+    def _timed_step(self, batches: Any) -> tuple[StepResult, float]:
+        begun = time.perf_counter()
+        result = self.engine.train_step(batches, learning_rate(self.config.optim, self.step, self.total_steps))
+        return result, time.perf_counter() - begun
+
+    def _seed(self) -> None:
+        """Make randomness a function of (seed, step, rank), so that nothing of it needs to be saved."""
+        torch.manual_seed((self.config.optim.seed * 1_000_003 + self.step) * 65_537 + self.topology.rank)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _record(self, metrics: MetricsWriter | None, bar: Any, result: StepResult, seconds: float) -> None:
+        if metrics is None:
+            return
+        values = {
+            "loss_task": result.loss_task,
+            "loss_penalty": result.loss_penalty,
+            "capacity": result.capacity,
+            "capacity_per_layer": list(result.capacity_per_layer),
+            "lr": learning_rate(self.config.optim, self.step - 1, self.total_steps),
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": result.tokens / seconds,
+            "peak_memory_gib": peak_memory_gib(self.topology.device),
+            "supervised_fraction": result.supervised_fraction,
+        }
+        metrics.record(self.step, values)
+        routers = self.engine.routers
+        if self.step % self.config.log.log_every == 0 and routers is not None:
+            metrics.histograms(self.step, {k: d.logit.detach().sigmoid() for k, d in routers.decisions().items()})
+        shown = {"loss": f"{result.loss_task:.3f}", "tok/s": f"{result.tokens / seconds:.0f}"}
+        if routers is not None:
+            shown["capacity"] = f"{result.capacity:.3f}"
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+
+    # -- evaluation
+
+    def evaluate(self) -> dict[str, Any]:
+        """Return the held-out numbers: dense and routed, or of the model itself. Collective."""
+        batches = self.feed.held_out()
+        if not batches:
+            return {}
+        routers = self.engine.routers
+        if routers is None:
+            return {"loss": self.engine.evaluate(batches, routed=False).loss}
+        dense = self.engine.evaluate(batches, routed=False)
+        routed: EvalResult = self.engine.evaluate(batches, routed=True)
+        return {
+            "loss_dense": dense.loss,
+            "loss_routed": routed.loss,
+            "capacity": routed.capacity,
+            "capacity_per_layer": dict(zip(routers.layers, routed.capacity_per_layer, strict=True)),
+        }
+
+    def _evaluate(self, metrics: MetricsWriter | None) -> None:
+        numbers = self.evaluate()
+        if metrics is not None:
+            text = ", ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float))
+            tqdm.write(f"step {self.step}: held out {text}")
+
+    # -- writing
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step. Collective."""
+        path = self.output_dir / f"step_{self.step:06d}"
+
+        def write() -> Path:
+            save_checkpoint(path, self._state(), self._write_weights, self.engine.parameters, self.engine.optimizer)
+            prune(self.output_dir, self.config.checkpoint.keep_last)
+            return path
+
+        return on_first_rank(self.topology, write)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint; raises CheckpointError when it does not fit. Collective in effect."""
+        state = read_state(path)
+        require_same_run(path, state, self._state())
+        weights, prefix = (WEIGHTS, f"{PREFIX}.") if self.engine.routers is not None else ("model.safetensors", "")
+        restore(path, weights, prefix, self.engine.parameters, self.engine.optimizer, state.optimizer_steps)
+        if self.engine.routers is not None:
+            self.engine.routers.budget.restore(state.steering)
+        self.step, self.tokens = state.step, state.tokens
+        logger.info("resumed from %s: step %d of %d", path, self.step, self.total_steps)
+
+    def _state(self) -> TrainerState:
+        routers = self.engine.routers
+        return TrainerState(
+            step=self.step,
+            tokens=self.tokens,
+            optimizer_steps=float(self.step),
+            steering=routers.budget.state() if routers is not None else {},
+            global_batch_size=self.feed.global_batch_size,
+            seed=self.config.optim.seed,
+            data_fingerprint=self.feed.data.fingerprint,
+            train=self.config.model.train,
+            versions=versions(),
+            base_model=self.base.to_json(),
+        )
+
+    def _write_weights(self, folder: Path) -> None:
+        if self.engine.routers is not None:
+            write_router_files(folder, self.engine.routers, self.base)
+        else:
+            self.save_hf(folder)
+
+    # -- the end
+
+    def _close(self, metrics: MetricsWriter | None, seconds: float) -> dict[str, Any]:
+        held_out = self.evaluate()
+        peak = torch.tensor(peak_memory_gib(self.topology.device), device=self.topology.device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        return on_first_rank(self.topology, lambda: self._finish(metrics, held_out, seconds, float(peak)))
+
+    def _finish(
+        self, metrics: MetricsWriter | None, held_out: dict[str, Any], seconds: float, peak: float
+    ) -> dict[str, Any]:
+        """Write what remains and say how it went; on the first rank."""
+        assert metrics is not None
+        report = self._report(metrics, held_out, seconds, peak)
+        (self.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for line in table(closing_rows(report), title=f"done: {self.output_dir}"):
+            logger.info("%s", line)
+        self._warn_if_off(report)
+        return report
+
+    def _report(
+        self, metrics: MetricsWriter, held_out: dict[str, Any], seconds: float, peak: float
+    ) -> dict[str, Any]:
+        written = {"metrics": self.output_dir / "metrics.jsonl"}
+        routers = self.engine.routers
+        if routers is not None:
+            written["routers"] = save_routers(self.output_dir / "routers", routers, base=self.base)
+            heatmap = metrics.heatmap(self.step)
+            written |= {"picture": heatmap} if heatmap else {}
+        else:
+            written["model"] = self.output_dir / "model"
+            self.save_hf(self.output_dir / "model")
+        window = metrics.history[-_WINDOW:]
+        return {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seconds": seconds,
+            "held_out": held_out,
+            "asked_capacity": self.config.router.capacity,
+            "training_capacity": sum(entry["capacity"] for entry in window) / max(len(window), 1),
+            "window": len(window),
+            "optimizer": self.describe_optimizer(),
+            "peak_memory_gib": peak,
+            "written": {name: str(path) for name, path in written.items()},
+            "config": dataclasses.asdict(self.config),
+            "versions": versions(),
+        }
+
+    def describe_optimizer(self) -> str:
+        """Return what the optimizer holds on this rank, measured."""
+        parameters = self.engine.parameters.values()
+        states = [self.engine.optimizer.state[p] for p in parameters]
+        moments = sum(s[k].nbytes for s in states for k in ("exp_avg", "exp_avg_sq"))
+        weights, count = sum(p.nbytes for p in parameters), sum(p.numel() for p in parameters)
+        return (
+            f"{human_bytes(weights + moments)} ({(weights + moments) / count:.0f} bytes for each of {count:,} "
+            "trained parameters, master weights included)"
+        )
+
+    def _warn_if_off(self, report: dict[str, Any]) -> None:
+        if self.engine.routers is None or self.config.router.budget != "global":
+            return
+        error = report["held_out"].get("capacity", report["training_capacity"]) - report["asked_capacity"]
+        if abs(error) > _CLOSE:
+            logger.warning(
+                "the capacity is off by %+.3f: train longer (--max_steps), or raise --lr or --penalty_weight", error
+            )
+
+    def _metrics(self) -> Any:
+        if not self.topology.is_first:
+            return _Nothing()
+        layers = self.engine.routers.layers if self.engine.routers is not None else ()
+        return MetricsWriter(
+            self.output_dir, layers, first_step=self.step, tensorboard=self.config.log.tensorboard
+        )
+
+    def _bar(self) -> Any:
+        if not self.topology.is_first:
+            return _Nothing()
+        return tqdm(
+            total=self.total_steps, initial=self.step, unit="step", disable=not self.config.log.progress, mininterval=0.5
+        )
+
+
+class _Nothing:
+    """Stands for the writers that other ranks do not have."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        return None

@@ -1,0 +1,270 @@
+"""Data are tokenised once, whole or not at all, split without leaks, streamed in the same order."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_samples import CHATML, MARKED, fast_tokenizer, questions, slow_tokenizer, write_lines
+
+from megaskip.config import DataConfig
+from megaskip.data import PackedRow, Row, StreamingRows, TokenizedData, build_dataset
+from megaskip.data.corpus import Job, tokenise_all
+from megaskip.data.tokenize import SampleTokenizer, Tokenised
+from megaskip.errors import DataError
+
+TOKENISE = "megaskip.data.dataset.tokenise_all"
+
+
+@pytest.fixture(name="config")
+def make_config(tmp_path: Path) -> DataConfig:
+    path = write_lines(tmp_path / "qa.jsonl", questions(40))
+    return DataConfig(
+        data=(path,), held_out=4, seq_length=64, cache_dir=str(tmp_path / "cache"), seed=1
+    )
+
+
+def changed(config: DataConfig, **values: Any) -> DataConfig:
+    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    return DataConfig(**{**fields, **values})
+
+
+def count(data: TokenizedData) -> int:
+    return sum(1 for _ in data.train)
+
+
+def ids(rows: Iterable[Row | PackedRow]) -> list[list[int]]:
+    return [segment.input_ids.tolist() for row in rows for segment in row.segments]
+
+
+def test_every_sample_is_in_training_or_held_out_and_never_in_both(config: DataConfig) -> None:
+    data = build_dataset(config, fast_tokenizer())
+    train, held_out = ids(data.train), ids(data.held_out)
+    assert (len(train), len(held_out)) == (36, 4)
+    assert len({tuple(row) for row in train + held_out}) == 40
+
+
+def test_held_out_is_at_most_a_fifth_and_depends_on_the_seed(config: DataConfig) -> None:
+    assert len(build_dataset(changed(config, held_out=100), fast_tokenizer()).held_out) == 8
+    assert len(build_dataset(changed(config, held_out=0), fast_tokenizer()).held_out) == 0
+    one, other = (build_dataset(changed(config, seed=s), fast_tokenizer()) for s in (1, 2))
+    assert ids(one.held_out) != ids(other.held_out)
+
+
+def test_copies_of_held_out_rows_leave_the_training_rows(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "qa.jsonl", questions(30) + questions(30))
+    data = build_dataset(config, fast_tokenizer())
+    train, held_out = ids(data.train), ids(data.held_out)
+    assert len(held_out) == 4 and data.stats.duplicates_of_held_out == 4 and len(train) == 52
+    assert not any(row in train for row in held_out)
+
+
+def test_own_eval_data_are_taken_whole_and_leave_the_training_data_alone(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "eval.jsonl", questions(10, start=100))
+    data = build_dataset(changed(config, eval_data=(path,)), fast_tokenizer())
+    assert (count(data), len(data.held_out)) == (40, 10)
+    assert [row.segments[0].source for row in data.held_out] == [1] * 10
+    with pytest.raises(DataError, match="held-out data take no weight"):
+        build_dataset(changed(config, eval_data=(path + ":2",)), fast_tokenizer())
+
+
+def test_stats_add_up(config: DataConfig, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("hello world " * 200)
+    data = build_dataset(changed(config, data=(*config.data, f"{text}:2")), fast_tokenizer())
+    rows = [row.segments[0] for part in (data.train, data.held_out) for row in part]
+    one, two = data.stats.sources
+    assert (one.samples, one.rows, two.samples) == (40, 40, 1)
+    assert data.stats.total.rows == 40 + two.rows
+    assert data.stats.train_rows == count(data)
+    assert data.stats.train_tokens == sum(len(row) for row in data.train)
+    assert one.tokens == sum(len(row) for row in rows if row.source == 0)
+    assert 0 < one.supervised_fraction < 1 and len(data.stats.lines()) == 3
+
+
+def test_packing_keeps_every_row_whole_and_held_out_rows_apart(config: DataConfig) -> None:
+    loose = build_dataset(config, fast_tokenizer())
+    tight = build_dataset(changed(config, packing=True), fast_tokenizer())
+    assert sorted(ids(tight.train)) == sorted(ids(loose.train))
+    assert ids(tight.held_out) == ids(loose.held_out)
+    assert count(tight) < count(loose)
+    assert all(row.packed and len(row) <= 64 for row in tight.train)
+    assert not any(row.packed for row in tight.held_out)
+
+
+def test_max_samples_cuts_through_all_sources(config: DataConfig, tmp_path: Path) -> None:
+    other = write_lines(tmp_path / "b.jsonl", questions(30, start=100))
+    data = build_dataset(
+        changed(config, data=(*config.data, other), max_samples=20), fast_tokenizer()
+    )
+    assert [source.samples for source in data.stats.sources] == [10, 10]
+
+
+def test_workers_change_nothing_but_the_time(config: DataConfig, tmp_path: Path) -> None:
+    write_lines(tmp_path / "qa.jsonl", questions(300))
+    alone = build_dataset(config, fast_tokenizer())
+    elsewhere = changed(config, tokenize_workers=2, cache_dir=str(tmp_path / "other"))
+    shared = build_dataset(elsewhere, fast_tokenizer())
+    assert shared.fingerprint == alone.fingerprint
+    assert ids(shared.train) == ids(alone.train)
+
+
+def test_error_in_a_worker_reaches_the_user(config: DataConfig) -> None:
+    with pytest.raises(DataError, match=r"qa\.jsonl, line 1: .* has no chat template"):
+        build_dataset(changed(config, tokenize_workers=2), fast_tokenizer(None))
+
+
+def test_nothing_to_learn_is_an_error_and_leaves_no_cache(config: DataConfig) -> None:
+    with pytest.raises(DataError, match="no supervised token is left in 40 samples: 40 lost every"):
+        build_dataset(changed(config, seq_length=8), fast_tokenizer())
+    assert [path.suffix for path in Path(str(config.cache_dir)).iterdir()] == [".lock"]
+
+
+def test_second_build_reads_the_cache(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build_dataset(config, fast_tokenizer())
+    monkeypatch.setattr(TOKENISE, never)
+    second = build_dataset(config, fast_tokenizer())
+    assert ids(first.train) == ids(second.train)
+    assert first.stats == second.stats
+    assert isinstance(next(iter(second.train)).segments[0].input_ids, np.memmap)
+
+
+def never(*args: Any, **options: Any) -> None:
+    raise AssertionError("tokenised again")
+
+
+def test_fingerprint_follows_all_that_matters_and_nothing_else(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    tokenizer = fast_tokenizer()
+    base = build_dataset(config, tokenizer).fingerprint
+    tokenizer("hello", truncation=True, max_length=3)
+    assert build_dataset(config, tokenizer).fingerprint == base
+    assert build_dataset(changed(config, prompt_tokens=7), tokenizer).fingerprint == base
+    (tmp_path / "t.jinja").write_text(CHATML + " ")
+    others = [
+        build_dataset(changed(config, seq_length=65), tokenizer),
+        build_dataset(changed(config, seed=2), tokenizer),
+        build_dataset(changed(config, packing=True), tokenizer),
+        build_dataset(changed(config, chat_template=str(tmp_path / "t.jinja")), tokenizer),
+        build_dataset(config, fast_tokenizer(MARKED)),
+        build_dataset(config, fast_tokenizer(bos=False)),
+        build_dataset(config, slow_tokenizer(tmp_path)),
+    ]
+    write_lines(tmp_path / "qa.jsonl", questions(41))
+    others.append(build_dataset(config, tokenizer))
+    assert len({base, *(data.fingerprint for data in others)}) == 9
+
+
+def test_damaged_cache_is_noticed(config: DataConfig) -> None:
+    data = build_dataset(config, fast_tokenizer())
+    path = Path(str(config.cache_dir)) / data.fingerprint / "input_ids.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"input_ids\.bin: the cached data are damaged. Delete the"):
+        build_dataset(config, fast_tokenizer())
+
+
+def build_and_die(config: DataConfig) -> None:
+    """Be killed in the middle of tokenising, as by a scheduler."""
+    import megaskip.data.dataset as dataset
+
+    def dying(
+        jobs: Iterable[Job], tokenizer: SampleTokenizer, *, workers: int
+    ) -> Iterator[tuple[int, Tokenised]]:
+        yield from islice(tokenise_all(jobs, tokenizer, workers=workers), 5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    dataset.tokenise_all = dying
+    build_dataset(config, fast_tokenizer())
+
+
+def build_slowly(config: DataConfig, results: Any) -> None:
+    """Build, taking half a second to tokenise, and tell whether this process tokenised."""
+    import megaskip.data.dataset as dataset
+
+    tokenised = []
+
+    def slow(*args: Any, **options: Any) -> Iterator[tuple[int, Tokenised]]:
+        tokenised.append(True)
+        time.sleep(0.5)
+        return tokenise_all(*args, **options)
+
+    dataset.tokenise_all = slow
+    data: TokenizedData = build_dataset(config, fast_tokenizer())
+    results.put((bool(tokenised), ids(data.train)))
+
+
+@pytest.mark.timeout(60)
+def test_killed_builder_leaves_nothing_that_passes_for_complete(config: DataConfig) -> None:
+    process = multiprocessing.get_context("fork").Process(target=build_and_die, args=(config,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    left = list(Path(str(config.cache_dir)).glob("*.tmp-*"))
+    assert len(left) == 1
+    data = build_dataset(config, fast_tokenizer())
+    assert count(data) == 36 and not left[0].exists()
+
+
+@pytest.mark.timeout(60)
+def test_of_two_processes_one_tokenises_and_both_get_the_data(config: DataConfig) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=build_slowly, args=(config, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    (first, rows), (second, same_rows) = results.get(timeout=50), results.get(timeout=50)
+    for process in processes:
+        process.join()
+    assert sorted([first, second]) == [False, True]
+    assert rows == same_rows and len(rows) == 36
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (2, 1), (1, 3)])
+def test_streaming_gives_the_same_rows_in_the_same_order(
+    config: DataConfig, tmp_path: Path, weights: tuple[int, int]
+) -> None:
+    other = write_lines(tmp_path / "b.jsonl", questions(15, start=100))
+    data = (f"{config.data[0]}:{weights[0]}", f"{other}:{weights[1]}")
+    both = changed(config, data=data, held_out=0)
+    stored = build_dataset(both, fast_tokenizer())
+    streamed = build_dataset(changed(both, streaming=True), fast_tokenizer())
+    assert ids(streamed.train) == ids(stored.train)
+    assert ids(streamed.train) == ids(streamed.train)
+
+
+def test_streaming_holds_out_the_first_rows_at_most_a_fifth(config: DataConfig) -> None:
+    twice = changed(config, data=(config.data[0] + ":2",), streaming=True)
+    whole = build_dataset(changed(twice, held_out=0), fast_tokenizer())
+    data = build_dataset(twice, fast_tokenizer())
+    held_out = ids(data.held_out)
+    assert held_out == ids(whole.train)[:4]
+    assert ids(data.train) == [row for row in ids(whole.train) if row not in held_out]
+    assert len(build_dataset(changed(twice, held_out=99), fast_tokenizer()).held_out) == 16
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_streaming_resumes_by_skipping(config: DataConfig, packing: bool) -> None:
+    data = build_dataset(changed(config, streaming=True, packing=packing), fast_tokenizer())
+    assert isinstance(data.train, StreamingRows)
+    rows = list(data.train)
+    assert ids(data.train.skip(2).skip(1)) == ids(rows[3:])
+    assert all(row.packed is packing and len(row) <= 64 for row in rows)
+
+
+def test_streaming_of_data_without_anything_to_learn_is_an_error(config: DataConfig) -> None:
+    data = build_dataset(
+        changed(config, streaming=True, seq_length=8, held_out=0), fast_tokenizer()
+    )
+    with pytest.raises(DataError, match="no supervised token is left in 40 samples"):
+        list(data.train)
