@@ -1,14 +1,16 @@
 """Router-tune a frozen model.
 
-    deepspeed launch/train.py --ds_config ds_configs/zero3.json
-    torchrun --nproc_per_node 2 launch/train.py --ds_config ds_configs/zero3.json
-    python launch/train.py --help
+deepspeed launch/train.py --ds_config ds_configs/zero3.json
+torchrun --nproc_per_node 2 launch/train.py --ds_config ds_configs/zero3.json
+python launch/train.py --help
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # runs from a clone, installed or not
 
 from megaskip.job import run_cli, train  # noqa: E402
 

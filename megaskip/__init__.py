@@ -7,16 +7,18 @@
 Importing this package touches no device, no environment variable and no process group.
 """
 
+from megaskip._version import __version__
 from megaskip.arch import attach_routers, detach_routers
 from megaskip.checkpoint import load_routers, save_routers
 from megaskip.config import RouterConfig
 from megaskip.routing import RouterSet
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "RouterConfig",
     "RouterSet",
+    "__version__",
     "attach_routers",
     "detach_routers",
     "load_routers",

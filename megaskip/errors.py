@@ -1,4 +1,5 @@
-"""Errors that a user can act on. Each message says what was found, what is needed and what to change."""
+"""Errors that a user can act on. Each message says what was found, what is needed and what to
+change."""
 
 
 class MegaskipError(Exception):
@@ -6,7 +7,8 @@ class MegaskipError(Exception):
 
 
 class ConfigError(MegaskipError):
-    """A flag, a configuration file or a combination of them that cannot work. Holds every problem found."""
+    """A flag, a configuration file or a combination of them that cannot work. Holds every problem
+    found."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems

@@ -1,4 +1,5 @@
-"""A training job from its flags to its report: the order in which things are checked, made and released."""
+"""A training job from its flags to its report: the order in which things are checked, made and
+released."""
 
 import dataclasses
 import math
@@ -39,7 +40,8 @@ _FIRST_SPEAKS = 3.0
 
 
 def run_cli(main: Callable[[Sequence[str]], None]) -> None:
-    """Run an entry point on sys.argv; a MegaskipError ends it with one message and status 2, no traceback."""
+    """Run an entry point on sys.argv; a MegaskipError ends it with one message and status 2, no
+    traceback."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main(sys.argv[1:])
@@ -55,7 +57,9 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
 
 def train(argv: Sequence[str]) -> None:
     """Train as the flags say; the job of launch/train.py. Every rank calls it."""
-    config = parse_run_config(argv, description="Router-tune a frozen model, or train a small one whole.")
+    config = parse_run_config(
+        argv, description="Router-tune a frozen model, or train a small one whole."
+    )
     topology = read_topology(os.environ)
     set_up_logging(rank=topology.rank)
     quiet_libraries()
@@ -89,7 +93,8 @@ def _watch(config: RunConfig, topology: Topology) -> Watch:
 
 
 def _read_data(config: RunConfig, folder: Path) -> tuple[TokenizedData, int]:
-    """Return tokenised data and the padding token; before any process group exists, so nobody times out."""
+    """Return tokenised data and the padding token; before any process group exists, so nobody times
+    out."""
     tokenizer = load_tokenizer(
         config.model.tokenizer or folder, trust_remote_code=config.model.trust_remote_code
     )
@@ -108,7 +113,11 @@ def _with_demo(data: DataConfig) -> DataConfig:
 
 
 def _feed(
-    config: RunConfig, topology: Topology, data: TokenizedData, pad_token_id: int, resume: Path | None
+    config: RunConfig,
+    topology: Topology,
+    data: TokenizedData,
+    pad_token_id: int,
+    resume: Path | None,
 ) -> Feed:
     optim, world = config.optim, topology.world_size
     size = optim.micro_batch_size * optim.gradient_accumulation_steps * world
@@ -127,16 +136,21 @@ def _feed(
 
 
 def _same_global_batch(resume: Path, config: RunConfig, world: int) -> int:
-    """Return the global batch of the run that continues: another number of ranks accumulates more or less."""
+    """Return the global batch of the run that continues: another number of ranks accumulates more
+    or less."""
     size = read_state(resume).global_batch_size
     share = config.optim.micro_batch_size * world
     if size % share:
         raise ConfigError(
-            f"--resume {resume}: its global batch of {size} rows cannot be split over {world} ranks with "
-            f"--micro_batch_size {config.optim.micro_batch_size}; choose one so that ranks x size divides {size}"
+            f"--resume {resume}: its global batch of {size} rows cannot be split over {world} "
+            f"ranks with "
+            f"--micro_batch_size {config.optim.micro_batch_size}; choose one so that ranks x size "
+            f"divides {size}"
         )
     if size // share != config.optim.gradient_accumulation_steps:
-        logger.info("gradient accumulation is %d, to keep the global batch of %d rows", size // share, size)
+        logger.info(
+            "gradient accumulation is %d, to keep the global batch of %d rows", size // share, size
+        )
     return size
 
 
@@ -144,7 +158,8 @@ def _same_global_batch(resume: Path, config: RunConfig, world: int) -> int:
 
 
 def _choose_folders(config: RunConfig) -> tuple[Path, Path | None]:
-    """Return (run folder, checkpoint to continue from), on the first rank; never a folder that holds a run."""
+    """Return (run folder, checkpoint to continue from), on the first rank; never a folder that
+    holds a run."""
     settings = config.checkpoint
     if settings.resume not in (None, "auto"):
         checkpoint = Path(str(settings.resume))
@@ -154,13 +169,16 @@ def _choose_folders(config: RunConfig) -> tuple[Path, Path | None]:
         stem = Path("runs") / _run_name(config)
         runs = sorted(stem.parent.glob(f"{stem.name}-[0-9][0-9][0-9]"))
         continues = settings.resume == "auto" and runs
-        output_dir = runs[-1] if continues else stem.with_name(f"{stem.name}-{_next_number(runs):03d}")
+        output_dir = (
+            runs[-1] if continues else stem.with_name(f"{stem.name}-{_next_number(runs):03d}")
+        )
     else:
         output_dir = Path(settings.output_dir)
     found = checkpoints(output_dir)
     if found and settings.resume is None:
         raise ConfigError(
-            f"--output_dir {output_dir} holds a run already ({found[-1].name}); continue it with --resume auto, or "
+            f"--output_dir {output_dir} holds a run already ({found[-1].name}); continue it with "
+            f"--resume auto, or "
             "name another folder"
         )
     _require_writable(output_dir)
@@ -185,7 +203,8 @@ def _require_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise CheckpointError(
-            f"--output_dir {folder}: cannot write there ({error.strerror or error}); name another folder"
+            f"--output_dir {folder}: cannot write there ({error.strerror or error}); name another "
+            f"folder"
         ) from None
 
 
@@ -239,13 +258,18 @@ def _print_header(trainer: Trainer, folder: Path) -> None:
         ("trains", _trainable_text(engine, count)),
         (
             "engine",
-            f"{'ZeRO-3' if config.parallel.ds_config else 'replicas'} on {topology.world_size} rank(s), "
+            f"{'ZeRO-3' if config.parallel.ds_config else 'replicas'} on {topology.world_size} "
+            f"rank(s), "
             f"{topology.device.type}, {next(engine.module.parameters()).dtype}",
         ),
-        ("bytes on rank 0", "  ".join(f"{kind} {human_bytes(size)}" for kind, size in sizes.items())),
+        (
+            "bytes on rank 0",
+            "  ".join(f"{kind} {human_bytes(size)}" for kind, size in sizes.items()),
+        ),
         (
             "batch",
-            f"{feed.global_batch_size} rows = {topology.world_size} rank(s) x {optim.micro_batch_size} x "
+            f"{feed.global_batch_size} rows = {topology.world_size} rank(s) x "
+            f"{optim.micro_batch_size} x "
             f"{feed.global_batch_size // (topology.world_size * optim.micro_batch_size)}, "
             f"{trainer.total_steps} steps",
         ),
@@ -255,7 +279,13 @@ def _print_header(trainer: Trainer, folder: Path) -> None:
     ]
     if routers is not None:
         asked = f"{routers.config.capacity:.2f} of layers {describe_layers(routers.layers)}"
-        rows.insert(2, ("capacity asked", f"{asked}, {routers.config.granularity}, budget {routers.config.budget}"))
+        rows.insert(
+            2,
+            (
+                "capacity asked",
+                f"{asked}, {routers.config.granularity}, budget {routers.config.budget}",
+            ),
+        )
     for line in table(rows, title="megaskip"):
         logger.info("%s", line)
 
@@ -265,4 +295,6 @@ def _trainable_text(engine: Engine, count: int) -> str:
         return f"every weight, {count:,} parameters"
     names = ", ".join(f"skip_routers.{name}" for name in engine.parameters)
     shape = tuple(next(iter(engine.parameters.values())).shape)
-    return f"{names}: {len(engine.parameters)} x {shape[0]}x{shape[1]} = {count:,} parameters, float32"
+    return (
+        f"{names}: {len(engine.parameters)} x {shape[0]}x{shape[1]} = {count:,} parameters, float32"
+    )

@@ -13,7 +13,8 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def set_up_logging(*, rank: int) -> None:
-    """Send megaskip's log to stdout: everything on rank 0, warnings with the rank's number elsewhere."""
+    """Send megaskip's log to stdout: everything on rank 0, warnings with the rank's number
+    elsewhere."""
     root = logging.getLogger("megaskip")
     root.handlers.clear()
     handler = logging.StreamHandler(sys.stdout)
@@ -26,6 +27,13 @@ def set_up_logging(*, rank: int) -> None:
 
 def quiet_libraries() -> None:
     """Keep the libraries' own chatter out of the run's log; errors still come through."""
-    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "filelock", "torch.distributed"):
+    for name in (
+        "DeepSpeed",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "filelock",
+        "torch.distributed",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

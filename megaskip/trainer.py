@@ -89,17 +89,24 @@ class Trainer:
 
     def _timed_step(self, batches: Any) -> tuple[StepResult, float]:
         begun = time.perf_counter()
-        result = self.engine.train_step(batches, learning_rate(self.config.optim, self.step, self.total_steps))
+        result = self.engine.train_step(
+            batches, learning_rate(self.config.optim, self.step, self.total_steps)
+        )
         return result, time.perf_counter() - begun
 
     def _seed(self) -> None:
-        """Make randomness a function of (seed, step, rank), so that nothing of it needs to be saved."""
-        torch.manual_seed((self.config.optim.seed * 1_000_003 + self.step) * 65_537 + self.topology.rank)
+        """Make randomness a function of (seed, step, rank), so that nothing of it needs to be
+        saved."""
+        torch.manual_seed(
+            (self.config.optim.seed * 1_000_003 + self.step) * 65_537 + self.topology.rank
+        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _record(self, metrics: MetricsWriter | None, bar: Any, result: StepResult, seconds: float) -> None:
+    def _record(
+        self, metrics: MetricsWriter | None, bar: Any, result: StepResult, seconds: float
+    ) -> None:
         if metrics is None:
             return
         values = {
@@ -116,7 +123,9 @@ class Trainer:
         metrics.record(self.step, values)
         routers = self.engine.routers
         if self.step % self.config.log.log_every == 0 and routers is not None:
-            metrics.histograms(self.step, {k: d.logit.detach().sigmoid() for k, d in routers.decisions().items()})
+            metrics.histograms(
+                self.step, {k: d.logit.detach().sigmoid() for k, d in routers.decisions().items()}
+            )
         shown = {"loss": f"{result.loss_task:.3f}", "tok/s": f"{result.tokens / seconds:.0f}"}
         if routers is not None:
             shown["capacity"] = f"{result.capacity:.3f}"
@@ -155,18 +164,36 @@ class Trainer:
         path = self.output_dir / f"step_{self.step:06d}"
 
         def write() -> Path:
-            save_checkpoint(path, self._state(), self._write_weights, self.engine.parameters, self.engine.optimizer)
+            save_checkpoint(
+                path,
+                self._state(),
+                self._write_weights,
+                self.engine.parameters,
+                self.engine.optimizer,
+            )
             prune(self.output_dir, self.config.checkpoint.keep_last)
             return path
 
         return on_first_rank(self.topology, write)
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint; raises CheckpointError when it does not fit. Collective in effect."""
+        """Continue from a checkpoint; raises CheckpointError when it does not fit. Collective in
+        effect."""
         state = read_state(path)
         require_same_run(path, state, self._state())
-        weights, prefix = (WEIGHTS, f"{PREFIX}.") if self.engine.routers is not None else ("model.safetensors", "")
-        restore(path, weights, prefix, self.engine.parameters, self.engine.optimizer, state.optimizer_steps)
+        weights, prefix = (
+            (WEIGHTS, f"{PREFIX}.")
+            if self.engine.routers is not None
+            else ("model.safetensors", "")
+        )
+        restore(
+            path,
+            weights,
+            prefix,
+            self.engine.parameters,
+            self.engine.optimizer,
+            state.optimizer_steps,
+        )
         if self.engine.routers is not None:
             self.engine.routers.budget.restore(state.steering)
         self.step, self.tokens = state.step, state.tokens
@@ -199,7 +226,9 @@ class Trainer:
         held_out = self.evaluate()
         peak = torch.tensor(peak_memory_gib(self.topology.device), device=self.topology.device)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        return on_first_rank(self.topology, lambda: self._finish(metrics, held_out, seconds, float(peak)))
+        return on_first_rank(
+            self.topology, lambda: self._finish(metrics, held_out, seconds, float(peak))
+        )
 
     def _finish(
         self, metrics: MetricsWriter | None, held_out: dict[str, Any], seconds: float, peak: float
@@ -207,7 +236,9 @@ class Trainer:
         """Write what remains and say how it went; on the first rank."""
         assert metrics is not None
         report = self._report(metrics, held_out, seconds, peak)
-        (self.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (self.output_dir / "report.json").write_text(
+            json.dumps(report, indent=2) + "\n", encoding="utf-8"
+        )
         for line in table(closing_rows(report), title=f"done: {self.output_dir}"):
             logger.info("%s", line)
         self._warn_if_off(report)
@@ -248,17 +279,23 @@ class Trainer:
         moments = sum(s[k].nbytes for s in states for k in ("exp_avg", "exp_avg_sq"))
         weights, count = sum(p.nbytes for p in parameters), sum(p.numel() for p in parameters)
         return (
-            f"{human_bytes(weights + moments)} ({(weights + moments) / count:.0f} bytes for each of {count:,} "
+            f"{human_bytes(weights + moments)} ({(weights + moments) / count:.0f} bytes for each "
+            f"of {count:,} "
             "trained parameters, master weights included)"
         )
 
     def _warn_if_off(self, report: dict[str, Any]) -> None:
         if self.engine.routers is None or self.config.router.budget != "global":
             return
-        error = report["held_out"].get("capacity", report["training_capacity"]) - report["asked_capacity"]
+        error = (
+            report["held_out"].get("capacity", report["training_capacity"])
+            - report["asked_capacity"]
+        )
         if abs(error) > _CLOSE:
             logger.warning(
-                "the capacity is off by %+.3f: train longer (--max_steps), or raise --lr or --penalty_weight", error
+                "the capacity is off by %+.3f: train longer (--max_steps), or raise --lr or "
+                "--penalty_weight",
+                error,
             )
 
     def _metrics(self) -> Any:
@@ -273,7 +310,11 @@ class Trainer:
         if not self.topology.is_first:
             return _Nothing()
         return tqdm(
-            total=self.total_steps, initial=self.step, unit="step", disable=not self.config.log.progress, mininterval=0.5
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.config.log.progress,
+            mininterval=0.5,
         )
 
 

@@ -1,6 +1,5 @@
 """Tiny models of every supported family: one row each, built in code, no network."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +49,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 8,
         },
     ),
-    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    ),
     "gemma2": ("Gemma2Config", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
     "olmo2": ("Olmo2Config", {}),
@@ -65,7 +67,8 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
-    """Return a tiny float32 model whose sublayers move the residual as much as a trained model's do."""
+    """Return a tiny float32 model whose sublayers move the residual as much as a trained model's
+    do."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
     _enlarge(model)
@@ -73,9 +76,11 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any
 
 
 def _enlarge(model: nn.Module) -> None:
-    """Scale matrices up: freshly initialised sublayers hardly touch the residual, which would hide mistakes."""
-    scale: Callable[[str], float] = lambda name: 1.0 if "embed" in name or "lm_head" in name else 6.0  # noqa: E731
+    """Scale matrices up.
+
+    Freshly initialised sublayers hardly touch the residual, which would hide mistakes.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(scale(name))
+            if parameter.dim() > 1 and "embed" not in name and "lm_head" not in name:
+                parameter.mul_(6.0)

@@ -1,7 +1,7 @@
 """Where routers meet Hugging Face decoders. Knows attribute names and arithmetic, not parallelism.
 
-Promise: no modelling code is copied, no state-dict key changes, and a family on which skipping is not the
-identity is refused with numbers.
+Promise: no modelling code is copied, no state-dict key changes, and a family on which skipping is
+not the identity is refused with numbers.
 """
 
 from megaskip.arch.anatomy import Anatomy, find_decoder, freeze

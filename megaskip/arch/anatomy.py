@@ -23,14 +23,16 @@ class Anatomy:
 
 
 def find_decoder(model: nn.Module) -> Anatomy:
-    """Return the parts of an HF decoder; raises UnsupportedModelError when its layers cannot be found."""
+    """Return the parts of an HF decoder; raises UnsupportedModelError when its layers cannot be
+    found."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder else model
     layers = getattr(decoder, "layers", None)
     config = getattr(model, "config", None)
     if config is None or not isinstance(layers, nn.ModuleList) or not len(layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: found no list of decoder layers at get_decoder().layers; megaskip routes "
+            f"{type(model).__name__}: found no list of decoder layers at get_decoder().layers; "
+            f"megaskip routes "
             "Hugging Face decoder-only models (see the support matrix in the README)"
         )
     get_head = getattr(model, "get_output_embeddings", None)
@@ -47,8 +49,8 @@ def find_decoder(model: nn.Module) -> Anatomy:
 def freeze(model: nn.Module) -> list[str]:
     """Let nothing train but the routers and return the names that still do.
 
-    Only names that start with `skip_routers.` train: a substring test would unfreeze the MoE routers that
-    14 families of transformers own.
+    Only names that start with `skip_routers.` train: a substring test would unfreeze the MoE
+    routers that 14 families of transformers own.
     """
     trainable = []
     for name, parameter in model.named_parameters():

@@ -11,19 +11,25 @@ from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import is_routed, route_layer, unroute
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.errors import ConfigError, UnsupportedModelError
-from megaskip.inference.held import HeldDecisions, hold, held_by
+from megaskip.inference.held import HeldDecisions, held_by, hold
 from megaskip.routing import PREFIX, Pooling, RouterSet
 
 
 def attach_routers(
-    model: nn.Module, config: RouterConfig | None = None, *, register: bool = True, verify: bool = True
+    model: nn.Module,
+    config: RouterConfig | None = None,
+    *,
+    register: bool = True,
+    verify: bool = True,
 ) -> RouterSet:
-    """Give the decoder layers of `model` fresh routers, freeze everything else and return the routers.
+    """Give the decoder layers of `model` fresh routers, freeze everything else and return the
+    routers.
 
-    The model computes what it computed before, bit for bit, until the routers learn. `register=False` keeps
-    the RouterSet beside the model (for a model that DeepSpeed shards) instead of on it as `skip_routers`.
-    `verify` proves on the model itself, with a few tokens, that skipping is the identity; a model on which
-    it is not stays as it was: UnsupportedModelError with the numbers.
+    The model computes what it computed before, bit for bit, until the routers learn.
+    `register=False` keeps the RouterSet beside the model (for a model that DeepSpeed shards)
+    instead of on it as `skip_routers`. `verify` proves on the model itself, with a few tokens, that
+    skipping is the identity; a model on which it is not stays as it was: UnsupportedModelError with
+    the numbers.
     """
     config = config or RouterConfig()
     anatomy = find_decoder(model)
@@ -32,7 +38,8 @@ def attach_routers(
     layers = resolve_layers(config.layers, len(anatomy.layers))
     if 0 in layers and config.target != "mlp":
         raise ConfigError(
-            f"layer 0 cannot be routed with --granularity {config.granularity}: the KV cache takes its length "
+            f"layer 0 cannot be routed with --granularity {config.granularity}: the KV cache takes "
+            f"its length "
             "from layer 0; leave it out of --layers"
         )
     device = next(iter(anatomy.layers[layers[0]].parameters())).device
@@ -64,7 +71,8 @@ def detach_routers(model: nn.Module) -> None:
 
 
 def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
-    """Let plain calls of the model announce themselves: what is real comes from the attention mask."""
+    """Let plain calls of the model announce themselves: what is real comes from the attention
+    mask."""
 
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         past = kwargs.get("past_key_values")
@@ -73,7 +81,9 @@ def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
         held = held_by(past) if config_is_sequence else {}
         routers.begin(_pooling(routers, _token_mask(args, kwargs)), held)
 
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def remember(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         cache = getattr(output, "past_key_values", None)
         if cache is not None and config_is_sequence and not isinstance(cache, HeldDecisions):
             hold(cache, routers.decisions())
@@ -92,7 +102,8 @@ def _pooling(routers: RouterSet, token_mask: Tensor) -> Pooling:
 
 
 def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return bool [B, T] of the tokens of this call (the last T columns of a mask that covers the cache)."""
+    """Return bool [B, T] of the tokens of this call (the last T columns of a mask that covers the
+    cache)."""
     inputs = args[0] if args else kwargs.get("input_ids")
     if inputs is None:
         inputs = kwargs["inputs_embeds"]

@@ -1,7 +1,9 @@
-"""Proof by numbers that skipping is the identity on a model: run it, do not guess from attribute names.
+"""Proof by numbers that skipping is the identity on a model: run it, do not guess from attribute
+names.
 
-With a for the attention's keep and m for the MLP's, a decoder layer f(x; a, m) that is gated in the right
-places satisfies f(x; 0, 0) = x, is affine in a at m = 0 and in m at a = 0, and f(x; 1, 1) is the plain layer.
+With a for the attention's keep and m for the MLP's, a decoder layer f(x; a, m) that is gated in the
+right places satisfies f(x; 0, 0) = x, is affine in a at m = 0 and in m at a = 0, and f(x; 1, 1) is
+the plain layer.
 """
 
 import contextlib
@@ -44,11 +46,16 @@ class ProbeReport:
     def explain(self, model_type: str) -> str:
         """Return the verdict as an error text."""
         return (
-            f"{model_type}: skipping a sublayer of layer {self.layer} is not the identity. Distance from the input "
-            f"with everything skipped: {self.at_zero:.1e}; departure from affine in keep: attention "
-            f"{self.bend_attention:.1e}, MLP {self.bend_mlp:.1e} (each at most {_TOLERANCE:.0e} of the update); "
-            f"distance from the plain layer with everything kept: {self.at_one:.1e} (must be 0). megaskip does not "
-            "route this family; a row in EXCEPTIONS of megaskip/arch/sites.py could teach it where the gates belong"
+            f"{model_type}: skipping a sublayer of layer {self.layer} is not the identity. "
+            f"Distance from the input "
+            f"with everything skipped: {self.at_zero:.1e}; departure from affine in keep: "
+            f"attention "
+            f"{self.bend_attention:.1e}, MLP {self.bend_mlp:.1e} (each at most {_TOLERANCE:.0e} of "
+            f"the update); "
+            f"distance from the plain layer with everything kept: {self.at_one:.1e} (must be 0). "
+            f"megaskip does not "
+            "route this family; a row in EXCEPTIONS of megaskip/arch/sites.py could teach it where "
+            "the gates belong"
         )
 
 
@@ -63,7 +70,9 @@ class _ProbeGate:
     def decide(self, hidden_states: Tensor) -> None:
         """Decide nothing."""
 
-    def run_attention(self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+    def run_attention(
+        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
+    ) -> Any:
         """Run everything."""
         return run(hidden_states, **kwargs)
 
@@ -76,15 +85,18 @@ class _ProbeGate:
         return update * self.keep[site]
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """Return the output: whole layers are not probed, their mix is the identity by construction."""
+        """Return the output: whole layers are not probed, their mix is the identity by
+        construction."""
         return output
 
 
 @torch.no_grad()
 def probe_layer(model: nn.Module, index: int) -> ProbeReport:
-    """Measure on layer `index` of `model` itself, not yet routed, whether its gates would be in the right places.
+    """Measure on layer `index` of `model` itself, not yet routed, whether its gates would be in the
+    right places.
 
-    Runs one forward pass of 8 tokens and the layer seven times. Under ZeRO-3 collective: every rank calls it.
+    Runs one forward pass of 8 tokens and the layer seven times. Under ZeRO-3 collective: every rank
+    calls it.
     """
     anatomy = find_decoder(model)
     layer = anatomy.layers[index]
@@ -110,7 +122,9 @@ def probe_layer(model: nn.Module, index: int) -> ProbeReport:
         model.train(was_training)
 
 
-def _measure(run: Callable[[float, float], Tensor], x: Tensor, reference: Tensor, index: int) -> ProbeReport:
+def _measure(
+    run: Callable[[float, float], Tensor], x: Tensor, reference: Tensor, index: int
+) -> ProbeReport:
     zero = run(0.0, 0.0)
     # Residual additions in bfloat16 round by this much, whatever the gates do.
     rounding = 4 * torch.finfo(x.dtype).eps * float(reference.abs().max())
@@ -143,7 +157,8 @@ def _gated(layer: nn.Module, model_type: str) -> Iterator[dict[str, float]]:
 
 
 def _arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what `decoder` passes to `layer` for a short input: masks, positions, whatever the family needs."""
+    """Return what `decoder` passes to `layer` for a short input: masks, positions, whatever the
+    family needs."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

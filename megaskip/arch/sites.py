@@ -1,7 +1,7 @@
 """Where a router may act inside an HF decoder layer. Knows attribute names, not parallelism.
 
-An update must be multiplied where it meets the residual: in families with a norm behind the sublayer
-(gemma2, gemma3, olmo2, glm4) a gate in front of that norm would be undone by it.
+An update must be multiplied where it meets the residual: in families with a norm behind the
+sublayer (gemma2, gemma3, olmo2, glm4) a gate in front of that norm would be undone by it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ class Sites:
     attention: str
     """Runs the attention; its input is what the router reads."""
     attention_update: str
-    """Returns the attention's update of the residual: the attention itself, or the norm behind it."""
+    """Returns the attention's update of the residual: the attention itself, or the norm behind
+    it."""
     mlp: str
     mlp_update: str
     mlp_is_tuple: bool = False
@@ -43,14 +44,17 @@ _MLP = ("mlp", "block_sparse_moe", "feed_forward")
 
 
 def find_sites(layer: nn.Module, model_type: str) -> Sites:
-    """Return the sites of a decoder layer; raises UnsupportedModelError when it has no such children."""
+    """Return the sites of a decoder layer; raises UnsupportedModelError when it has no such
+    children."""
     children = dict(layer.named_children())
     attention = next((name for name in _ATTENTION if name in children), None)
     mlp = next((name for name in _MLP if name in children), None)
     if attention is None or mlp is None:
         raise UnsupportedModelError(
-            f"{model_type}: {type(layer).__name__} has the children {', '.join(children)}; expected "
-            f"{_ATTENTION[0]} and one of {', '.join(_MLP)}. Name another layer with --layers if this one is special"
+            f"{model_type}: {type(layer).__name__} has the children {', '.join(children)}; "
+            f"expected "
+            f"{_ATTENTION[0]} and one of {', '.join(_MLP)}. Name another layer with --layers if "
+            f"this one is special"
         )
     exception = EXCEPTIONS.get(model_type)
     return Sites(
@@ -70,8 +74,8 @@ def _norm_behind_mlp(children: dict[str, nn.Module]) -> str | None:
 def _norm_behind_attention(children: dict[str, nn.Module]) -> str | None:
     if "post_self_attn_layernorm" in children:
         return "post_self_attn_layernorm"
-    # Llama's post_attention_layernorm stands in front of the MLP; it stands behind the attention only where
-    # the MLP has a norm behind it too.
+    # Llama's post_attention_layernorm stands in front of the MLP; it stands behind the attention
+    # only where the MLP has a norm behind it too.
     if "post_feedforward_layernorm" in children and "post_attention_layernorm" in children:
         return "post_attention_layernorm"
     return None

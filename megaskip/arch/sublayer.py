@@ -1,7 +1,8 @@
-"""Sublayers that ask a gate: dynamic subclasses of whatever class the model uses. No arithmetic of their own.
+"""Sublayers that ask a gate: dynamic subclasses of whatever class the model uses. No arithmetic of
+their own.
 
-The class of the instance is exchanged, its forward is never overridden: an overridden `forward` switches
-activation checkpointing off in silence in transformers 5.
+The class of the instance is exchanged, its forward is never overridden: an overridden `forward`
+switches activation checkpointing off in silence in transformers 5.
 """
 
 import functools
@@ -19,13 +20,16 @@ class SublayerGate(Protocol):
     skips: frozenset[str]
     """Sublayers that a decision may leave out: attn, mlp."""
     writes: frozenset[str]
-    """Where the decision is multiplied: attn or mlp (an update of the residual), block (the whole layer)."""
+    """Where the decision is multiplied: attn or mlp (an update of the residual), block (the whole
+    layer)."""
 
     def decide(self, hidden_states: Tensor) -> None:
         """Decide from the layer's normalised input [B, T, D]."""
         ...
 
-    def run_attention(self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+    def run_attention(
+        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
+    ) -> Any:
         """Run the attention on what is kept."""
         ...
 
@@ -43,7 +47,8 @@ class SublayerGate(Protocol):
 
 
 class _Routed:
-    """What all routed sublayers carry; names start with `_skip_` so that they collide with nothing."""
+    """What all routed sublayers carry; names start with `_skip_` so that they collide with
+    nothing."""
 
     _skip_gate: SublayerGate
     _skip_base: type
@@ -111,7 +116,9 @@ def route_layer(layer: nn.Module, sites: Sites, gate: SublayerGate) -> list[nn.M
     attention_writes = "attn" in gate.writes
     behind = sites.attention_update != sites.attention
     attention = getattr(layer, sites.attention)
-    routed = [_route(attention, RoutedAttention, gate, "attn", writes=attention_writes and not behind)]
+    routed = [
+        _route(attention, RoutedAttention, gate, "attn", writes=attention_writes and not behind)
+    ]
     if attention_writes and behind:
         routed.append(_route(getattr(layer, sites.attention_update), RoutedNorm, gate, "attn"))
     if "mlp" in gate.skips:
@@ -142,13 +149,16 @@ def is_routed(module: nn.Module) -> bool:
 
 @functools.cache
 def routed_class(base: type, mixin: type) -> type:
-    """Return the subclass of `base` that asks a gate; one per pair, so that class comparisons hold."""
+    """Return the subclass of `base` that asks a gate; one per pair, so that class comparisons
+    hold."""
     return type(f"Routed{base.__name__}", (mixin, base), {"__module__": base.__module__})
 
 
-def _route(module: nn.Module, mixin: type[_Routed], gate: SublayerGate, site: str, **extra: Any) -> nn.Module:
+def _route(
+    module: nn.Module, mixin: type[_Routed], gate: SublayerGate, site: str, **extra: Any
+) -> nn.Module:
     base = type(module)
-    module.__class__ = routed_class(base, mixin)
+    module.__class__ = routed_class(base, mixin)  # type: ignore[arg-type]
     for name, value in {"gate": gate, "base": base, "site": site, **extra}.items():
         module.__dict__[f"_skip_{name}"] = value
     return module

@@ -16,14 +16,16 @@ IGNORED = -100
 
 
 class TaskLoss(nn.Module):
-    """Sums the cross-entropy of the supervised tokens of a batch. The module that engines call and shard."""
+    """Sums the cross-entropy of the supervised tokens of a batch. The module that engines call and
+    shard."""
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int) -> None:
         super().__init__()
         anatomy = find_decoder(model)
         if not isinstance(anatomy.head, nn.Linear):
             raise UnsupportedModelError(
-                f"{anatomy.model_type}: its output embedding is {type(anatomy.head).__name__}, expected nn.Linear"
+                f"{anatomy.model_type}: its output embedding is {type(anatomy.head).__name__}, "
+                f"expected nn.Linear"
             )
         self.model = model
         self.head = HeadLoss(anatomy.head, _logit_transform(model.config), chunk_tokens)
@@ -31,10 +33,14 @@ class TaskLoss(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, labels: Tensor
     ) -> Tensor:
-        """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED has no loss."""
+        """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED
+        has no loss."""
         decoder = find_decoder(self.model).decoder
         hidden_states = decoder(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
         )[0]
         targets = labels[:, 1:]
         supervised = targets != IGNORED
@@ -42,9 +48,12 @@ class TaskLoss(nn.Module):
 
 
 class HeadLoss(nn.Module):
-    """Output embedding and cross-entropy, a chunk of tokens at a time. One ZeRO-3 leaf: gathered once."""
+    """Output embedding and cross-entropy, a chunk of tokens at a time. One ZeRO-3 leaf: gathered
+    once."""
 
-    def __init__(self, head: nn.Linear, transform: Callable[[Tensor], Tensor], chunk_tokens: int) -> None:
+    def __init__(
+        self, head: nn.Linear, transform: Callable[[Tensor], Tensor], chunk_tokens: int
+    ) -> None:
         super().__init__()
         self.linear = head
         self._transform = transform
@@ -53,14 +62,20 @@ class HeadLoss(nn.Module):
     def forward(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         """Return the summed loss, float32 [], of hidden states [N, D] and targets int64 [N]."""
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
-            hidden_states, self.linear.weight, self.linear.bias, targets, self._transform, self._chunk_tokens
+            hidden_states,
+            self.linear.weight,
+            self.linear.bias,
+            targets,
+            self._transform,
+            self._chunk_tokens,
         )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy whose gradient is taken in the forward pass, chunk by chunk.
 
-    Logits live only for their chunk and are not computed again, and a frozen head needs its weight once.
+    Logits live only for their chunk and are not computed again, and a frozen head needs its weight
+    once.
     """
 
     @staticmethod
@@ -109,7 +124,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_gradient(
     logits: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor], learns: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of logits [n, V] and its gradient, in the logits' dtype (empty if not `learns`)."""
+    """Return the summed loss of logits [n, V] and its gradient, in the logits' dtype (empty if not
+    `learns`)."""
     with torch.set_grad_enabled(learns):
         logits = logits.detach().requires_grad_(learns)
         loss = nn.functional.cross_entropy(transform(logits.float()), targets, reduction="sum")
@@ -117,7 +133,8 @@ def _loss_and_gradient(
 
 
 def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
-    """Return what a family does to its logits after the output embedding; verified by verify_task_loss."""
+    """Return what a family does to its logits after the output embedding; verified by
+    verify_task_loss."""
     config = config.get_text_config(decoder=True)
     cap = getattr(config, "final_logit_softcapping", None)
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -133,7 +150,8 @@ def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def verify_task_loss(loss: TaskLoss) -> None:
-    """Raise UnsupportedModelError unless the loss is that of the model's own logits on a few tokens.
+    """Raise UnsupportedModelError unless the loss is that of the model's own logits on a few
+    tokens.
 
     Under ZeRO-3 collective: every rank calls it.
     """
@@ -146,7 +164,8 @@ def verify_task_loss(loss: TaskLoss) -> None:
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
     if abs(float(own - theirs)) > tolerance * max(1.0, abs(float(theirs))):
         raise UnsupportedModelError(
-            f"{model.config.model_type}: the loss from hidden states and output embedding is {float(own):.4f}, from "
+            f"{model.config.model_type}: the loss from hidden states and output embedding is "
+            f"{float(own):.4f}, from "
             f"the model's own logits {float(theirs):.4f}; it does something to its logits that "
             "megaskip/arch/task_loss.py does not know"
         )

@@ -36,7 +36,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as safetensors; the order of names does not depend on the run."""
     contiguous = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
@@ -56,7 +58,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: expected an object, found {type(content).__name__}")
+        raise CheckpointError(
+            f"{path} is damaged: expected an object, found {type(content).__name__}"
+        )
     return content
 
 

@@ -1,4 +1,5 @@
-"""Which base model routers belong to: a short description that another model does not match by accident."""
+"""Which base model routers belong to: a short description that another model does not match by
+accident."""
 
 import dataclasses
 import hashlib
@@ -26,13 +27,16 @@ class BaseModel:
     """Fingerprint of the weight files; None when the model did not come from files."""
 
     def require(self, other: "BaseModel", what: str) -> None:
-        """Raise CheckpointError unless `other`, the model at hand, is this one; its name may differ."""
+        """Raise CheckpointError unless `other`, the model at hand, is this one; its name may
+        differ."""
         for field in ("model_type", "num_layers", "hidden_size", "weights"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs and None not in (mine, theirs):
                 raise CheckpointError(
-                    f"{what} belongs to another base model: {field} is {mine} there ({self.name}) and {theirs} in "
-                    f"the model at hand ({other.name}); pass the base it was trained on with --model"
+                    f"{what} belongs to another base model: {field} is {mine} there ({self.name}) "
+                    f"and {theirs} in "
+                    f"the model at hand ({other.name}); pass the base it was trained on with "
+                    f"--model"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -49,8 +53,11 @@ class BaseModel:
         return cls(**{name: content[name] for name in names})
 
 
-def describe_base(config: Any, folder: str | Path | None = None, revision: str | None = None) -> BaseModel:
-    """Return the identity of a model with HF `config`, whose weight files lie in `folder`, if any."""
+def describe_base(
+    config: Any, folder: str | Path | None = None, revision: str | None = None
+) -> BaseModel:
+    """Return the identity of a model with HF `config`, whose weight files lie in `folder`, if
+    any."""
     text = config.get_text_config(decoder=True)
     return BaseModel(
         name=str(getattr(config, "_name_or_path", "") or folder or ""),
@@ -63,7 +70,8 @@ def describe_base(config: Any, folder: str | Path | None = None, revision: str |
 
 
 def _fingerprint(folder: Path) -> str | None:
-    """Hash the headers of all shards and a few samples of each: the same on every disk, cheap at any size."""
+    """Hash the headers of all shards and a few samples of each: the same on every disk, cheap at
+    any size."""
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         return None

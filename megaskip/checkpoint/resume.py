@@ -1,4 +1,5 @@
-"""Checkpoints of a run: what trains, its optimizer, and where the run stands. Independent of ranks and engines."""
+"""Checkpoints of a run: what trains, its optimizer, and where the run stands. Independent of ranks
+and engines."""
 
 import dataclasses
 import shutil
@@ -24,7 +25,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """Where a run stands after a step; with the seed this determines everything that comes after."""
+    """Where a run stands after a step; with the seed this determines everything that comes
+    after."""
 
     step: int
     """Optimizer steps taken."""
@@ -48,7 +50,8 @@ def save_checkpoint(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write a checkpoint folder, whole or not at all; `write_weights` adds the files of what trains."""
+    """Write a checkpoint folder, whole or not at all; `write_weights` adds the files of what
+    trains."""
     with new_folder(path) as folder:
         write_weights(folder)
         moments = {
@@ -68,41 +71,62 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def prune(output_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints, and drafts that a killed run left behind."""
+    """Remove all but the newest `keep_last` checkpoints, and drafts that a killed run left
+    behind."""
     for path in [*checkpoints(output_dir)[:-keep_last], *output_dir.glob(".*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def read_state(path: Path) -> TrainerState:
-    """Return the state in a checkpoint folder; raises CheckpointError when it is incomplete or damaged."""
+    """Return the state in a checkpoint folder; raises CheckpointError when it is incomplete or
+    damaged."""
     if not (path / COMPLETE).is_file():
-        raise CheckpointError(f"--resume {path}: not a complete checkpoint (no file {COMPLETE} in it)")
+        raise CheckpointError(
+            f"--resume {path}: not a complete checkpoint (no file {COMPLETE} in it)"
+        )
     content = read_json(path / STATE)
     if content.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path / STATE}: not of format {FORMAT}, which this version of megaskip reads")
+        raise CheckpointError(
+            f"{path / STATE}: not of format {FORMAT}, which this version of megaskip reads"
+        )
     names = {field.name for field in dataclasses.fields(TrainerState)}
     if content.keys() != names:
-        raise CheckpointError(f"{path / STATE} is damaged: its fields are {', '.join(sorted(content))}")
+        raise CheckpointError(
+            f"{path / STATE} is damaged: its fields are {', '.join(sorted(content))}"
+        )
     return TrainerState(**content)
 
 
 def require_same_run(path: Path, old: TrainerState, new: TrainerState) -> None:
-    """Raise CheckpointError when continuing `old` with the settings of `new` would not be the same run."""
+    """Raise CheckpointError when continuing `old` with the settings of `new` would not be the same
+    run."""
     base = BaseModel.from_json(dict(old.base_model), path / STATE)
     base.require(BaseModel.from_json(dict(new.base_model), path / STATE), f"the checkpoint {path}")
-    flags = {"seed": "--seed", "train": "--train", "data_fingerprint": "--data (or its files, or --seq_length)"}
+    flags = {
+        "seed": "--seed",
+        "train": "--train",
+        "data_fingerprint": "--data (or its files, or --seq_length)",
+    }
     for field, flag in flags.items():
         if getattr(old, field) != getattr(new, field):
             raise CheckpointError(
-                f"--resume {path}: {flag} differs from the run that wrote it ({getattr(old, field)} there, "
-                f"{getattr(new, field)} now); use the same, or start a new run in another --output_dir"
+                f"--resume {path}: {flag} differs from the run that wrote it "
+                f"({getattr(old, field)} there, "
+                f"{getattr(new, field)} now); use the same, or start a new run in another "
+                f"--output_dir"
             )
 
 
 def restore(
-    path: Path, weights: str, prefix: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, steps: float
+    path: Path,
+    weights: str,
+    prefix: str,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: float,
 ) -> None:
-    """Fill parameters and AdamW's moments from a checkpoint. `weights` is the file's name, `prefix` its keys'."""
+    """Fill parameters and AdamW's moments from a checkpoint. `weights` is the file's name, `prefix`
+    its keys'."""
     stored, moments = read_tensors(path / weights), read_tensors(path / OPTIMIZER)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -115,9 +139,12 @@ def restore(
 
 def _copy(target: Tensor, tensors: Mapping[str, Tensor], name: str, file: Path) -> None:
     if name not in tensors:
-        raise CheckpointError(f"{file} lacks {name}; it belongs to other --layers, --granularity or another model")
+        raise CheckpointError(
+            f"{file} lacks {name}; it belongs to other --layers, --granularity or another model"
+        )
     if tensors[name].shape != target.shape:
         raise CheckpointError(
-            f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(target.shape)}"
+            f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model needs "
+            f"{tuple(target.shape)}"
         )
     target.copy_(tensors[name])

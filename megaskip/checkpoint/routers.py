@@ -1,4 +1,5 @@
-"""A router folder: routers.safetensors and router_config.json, all that export and evaluation need."""
+"""A router folder: routers.safetensors and router_config.json, all that export and evaluation
+need."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +22,8 @@ FORMAT = 1
 
 
 def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None = None) -> Path:
-    """Write a router folder, atomically, and return its path. `base` names the model they belong to."""
+    """Write a router folder, atomically, and return its path. `base` names the model they belong
+    to."""
     path = Path(path)
     with new_folder(path) as folder:
         write_router_files(folder, routers, base)
@@ -63,7 +65,9 @@ def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseM
     file = path / CONFIG
     content = read_json(file)
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: format {content.get('format')!r}; this version of megaskip reads {FORMAT}")
+        raise CheckpointError(
+            f"{file}: format {content.get('format')!r}; this version of megaskip reads {FORMAT}"
+        )
     names = [field.name for field in dataclasses.fields(RouterConfig)]
     missing = [name for name in names if name not in content]
     if missing:
@@ -83,17 +87,25 @@ def read_router_weights(
     file = path / WEIGHTS
     tensors = read_tensors(file)
     expected = {f"{PREFIX}.{layer}.{target}.weight": (1, hidden_size) for layer in layers}
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    missing, extra = (
+        sorted(expected.keys() - tensors.keys()),
+        sorted(tensors.keys() - expected.keys()),
+    )
     if missing or extra:
-        raise CheckpointError(f"{file}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")
+        raise CheckpointError(
+            f"{file}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
+        )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(f"{file}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+            raise CheckpointError(
+                f"{file}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+            )
     return {name.removeprefix(f"{PREFIX}."): tensor for name, tensor in tensors.items()}
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; raises CheckpointError when it is missing or damaged."""
+    """Return the tensors of a safetensors file; raises CheckpointError when it is missing or
+    damaged."""
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist")
     try:

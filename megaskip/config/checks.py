@@ -12,7 +12,9 @@ def one_of(flag: str, value: str, choices: Iterable[str]) -> Iterator[str]:
     yield f"--{flag} {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
 
 
-def within(flag: str, value: float, low: float, high: float, *, open_low: bool = False) -> Iterator[str]:
+def within(
+    flag: str, value: float, low: float, high: float, *, open_low: bool = False
+) -> Iterator[str]:
     """Yield a problem when `value` lies outside [low, high], or (low, high] with `open_low`."""
     too_low = value <= low if open_low else value < low
     if too_low or value > high or value != value:

@@ -1,4 +1,5 @@
-"""RunConfig from the command line and a YAML file: flags win over the file, all problems come at once."""
+"""RunConfig from the command line and a YAML file: flags win over the file, all problems come at
+once."""
 
 import argparse
 import ast
@@ -20,13 +21,22 @@ from megaskip.errors import ConfigError
 
 
 def build_parser(description: str, **kwargs: Any) -> argparse.ArgumentParser:
-    """Return the parser of all run flags, grouped by section, each explained by its field's text."""
+    """Return the parser of all run flags, grouped by section, each explained by its field's
+    text."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, **kwargs
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+        **kwargs,
     )
-    parser.add_argument("--config", metavar="run.yaml", help="flags from a YAML file; the command line wins")
     parser.add_argument(
-        "--dry_run", action="store_true", default=None, help=_wrap(_field_docs(RunConfig)["dry_run"])
+        "--config", metavar="run.yaml", help="flags from a YAML file; the command line wins"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        default=None,
+        help=_wrap(_field_docs(RunConfig)["dry_run"]),
     )
     # The deepspeed launcher adds it; the rank itself comes from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -39,7 +49,8 @@ def build_parser(description: str, **kwargs: Any) -> argparse.ArgumentParser:
 
 
 def parse_run_config(argv: Sequence[str], description: str = "") -> RunConfig:
-    """Return the run that `argv` and its --config file describe; raises ConfigError with every problem."""
+    """Return the run that `argv` and its --config file describe; raises ConfigError with every
+    problem."""
     parser = build_parser(description, exit_on_error=False)
     problems: list[str] = []
     try:
@@ -48,7 +59,11 @@ def parse_run_config(argv: Sequence[str], description: str = "") -> RunConfig:
         raise ConfigError(f"{error.argument_name or 'command line'}: {error.message}") from None
     problems += [_unknown_flag(text) for text in unknown if text.startswith("--")]
     problems += [f"unexpected argument {text!r}" for text in unknown if not text.startswith("--")]
-    given = {k: v for k, v in vars(namespace).items() if v is not None and k not in ("config", "local_rank")}
+    given = {
+        k: v
+        for k, v in vars(namespace).items()
+        if v is not None and k not in ("config", "local_rank")
+    }
     values = {**_read_yaml(namespace.config, problems), **given} if namespace.config else given
     return _assemble(values, problems)
 
@@ -65,7 +80,9 @@ def _assemble(values: Mapping[str, Any], problems: list[str]) -> RunConfig:
         if section == "data":
             chosen |= {k: values[k] for k in ("seed", "prompt_tokens") if k in values}
         try:
-            sections[section] = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+            sections[section] = cls(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
+            )
         except ConfigError as error:
             problems += [text for text in error.problems if text not in problems]
         except TypeError as error:
@@ -81,9 +98,13 @@ def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(
+            f"--config {path}: not valid YAML ({' '.join(str(error).split())})"
+        ) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: expected 'flag: value' lines, found {type(content).__name__}")
+        raise ConfigError(
+            f"--config {path}: expected 'flag: value' lines, found {type(content).__name__}"
+        )
     known = flag_names()
     values = {}
     for key, value in content.items():
@@ -95,7 +116,8 @@ def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
 
 
 def _coerce(key: str, value: Any, path: str, problems: list[str]) -> Any:
-    """Return a YAML value as the flag's type; YAML reads 1e-3 as a string and 5 as an int for a float."""
+    """Return a YAML value as the flag's type; YAML reads 1e-3 as a string and 5 as an int for a
+    float."""
     if value is None or key == "dry_run":
         return value
     cls = _sections()[flag_names()[key]]
@@ -138,7 +160,8 @@ def _add_flag(group: Any, item: dataclasses.Field[Any], hint: Any, doc: str) -> 
 
 
 def _plain_type(hint: Any) -> Any:
-    """Return the type a flag is parsed with: str for unions that hold it, tuple for repeatable flags."""
+    """Return the type a flag is parsed with: str for unions that hold it, tuple for repeatable
+    flags."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         return str if str in options else options[0]

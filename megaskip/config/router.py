@@ -1,4 +1,5 @@
-"""What the routers decide about, and what capacity they are asked to end at. No defaults hidden elsewhere."""
+"""What the routers decide about, and what capacity they are asked to end at. No defaults hidden
+elsewhere."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,24 +24,28 @@ class RouterConfig:
     """The routers of one model: what they skip, where, and how much of it they keep."""
 
     granularity: str = "attn_sequence"
-    """What one decision covers: {attn,mlp,block} of a layer, for a whole {sequence} or for each {token}."""
+    """What one decision covers: {attn,mlp,block} of a layer, for a whole {sequence} or for each
+    {token}."""
     layers: int | str | Sequence[int] = "half"
-    """Routed layers: "half" (the deepest half except the last, as published), a count of deepest layers
-    (the last excluded), or a list such as 8-14,16."""
+    """Routed layers: "half" (the deepest half except the last, as published), a count of deepest
+    layers (the last excluded), or a list such as 8-14,16."""
     capacity: float = 0.5
-    """Fraction of sequences (or tokens) that the routed sublayers keep, averaged over layers and batch."""
+    """Fraction of sequences (or tokens) that the routed sublayers keep, averaged over layers and
+    batch."""
     threshold: float = 0.5
     """A unit runs when its score (a sigmoid) is at least this."""
     pool: str = "prompt"
-    """Tokens that a sequence's decision looks at: "prompt" (causal: the same in training, scoring and
-    generation) or "all" (every real token, as published)."""
+    """Tokens that a sequence's decision looks at: "prompt" (causal: the same in training, scoring
+    and generation) or "all" (every real token, as published)."""
     prompt_tokens: int = 32
-    """With pool=prompt, a row without a prompt (plain text) is judged by its first so many tokens."""
+    """With pool=prompt, a row without a prompt (plain text) is judged by its first so many
+    tokens."""
     budget: str = "global"
-    """What is held to the capacity: "global" (all routed layers and the global batch together, steered
-    until it is hit) or "layer" (each layer and micro-batch by a hinge, as published)."""
+    """What is held to the capacity: "global" (all routed layers and the global batch together,
+    steered until it is hit) or "layer" (each layer and micro-batch by a hinge, as published)."""
     penalty_weight: float = 0.1
-    """Strength of the capacity penalty: gain of the steering (global) or factor of the hinge (layer)."""
+    """Strength of the capacity penalty: gain of the steering (global) or factor of the hinge
+    (layer)."""
 
     def __post_init__(self) -> None:
         problems = tuple(self._problems())
@@ -61,7 +66,7 @@ class RouterConfig:
         yield from one_of("granularity", self.granularity, GRANULARITIES)
         yield from within("capacity", self.capacity, 0.0, 1.0)
         if not 0.0 < self.threshold < 1.0:
-            yield f"--threshold {self.threshold:g} must lie between 0 and 1, both excluded: scores are sigmoids"
+            yield f"--threshold {self.threshold:g} must lie inside (0, 1): scores are sigmoids"
         yield from one_of("pool", self.pool, POOLS)
         yield from one_of("budget", self.budget, BUDGETS)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)

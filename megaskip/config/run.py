@@ -1,4 +1,5 @@
-"""The sections of a run. The string under each field is its --help text; checks live beside the fields."""
+"""The sections of a run. The string under each field is its --help text; checks live beside the
+fields."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,15 +30,18 @@ class ModelConfig(Checked):
     """The frozen base model and what of it trains."""
 
     model: str = DEMO
-    """Base model: a Hugging Face folder or hub id; "demo" is the small backbone that ships with megaskip."""
+    """Base model: a Hugging Face folder or hub id; "demo" is the small backbone that ships with
+    megaskip."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id, when it is not the model's own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     train: str = "routers"
-    """What trains: "routers" (the backbone stays frozen) or "full" (every weight; makes small backbones)."""
+    """What trains: "routers" (the backbone stays frozen) or "full" (every weight; makes small
+    backbones)."""
     dtype: str = "auto"
-    """Type of the backbone's weights: auto (as stored), float32 or bfloat16. Routers are always float32."""
+    """Type of the backbone's weights: auto (as stored), float32 or bfloat16. Routers are always
+    float32."""
     attn_implementation: str = "sdpa"
     """Attention of the backbone as transformers names it: sdpa, eager, flash_attention_2, ..."""
     trust_remote_code: bool = False
@@ -53,10 +57,12 @@ class DataConfig(Checked):
     """What the routers learn from."""
 
     data: tuple[str, ...] = (DEMO,)
-    """Training data, PATH[:weight], repeatable: .json, .jsonl, .parquet, .txt, a folder of them, or a hub name;
-    alpaca, sharegpt, messages, prompt/completion, question/answer or plain text. "demo" ships with megaskip."""
+    """Training data, PATH[:weight], repeatable: .json, .jsonl, .parquet, .txt, a folder of them, or
+    a hub name; alpaca, sharegpt, messages, prompt/completion, question/answer or plain text. "demo"
+    ships with megaskip."""
     eval_data: tuple[str, ...] = ()
-    """Held-out data, like --data; without it --held_out samples are carved off the training data."""
+    """Held-out data, like --data; without it --held_out samples are carved off the training
+    data."""
     held_out: int = 256
     """Samples carved off for the held-out loss (at most a fifth of the data)."""
     seq_length: int = 512
@@ -90,7 +96,8 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig(Checked):
-    """How long and how fast to learn. Batch size, precision, rate and clipping are owned here, not in the JSON."""
+    """How long and how fast to learn. Batch size, precision, rate and clipping are owned here, not
+    in the JSON."""
 
     max_steps: int | None = None
     """Optimizer steps; without it --epochs decides."""
@@ -132,12 +139,14 @@ class ParallelConfig(Checked):
     """Where things run."""
 
     ds_config: str | None = None
-    """DeepSpeed JSON that owns sharding, e.g. ds_configs/zero3.json; without it every rank holds the model."""
+    """DeepSpeed JSON that owns sharding, e.g. ds_configs/zero3.json; without it every rank holds
+    the model."""
     train_execution: str = "dense"
-    """"dense": every unit runs and the decision multiplies it (the published objective; skipped units keep
-    their gradient). "sparse": skipped units are really not computed."""
+    """"dense": every unit runs and the decision multiplies it (the published objective; skipped
+    units keep their gradient). "sparse": skipped units are really not computed."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of routed layers and compute them again in the backward pass: less memory."""
+    """Keep only the inputs of routed layers and compute them again in the backward pass: less
+    memory."""
     loss_chunk_tokens: int = 1024
     """Logits are held for so many tokens at a time."""
     dist_timeout: int = 600
@@ -167,8 +176,8 @@ class CheckpointConfig(Checked):
     keep_last: int = 2
     """Checkpoints kept; older ones are removed."""
     resume: str | None = None
-    """"auto" continues from the newest complete checkpoint of --output_dir (or of the newest run of this
-    kind), if there is any; or the path of a checkpoint."""
+    """"auto" continues from the newest complete checkpoint of --output_dir (or of the newest run of
+    this kind), if there is any; or the path of a checkpoint."""
 
     def _problems(self) -> Iterator[str]:
         yield from at_least("save_every", self.save_every, 0)

@@ -1,4 +1,5 @@
-"""The micro-batches of each step for one rank: a pure function of the step for stored data, a stream otherwise."""
+"""The micro-batches of each step for one rank: a pure function of the step for stored data, a
+stream otherwise."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,17 +30,19 @@ class Feed:
         """Yield this rank's micro-batches of step `first`, `first` + 1, ... without end."""
         if isinstance(self.data.train, StreamingRows):
             yield from self._stream(self.data.train, first)
-        order = GlobalBatchOrder(len(self.data.train), self.global_batch_size, self.seed)
+            return
+        rows = self.data.train
+        order = GlobalBatchOrder(len(rows), self.global_batch_size, self.seed)
         step = first
         while True:
-            rows = self.data.train
             yield [
                 self._collate([rows[i] for i in part]) for part in self._shard(order.indices(step))
             ]
             step += 1
 
     def held_out(self) -> list[Batch | None]:
-        """Return this rank's held-out batches; as many on every rank, None where there are no rows left."""
+        """Return this rank's held-out batches; as many on every rank, None where there are no rows
+        left."""
         rows = self.data.held_out
         size = self.micro_batch_size
         mine = [rows[i] for i in range(self.rank, len(rows), self.world_size)]
@@ -70,7 +73,8 @@ class Feed:
 
 
 def _endless(rows: StreamingRows, skip: int) -> Iterator[AnyRow]:
-    """Yield a stream over and over; the first pass begins `skip` rows later, in whichever epoch that is."""
+    """Yield a stream over and over; the first pass begins `skip` rows later, in whichever epoch
+    that is."""
     while True:
         seen = 0
         for row in rows:

@@ -1,4 +1,5 @@
-"""Decisions that live in the KV cache: made at prefill, used in decode, re-indexed with the rows they belong to.
+"""Decisions that live in the KV cache: made at prefill, used in decode, re-indexed with the rows
+they belong to.
 
 On a module they would be wrong after a beam search's re-ordering or in a second conversation.
 """
@@ -50,7 +51,7 @@ class HeldDecisions:
 
 def hold(cache: Any, decisions: Mapping[int, RoutingDecision]) -> None:
     """Let `cache` carry the decisions of its prefill."""
-    cache.__class__ = _holding_class(type(cache))
+    cache.__class__ = _holding_class(type(cache))  # type: ignore[arg-type]
     with torch.no_grad():
         cache._skip_decisions = {
             layer: dataclasses.replace(one, logit=one.logit.detach(), keep=one.keep.detach())

@@ -11,7 +11,13 @@ from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.engine import Engine
-from megaskip.parallel.load import load_hf_config, load_partitioned, load_whole, skeleton, weight_dtype
+from megaskip.parallel.load import (
+    load_hf_config,
+    load_partitioned,
+    load_whole,
+    skeleton,
+    weight_dtype,
+)
 from megaskip.parallel.topology import Topology
 from megaskip.routing import SparseFlow
 
@@ -19,9 +25,11 @@ from megaskip.routing import SparseFlow
 def build_engine(
     config: RunConfig, topology: Topology, folder: Path, ds_content: dict[str, Any] | None
 ) -> Engine:
-    """Return the engine of a run: ZeRO-3 with `ds_content`, else a replica on every rank. Collective.
+    """Return the engine of a run: ZeRO-3 with `ds_content`, else a replica on every rank.
+    Collective.
 
-    `folder` is the model's local folder. Raises MegaskipError for models that cannot be loaded or routed.
+    `folder` is the model's local folder. Raises MegaskipError for models that cannot be loaded or
+    routed.
     """
     hf_config = load_hf_config(folder, config.model)
     dtype = weight_dtype(config.model, hf_config)

@@ -7,13 +7,14 @@ from typing import Any
 from megaskip.config import RunConfig
 from megaskip.errors import ConfigError
 
-# A routed 70B layer holds 856M parameters: room for two lets one be prefetched while another computes
-# (DeepSpeed's defaults of 1e9 and 5e7 allow neither).
+# A routed 70B layer holds 856M parameters: room for two lets one be prefetched while another
+# computes (DeepSpeed's defaults of 1e9 and 5e7 allow neither).
 _LIVE_LAYERS = 2
 
 
 def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
-    """Return the checked content of --ds_config, or None without one; raises ConfigError with every problem."""
+    """Return the checked content of --ds_config, or None without one; raises ConfigError with every
+    problem."""
     path = config.parallel.ds_config
     if path is None:
         return None
@@ -26,17 +27,21 @@ def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
     problems = _conflicts(path, content, config) + _unsupported(path, content)
     if config.model.train == "full":
         problems.append(
-            f"--train full trains every weight on every rank and does not shard yet; leave --ds_config {path} out"
+            f"--train full trains every weight on every rank and does not shard yet; leave "
+            f"--ds_config {path} out"
         )
     if problems:
         raise ConfigError(*problems)
     return dict(content)
 
 
-def zero3_config(content: dict[str, Any], *, layer_numel: int, largest_numel: int) -> dict[str, Any]:
+def zero3_config(
+    content: dict[str, Any], *, layer_numel: int, largest_numel: int
+) -> dict[str, Any]:
     """Return the JSON that DeepSpeed gets: every "auto" resolved from the size of a decoder layer.
 
-    The backbone has no optimizer: batch sizes are formal, and gradients never pass through DeepSpeed.
+    The backbone has no optimizer: batch sizes are formal, and gradients never pass through
+    DeepSpeed.
     """
     zero = {k: v for k, v in content.get("zero_optimization", {}).items() if v != "auto"}
     live = _LIVE_LAYERS * layer_numel + largest_numel
@@ -54,7 +59,14 @@ def zero3_config(content: dict[str, Any], *, layer_numel: int, largest_numel: in
     }
 
 
-_PASSED_ON = ("aio", "comms_logger", "flops_profiler", "wall_clock_breakdown", "steps_per_print", "communication_data_type")
+_PASSED_ON = (
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "steps_per_print",
+    "communication_data_type",
+)
 
 
 def _conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[str]:
@@ -63,31 +75,41 @@ def _conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[st
     scheduler_owned = {"optimizer": "--lr and --weight_decay", "scheduler": "--warmup_ratio"}
     owned = {
         "train_micro_batch_size_per_gpu": ("--micro_batch_size", optim.micro_batch_size),
-        "gradient_accumulation_steps": ("--gradient_accumulation_steps", optim.gradient_accumulation_steps),
+        "gradient_accumulation_steps": (
+            "--gradient_accumulation_steps",
+            optim.gradient_accumulation_steps,
+        ),
         "gradient_clipping": ("--max_grad_norm", optim.max_grad_norm),
     }
     problems = [
-        f"--ds_config {path} sets {key} to {content[key]}, but {flag} is {value}; make them equal, or write "
+        f"--ds_config {path} sets {key} to {content[key]}, but {flag} is {value}; make them equal, "
+        f"or write "
         f'"auto" in the JSON'
         for key, (flag, value) in owned.items()
         if content.get(key, "auto") not in ("auto", value)
     ]
     problems += [
-        f"--ds_config {path} has a section {key!r}; megaskip's flags {flags} own it, remove the section"
+        f"--ds_config {path} has a section {key!r}; megaskip's flags {flags} own it, remove the "
+        f"section"
         for key, flags in scheduler_owned.items()
         if key in content
     ]
     if content.get("train_batch_size", "auto") != "auto":
         problems.append(
-            f"--ds_config {path} sets train_batch_size to {content['train_batch_size']}; the batch is "
+            f"--ds_config {path} sets train_batch_size to {content['train_batch_size']}; the batch "
+            f"is "
             '--micro_batch_size x --gradient_accumulation_steps x ranks, write "auto" or remove it'
         )
     for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         enabled = content.get(key, {}).get("enabled", "auto")
         if enabled is True and config.model.dtype not in ("auto", dtype):
-            problems.append(f"--ds_config {path} enables {key}, but --dtype is {config.model.dtype}")
+            problems.append(
+                f"--ds_config {path} enables {key}, but --dtype is {config.model.dtype}"
+            )
         if enabled is True and key == "fp16":
-            problems.append(f"--ds_config {path} enables fp16; megaskip runs backbones in bfloat16 or float32")
+            problems.append(
+                f"--ds_config {path} enables fp16; megaskip runs backbones in bfloat16 or float32"
+            )
     return problems
 
 
@@ -96,11 +118,13 @@ def _unsupported(path: str, content: dict[str, Any]) -> list[str]:
     problems = []
     if stage != 3:
         problems.append(
-            f"--ds_config {path} has ZeRO stage {stage!r}, expected 3: with a frozen backbone, stages 1 and 2 have "
+            f"--ds_config {path} has ZeRO stage {stage!r}, expected 3: with a frozen backbone, "
+            f"stages 1 and 2 have "
             "nothing to shard; leave --ds_config out to keep the whole model on every rank"
         )
     if "offload_optimizer" in content.get("zero_optimization", {}):
         problems.append(
-            f"--ds_config {path} has offload_optimizer; the optimizer state is a few kilobytes, remove the section"
+            f"--ds_config {path} has offload_optimizer; the optimizer state is a few kilobytes, "
+            f"remove the section"
         )
     return problems

@@ -1,7 +1,8 @@
-"""One optimizer step over a global batch, on one process, on replicas, or under ZeRO-3: the same numbers.
+"""One optimizer step over a global batch, on one process, on replicas, or under ZeRO-3: the same
+numbers.
 
-Task loss and penalty are divided by the supervised tokens and routed units of the whole global batch, so
-that what micro-batches and ranks add up to does not depend on how the batch was split.
+Task loss and penalty are divided by the supervised tokens and routed units of the whole global
+batch, so that what micro-batches and ranks add up to does not depend on how the batch was split.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ class StepResult:
 
 
 class Engine:
-    """Trains what requires grad of a task loss, or its routers, and evaluates. Every method is collective."""
+    """Trains what requires grad of a task loss, or its routers, and evaluates. Every method is
+    collective."""
 
     def __init__(
         self,
@@ -53,16 +55,22 @@ class Engine:
         source: nn.Module = module.model if routers is None else routers  # type: ignore[assignment]
         self.parameters = {name: p for name, p in source.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.optim.lr, weight_decay=config.optim.weight_decay, foreach=True
+            self.parameters.values(),
+            lr=config.optim.lr,
+            weight_decay=config.optim.weight_decay,
+            foreach=True,
         )
 
         _materialise(self.optimizer)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """Take one optimizer step over this rank's micro-batches `batches` at learning rate `lr`."""
+        """Take one optimizer step over this rank's micro-batches `batches` at learning rate
+        `lr`."""
         batches = [batch.to(self._topology.device) for batch in batches]
         totals = self._totals(batches)
-        sums = torch.zeros(2 + 2 * self._num_routed, dtype=torch.float64, device=self._topology.device)
+        sums = torch.zeros(
+            2 + 2 * self._num_routed, dtype=torch.float64, device=self._topology.device
+        )
         self.optimizer.zero_grad(set_to_none=False)
         for batch in batches:
             sums += self._micro_step(batch, totals, len(batches))
@@ -76,13 +84,16 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch | None], *, routed: bool) -> "EvalResult":
         """Return held-out loss and capacity over this and all other ranks' `batches`.
 
-        Every rank passes as many; a rank that has run out passes None, and takes part in the collectives
-        with a batch that counts for nothing. `routed=False` keeps everything: the dense model.
+        Every rank passes as many; a rank that has run out passes None, and takes part in the
+        collectives with a batch that counts for nothing. `routed=False` keeps everything: the dense
+        model.
         """
         routers = self.routers
         if routers is not None and not routed:
             routers.force(dict.fromkeys(routers.layers, 1.0))
-        sums = torch.zeros(2 + 2 * self._num_routed, dtype=torch.float64, device=self._topology.device)
+        sums = torch.zeros(
+            2 + 2 * self._num_routed, dtype=torch.float64, device=self._topology.device
+        )
         try:
             for batch in batches:
                 sums += self._eval_step(batch)
@@ -94,7 +105,9 @@ class Engine:
 
     def _eval_step(self, batch: Batch | None) -> Tensor:
         """Return [loss, supervised tokens, kept per layer, units per layer] of one batch."""
-        loss = self._forward(batch.to(self._topology.device) if batch is not None else self._filler())
+        loss = self._forward(
+            batch.to(self._topology.device) if batch is not None else self._filler()
+        )
         counts = loss.new_zeros(0) if self.routers is None else self.routers.counts()
         if batch is None:
             return torch.zeros(2 + counts.numel(), dtype=torch.float64, device=loss.device)
@@ -105,26 +118,38 @@ class Engine:
         ids = torch.zeros(1, 8, dtype=torch.int64, device=self._topology.device)
         real = torch.ones_like(ids, dtype=torch.bool)
         return Batch(
-            input_ids=ids, labels=ids - 100, token_mask=real, prompt_mask=real, position_ids=ids + torch.arange(8, device=ids.device)
+            input_ids=ids,
+            labels=ids - 100,
+            token_mask=real,
+            prompt_mask=real,
+            position_ids=ids + torch.arange(8, device=ids.device),
         )
 
     def _micro_step(self, batch: Batch, totals: "_Totals", micro_batches: int) -> Tensor:
-        """Add one micro-batch's gradient; returns its [task loss, penalty, kept per layer, units per layer]."""
+        """Add one micro-batch's gradient; returns its [task loss, penalty, kept per layer, units
+        per layer]."""
         task = self._forward(batch) / totals.supervised
         penalty, counts = self._penalty(totals, micro_batches, like=task)
         (task + penalty).backward()
         if self._zero3 is not None:
-            # Modules whose backward hooks never fire, such as the frozen lower layers, still hold weights.
+            # Modules whose backward hooks never fire, such as the frozen lower layers, still hold
+            # weights.
             self._zero3.release_backward_leftovers()
-        return torch.cat([torch.stack([task.detach(), penalty.detach()]).double(), counts.flatten().double()])
+        return torch.cat(
+            [torch.stack([task.detach(), penalty.detach()]).double(), counts.flatten().double()]
+        )
 
     def _forward(self, batch: Batch) -> Tensor:
         if self.routers is not None:
             self.routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
-        loss: Tensor = self.module(batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels)
+        loss: Tensor = self.module(
+            batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels
+        )
         return loss
 
-    def _penalty(self, totals: "_Totals", micro_batches: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _penalty(
+        self, totals: "_Totals", micro_batches: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
         routers = self.routers
         if routers is None:
             return like.new_zeros(()), like.new_zeros(0)
@@ -157,7 +182,8 @@ class Engine:
         return int((batch.segment_ids.amax(dim=1) + 1).sum())
 
     def _reduce_gradients(self, sums: Tensor) -> float:
-        """Sum gradients and `sums` over the ranks, clip, and return the gradient's norm. Collective."""
+        """Sum gradients and `sums` over the ranks, clip, and return the gradient's norm.
+        Collective."""
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -166,7 +192,9 @@ class Engine:
         if self._topology.world_size > 1:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            for gradient, part in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
                 gradient.copy_(part.view_as(gradient))
         limit = self._max_grad_norm or float("inf")
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
@@ -193,7 +221,8 @@ class Engine:
 
 
 def _materialise(optimizer: torch.optim.Optimizer) -> None:
-    """Make AdamW's state now instead of at the first step, so that it can be measured and restored."""
+    """Make AdamW's state now instead of at the first step, so that it can be measured and
+    restored."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -214,7 +243,8 @@ class EvalResult:
 
     @classmethod
     def of(cls, sums: Sequence[float], layers: int) -> "EvalResult":
-        """Return the result of summed [loss, supervised tokens, kept per layer, units per layer]."""
+        """Return the result of summed [loss, supervised tokens, kept per layer, units per
+        layer]."""
         kept, units = sums[2 : 2 + layers], sums[2 + layers :]
         return cls(
             loss=sums[0] / max(sums[1], 1.0),

@@ -1,4 +1,5 @@
-"""Weights from disk to where they belong: whole on every rank, or each rank's own slice of a partition."""
+"""Weights from disk to where they belong: whole on every rank, or each rank's own slice of a
+partition."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +9,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,7 +30,8 @@ _WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.py"
 
 
 def find_model_folder(config: ModelConfig) -> Path:
-    """Return the local folder of --model, downloading it from the hub if it is an id. Safe on every rank."""
+    """Return the local folder of --model, downloading it from the hub if it is an id. Safe on every
+    rank."""
     if config.model == DEMO:
         return DEMO_FOLDER / "backbone"
     folder = Path(config.model)
@@ -36,20 +42,26 @@ def find_model_folder(config: ModelConfig) -> Path:
     if folder.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1:
         raise ConfigError(f"--model {config.model}: no such folder")
     try:
-        found = snapshot_download(config.model, revision=config.revision, allow_patterns=list(_WEIGHT_FILES))
+        found = snapshot_download(
+            config.model, revision=config.revision, allow_patterns=list(_WEIGHT_FILES)
+        )
     except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"--model {config.model}: neither a folder here nor a model that the hub gave us ({_first_line(error)})"
+            f"--model {config.model}: neither a folder here nor a model that the hub gave us "
+            f"({_first_line(error)})"
         ) from None
     return Path(found)
 
 
 def load_hf_config(folder: Path, config: ModelConfig) -> Any:
-    """Return the HF config of a model folder; raises ConfigError when it is not one of a decoder."""
+    """Return the HF config of a model folder; raises ConfigError when it is not one of a
+    decoder."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--model {folder}: cannot read its config.json ({_first_line(error)})") from None
+        raise ConfigError(
+            f"--model {folder}: cannot read its config.json ({_first_line(error)})"
+        ) from None
 
 
 def weight_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
@@ -60,7 +72,9 @@ def weight_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
     return torch.bfloat16 if stored == torch.float16 else stored
 
 
-def load_whole(folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, device: torch.device) -> nn.Module:
+def load_whole(
+    folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, device: torch.device
+) -> nn.Module:
     """Return the model with all of its weights on `device`. Every rank calls it by itself."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -71,18 +85,26 @@ def load_whole(folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelCo
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise MegaskipError(f"--model {folder}: cannot load its weights ({_first_line(error)})") from None
+        raise MegaskipError(
+            f"--model {folder}: cannot load its weights ({_first_line(error)})"
+        ) from None
     return model.to(device)
 
 
 def load_partitioned(
-    folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, ds_config: Mapping[str, Any]
+    folder: Path,
+    hf_config: Any,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    ds_config: Mapping[str, Any],
 ) -> nn.Module:
-    """Return the model with its weights partitioned by ZeRO-3; no rank ever holds it whole. Collective.
+    """Return the model with its weights partitioned by ZeRO-3; no rank ever holds it whole.
+    Collective.
 
-    Each rank maps the safetensors shards and copies its own slice of every tensor: no communication, and a
-    rank reads 1/W of the bytes. Models whose stored names are not those of the module (MoE experts that
-    transformers fuses on loading) go through from_pretrained, where rank 0 reads and scatters.
+    Each rank maps the safetensors shards and copies its own slice of every tensor: no
+    communication, and a rank reads 1/W of the bytes. Models whose stored names are not those of the
+    module (MoE experts that transformers fuses on loading) go through from_pretrained, where rank 0
+    reads and scatters.
     """
     import deepspeed
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
@@ -91,10 +113,13 @@ def load_partitioned(
     offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
     names = _parameter_names(hf_config, config)
     if not shards or offload == "nvme" or not names <= shards.keys():
-        why = "NVMe offload" if offload == "nvme" else "stored tensor names differ from the module's"
+        why = (
+            "NVMe offload" if offload == "nvme" else "stored tensor names differ from the module's"
+        )
         logger.info("weights are read by rank 0 and scattered (%s)", why)
         return _load_by_transformers(folder, hf_config, dtype, config, ds_config)
-    # zero.Init makes torch.arange follow the weights' type, which would round RoPE's frequencies to bfloat16.
+    # zero.Init makes torch.arange follow the weights' type, which would round RoPE's frequencies to
+    # bfloat16.
     with (
         transformers.initialization.no_init_weights(),
         prevent_arange_dtype_change(),
@@ -124,7 +149,8 @@ def _fill_partitions(model: nn.Module, shards: Mapping[str, Path]) -> None:
                 stored = handle.get_tensor(name)
                 if tuple(stored.shape) != tuple(parameter.ds_shape):
                     raise MegaskipError(
-                        f"{file}: {name} has shape {tuple(stored.shape)}, config.json asks for {tuple(parameter.ds_shape)}"
+                        f"{file}: {name} has shape {tuple(stored.shape)}, config.json asks for "
+                        f"{tuple(parameter.ds_shape)}"
                     )
                 partition = parameter.ds_tensor
                 start = partition.ds_numel * parameter.ds_process_group.rank()
@@ -133,7 +159,11 @@ def _fill_partitions(model: nn.Module, shards: Mapping[str, Path]) -> None:
 
 
 def _load_by_transformers(
-    folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, ds_config: Mapping[str, Any]
+    folder: Path,
+    hf_config: Any,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    ds_config: Mapping[str, Any],
 ) -> nn.Module:
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -147,7 +177,8 @@ def _load_by_transformers(
 def _with_dtype(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return the JSON that makes partitions of type `dtype`.
 
-    zero.Init's own argument is not used: on a CPU, DeepSpeed 0.19.8 takes any given dtype for bfloat16.
+    zero.Init's own argument is not used: on a CPU, DeepSpeed 0.19.8 takes any given dtype for
+    bfloat16.
     """
     return {**ds_config, "bf16": {"enabled": dtype == torch.bfloat16}}
 

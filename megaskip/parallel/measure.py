@@ -6,7 +6,8 @@ from megaskip.parallel.engine import Engine
 
 
 def bytes_by_kind(engine: Engine) -> dict[str, int]:
-    """Return this rank's bytes: backbone weights, what trains, its gradients, its optimizer state."""
+    """Return this rank's bytes: backbone weights, what trains, its gradients, its optimizer
+    state."""
     trained = list(engine.parameters.values())
     ours = {id(p) for p in trained}
     frozen = [p for p in engine.module.parameters() if id(p) not in ours]
@@ -15,7 +16,9 @@ def bytes_by_kind(engine: Engine) -> dict[str, int]:
         "backbone": sum(_held(p) for p in frozen) + sum(b.nbytes for b in engine.module.buffers()),
         "trained": sum(p.nbytes for p in trained),
         "gradients": sum(p.grad.nbytes for p in [*trained, *frozen] if p.grad is not None),
-        "moments": sum(t.nbytes for s in states for t in s.values() if isinstance(t, Tensor) and t.dim()),
+        "moments": sum(
+            t.nbytes for s in states for t in s.values() if isinstance(t, Tensor) and t.dim()
+        ),
     }
 
 

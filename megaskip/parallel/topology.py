@@ -29,7 +29,8 @@ class Topology:
 
 
 def read_topology(environment: Mapping[str, str]) -> Topology:
-    """Return this process's place, as torchrun and the deepspeed launcher tell it; alone without them."""
+    """Return this process's place, as torchrun and the deepspeed launcher tell it; alone without
+    them."""
     local_rank = int(environment.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     return Topology(
@@ -42,11 +43,14 @@ def read_topology(environment: Mapping[str, str]) -> Topology:
 
 @contextlib.contextmanager
 def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
-    """Hold the default process group open. Collective; a rank that never comes ends the wait with RankError."""
+    """Hold the default process group open. Collective; a rank that never comes ends the wait with
+    RankError."""
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     if topology.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1")
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1"
+        )
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
     backend = "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo"
     try:
@@ -54,13 +58,15 @@ def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
     except (dist.DistStoreError, dist.DistNetworkError, TimeoutError, ConnectionError) as error:
         raise RankError(
             f"rank {topology.rank} of {topology.world_size} waited {timeout} s for the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} in vain ({error}); check that every rank was "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} in vain ({error}); check "
+            f"that every rank was "
             "started with the same address and world size"
         ) from None
     try:
         yield
     finally:
-        # After a failure a barrier would wait for ranks that are gone; the group ends with the process then.
+        # After a failure a barrier would wait for ranks that are gone; the group ends with the
+        # process then.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 

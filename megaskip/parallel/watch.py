@@ -1,4 +1,5 @@
-"""Who is alive: every rank leaves a sign of life, so that a dead one is named instead of waited for.
+"""Who is alive: every rank leaves a sign of life, so that a dead one is named instead of waited
+for.
 
 Runs on a store of its own, in a thread: it works while a collective hangs.
 """
@@ -38,10 +39,14 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self._topology.world_size == 1:
             return self
-        self._store = dist.PrefixStore("megaskip_watch", dist.distributed_c10d._get_default_store().clone())
+        self._store = dist.PrefixStore(
+            "megaskip_watch", dist.distributed_c10d._get_default_store().clone()
+        )
         self._store.set_timeout(timedelta(seconds=self._silence))
         rank = self._topology.rank
-        self._store.set(f"name/{rank}", f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
+        self._store.set(
+            f"name/{rank}", f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
+        )
         self._store.set(f"beat/{rank}", "0")
         dist.barrier()
         for other in range(self._topology.world_size):
@@ -52,7 +57,10 @@ class Watch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._store is None:
             return
@@ -74,8 +82,13 @@ class Watch:
             count += 1
             lost = self._beat(count)
             if lost:
-                print(f"error: {lost}; this is rank {self._topology.rank}. {_ADVICE}", file=sys.stderr, flush=True)
-                # The main thread may sit in a collective that never returns; nothing gentler ends it.
+                print(
+                    f"error: {lost}; this is rank {self._topology.rank}. {_ADVICE}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                # The main thread may sit in a collective that never returns; nothing gentler ends
+                # it.
                 os._exit(_EXIT_STATUS)
 
     def _beat(self, count: int) -> str | None:
@@ -108,4 +121,6 @@ class Watch:
         return None
 
 
-_ADVICE = "The run stops here; start it again with --resume auto to continue from the last checkpoint"
+_ADVICE = (
+    "The run stops here; start it again with --resume auto to continue from the last checkpoint"
+)

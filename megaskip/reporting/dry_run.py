@@ -1,2 +1,4 @@
 from typing import Any
+
+
 def print_dry_run(*a: Any) -> None: ...

@@ -12,13 +12,21 @@ from matplotlib.figure import Figure
 def capacity_heatmap(
     shares: np.ndarray[Any, Any], layers: Sequence[int], steps: Sequence[int], path: Path
 ) -> np.ndarray[Any, Any]:
-    """Draw shares [R layers, S steps] in [0, 1], write it to `path` and return it, uint8 [H, W, 3]."""
+    """Draw shares [R layers, S steps] in [0, 1], write it to `path` and return it, uint8 [H, W,
+    3]."""
     figure = Figure(figsize=(9, 1.6 + 0.28 * len(layers)), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes, mean = figure.subplots(2, 1, sharex=True, height_ratios=[max(len(layers), 3), 2.5])
     extent = (steps[0] - 0.5, steps[-1] + 0.5, -0.5, len(layers) - 0.5)
     drawn = axes.imshow(
-        shares, origin="lower", aspect="auto", interpolation="nearest", extent=extent, vmin=0, vmax=1, cmap="viridis"
+        shares,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=extent,
+        vmin=0,
+        vmax=1,
+        cmap="viridis",
     )
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_ylabel("layer")

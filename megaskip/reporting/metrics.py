@@ -18,13 +18,17 @@ FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends one JSON object a step and mirrors it to TensorBoard."""
 
-    def __init__(self, output_dir: Path, layers: Sequence[int], *, first_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, output_dir: Path, layers: Sequence[int], *, first_step: int, tensorboard: bool
+    ) -> None:
         self._layers = tuple(layers)
         self._path = output_dir / FILE
         self._history = _truncate(self._path, first_step)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         self._board = (
-            SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
+            SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
+            if tensorboard
+            else None
         )
         self._heatmap = output_dir / "capacity.png"
 
@@ -32,7 +36,10 @@ class MetricsWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._file.close()
         if self._board is not None:
@@ -44,7 +51,8 @@ class MetricsWriter:
         return self._history
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one step's numbers; `capacity_per_layer` is a list in the order of the routed layers."""
+        """Write one step's numbers; `capacity_per_layer` is a list in the order of the routed
+        layers."""
         entry = {"step": step, **values}
         self._history.append(entry)
         self._file.write(json.dumps(entry) + "\n")

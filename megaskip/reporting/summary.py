@@ -55,7 +55,9 @@ def capacity_line(shares: Mapping[int, float]) -> str:
 def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the closing table from the content of report.json."""
     held_out = report.get("held_out")
-    rows = [("steps", f"{report['steps']} ({report['tokens']:,} tokens, {report['seconds']:.0f} s)")]
+    rows = [
+        ("steps", f"{report['steps']} ({report['tokens']:,} tokens, {report['seconds']:.0f} s)")
+    ]
     if held_out and "loss_dense" in held_out:
         dense, routed = held_out["loss_dense"], held_out["loss_routed"]
         rows += [
@@ -63,7 +65,10 @@ def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("held-out loss, routed", f"{routed:.4f} ({routed - dense:+.4f})"),
             ("asked capacity", f"{report['asked_capacity']:.3f}"),
             ("realised capacity, held out", f"{held_out['capacity']:.3f}"),
-            ("realised capacity, training", f"{report['training_capacity']:.3f} (last {report['window']} steps)"),
+            (
+                "realised capacity, training",
+                f"{report['training_capacity']:.3f} (last {report['window']} steps)",
+            ),
             ("capacity per layer, held out", capacity_line(held_out["capacity_per_layer"])),
         ]
     elif held_out:

@@ -1,4 +1,5 @@
-"""The capacity penalty: a steered price for the whole model, or the published hinge for each layer."""
+"""The capacity penalty: a steered price for the whole model, or the published hinge for each
+layer."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +10,8 @@ from megaskip.routing.decision import RoutingDecision
 
 
 def layer_hinge(decisions: Iterable[RoutingDecision], target: float, weight: float) -> Tensor:
-    """Return weight * sum over layers of relu(mean(keep) - target), as published (paper eqs. 9 and 10)."""
+    """Return weight * sum over layers of relu(mean(keep) - target), as published (paper eqs. 9 and
+    10)."""
     hinges = [torch.relu(one.kept() / one.units().clamp(min=1) - target) for one in decisions]
     return weight * torch.stack(hinges).sum()
 
@@ -17,10 +19,10 @@ def layer_hinge(decisions: Iterable[RoutingDecision], target: float, weight: flo
 class Budget:
     """The price of capacity, moved until the asked capacity is hit (method of multipliers).
 
-    The penalty is price * (capacity - target), linear in every decision, so the parts of micro-batches and
-    ranks add up to the global one exactly. The price is an integral of the capacity's error plus a share of
-    the error itself. A hinge per micro-batch has no equilibrium at the target: at one sequence a micro-batch
-    its gradient does not depend on the target at all.
+    The penalty is price * (capacity - target), linear in every decision, so the parts of
+    micro-batches and ranks add up to the global one exactly. The price is an integral of the
+    capacity's error plus a share of the error itself. A hinge per micro-batch has no equilibrium at
+    the target: at one sequence a micro-batch its gradient does not depend on the target at all.
     """
 
     def __init__(self, *, target: float, gain: float) -> None:

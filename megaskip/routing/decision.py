@@ -1,6 +1,7 @@
 """One routed layer's decision for one batch. Knows tensors, not models.
 
-Shapes: B rows, T tokens, U units of decision in a row (1 for a sequence, segments of a packed row, or T tokens).
+Shapes: B rows, T tokens, U units of decision in a row (1 for a sequence, segments of a packed row,
+or T tokens).
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from torch import Tensor
 def straight_through(logit: Tensor, threshold_logit: float | Tensor) -> Tensor:
     """Return the 0/1 decision in float32 whose gradient is that of the score sigmoid(logit).
 
-    The logits are compared, not the scores: in bfloat16 sigmoid(z) rounds to 0.5 for z in (-0.004, 0].
-    Source: paper section 3 (straight-through estimator, dM/dR = 1).
+    The logits are compared, not the scores: in bfloat16 sigmoid(z) rounds to 0.5 for z in (-0.004,
+    0]. Source: paper section 3 (straight-through estimator, dM/dR = 1).
     """
     score = torch.sigmoid(logit)
     hard = (logit.detach() >= threshold_logit).float()
@@ -34,7 +35,8 @@ class RoutingDecision:
     """int64 [B, T], the unit each token belongs to; None where U is 1 or T."""
 
     def per_token(self) -> Tensor:
-        """Return keep as float32 [B, 1] or [B, T], ready to multiply [B, T, D] after unsqueeze(-1)."""
+        """Return keep as float32 [B, 1] or [B, T], ready to multiply [B, T, D] after
+        unsqueeze(-1)."""
         if self.unit_of_token is None:
             return self.keep
         return self.keep.gather(1, self.unit_of_token)

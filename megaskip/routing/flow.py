@@ -1,7 +1,7 @@
 """What runs, given a decision: the only place where execution depends on data.
 
-Under ZeRO-3 every decoder layer is one leaf that all ranks enter, so what happens inside may differ by rank.
-Shapes: B rows, T tokens, D hidden.
+Under ZeRO-3 every decoder layer is one leaf that all ranks enter, so what happens inside may differ
+by rank. Shapes: B rows, T tokens, D hidden.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,26 @@ class Flow(Protocol):
     """Runs a sublayer on what the decision keeps."""
 
     def attention(
-        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        decision: RoutingDecision,
     ) -> Any:
-        """Return attention's output tuple; entry 0 is [B, T, D], zero where nothing was computed."""
+        """Return attention's output tuple; entry 0 is [B, T, D], zero where nothing was
+        computed."""
         ...
 
     def mlp(
-        self, run: Callable[..., Any], hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        decision: RoutingDecision,
+        *,
+        is_tuple: bool,
     ) -> Any:
-        """Return the MLP's output [B, T, D] (or a tuple that starts with it), zero where not computed."""
+        """Return the MLP's output [B, T, D] (or a tuple that starts with it), zero where not
+        computed."""
         ...
 
 
@@ -33,13 +44,22 @@ class DenseFlow:
     """Run every unit; the gate multiplies the update. The published training objective."""
 
     def attention(
-        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        decision: RoutingDecision,
     ) -> Any:
         """Run attention on all rows."""
         return run(hidden_states, **kwargs)
 
     def mlp(
-        self, run: Callable[..., Any], hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        decision: RoutingDecision,
+        *,
+        is_tuple: bool,
     ) -> Any:
         """Run the MLP on all tokens."""
         return run(hidden_states)
@@ -48,12 +68,17 @@ class DenseFlow:
 class SparseFlow:
     """Run what is kept: attention by row, MLPs by token.
 
-    A row's attention is left out when none of its units is kept. A row that keeps some tokens runs whole:
-    skipped tokens' keys and values are still attended to (published semantics), which needs their projections.
+    A row's attention is left out when none of its units is kept. A row that keeps some tokens runs
+    whole: skipped tokens' keys and values are still attended to (published semantics), which needs
+    their projections.
     """
 
     def attention(
-        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        decision: RoutingDecision,
     ) -> Any:
         """Run attention on the rows that keep something."""
         rows = (decision.keep.detach() > 0).any(dim=1)
@@ -69,7 +94,12 @@ class SparseFlow:
         return output.index_copy(0, index, ran[0]), *ran[1:]
 
     def mlp(
-        self, run: Callable[..., Any], hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        decision: RoutingDecision,
+        *,
+        is_tuple: bool,
     ) -> Any:
         """Run the MLP on the tokens that are kept, as one row [1, n, D]."""
         kept = (decision.per_token().detach() > 0).expand(hidden_states.shape[:2])

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Gate:
-    """Decides for one layer of a RouterSet. A plain object, so that no state-dict key of the model changes."""
+    """Decides for one layer of a RouterSet. A plain object, so that no state-dict key of the model
+    changes."""
 
     def __init__(self, routers: "RouterSet", layer: int) -> None:
         self._routers = routers
@@ -26,13 +27,16 @@ class Gate:
         self.writes = frozenset({target})
 
     def decide(self, hidden_states: Tensor) -> None:
-        """Decide from the layer's normalised input [B, T, D], for the update sites that follow in it."""
+        """Decide from the layer's normalised input [B, T, D], for the update sites that follow in
+        it."""
         routers = self._routers
         held = routers.held.get(self.layer)
         self.decision = held or self._decide(hidden_states)
         routers.record(self.layer, self.decision)
 
-    def run_attention(self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+    def run_attention(
+        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
+    ) -> Any:
         """Run the attention on what is kept; returns its output tuple, not yet multiplied."""
         return self._routers.flow.attention(run, hidden_states, kwargs, self._decided())
 
@@ -45,7 +49,8 @@ class Gate:
         return update * self._multiplier(update)
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """Return x + keep * (output - x), written so that it is exact at keep 0 and 1; all [B, T, D]."""
+        """Return x + keep * (output - x), written so that it is exact at keep 0 and 1; all [B, T,
+        D]."""
         keep = self._multiplier(output)
         return output * keep + hidden_states * (1 - keep)
 

@@ -22,15 +22,18 @@ class Pooling:
 
     @classmethod
     def tokens(cls, token_mask: Tensor) -> "Pooling":
-        """Return the pooling in which each token decides for itself; `token_mask` is bool [B, T]."""
+        """Return the pooling in which each token decides for itself; `token_mask` is bool [B,
+        T]."""
         return cls(weights=None, unit_mask=token_mask, unit_of_token=None)
 
     @classmethod
-    def sequences(cls, pooled: Tensor, token_mask: Tensor, segment_ids: Tensor | None = None) -> "Pooling":
+    def sequences(
+        cls, pooled: Tensor, token_mask: Tensor, segment_ids: Tensor | None = None
+    ) -> "Pooling":
         """Return the pooling in which each row, or each segment of a packed row, is one unit.
 
-        `pooled` bool [B, T] marks the tokens that are averaged, `token_mask` bool [B, T] the real ones;
-        `segment_ids` int64 [B, T] numbers the segments of a row from 0, padding is -1.
+        `pooled` bool [B, T] marks the tokens that are averaged, `token_mask` bool [B, T] the real
+        ones; `segment_ids` int64 [B, T] numbers the segments of a row from 0, padding is -1.
         """
         pooled = pooled & token_mask
         if segment_ids is None:
@@ -38,7 +41,9 @@ class Pooling:
             unit_of_token = None
         else:
             count = int(segment_ids.max().clamp(min=0)) + 1
-            member = segment_ids.unsqueeze(1) == torch.arange(count, device=segment_ids.device)[:, None]
+            member = (
+                segment_ids.unsqueeze(1) == torch.arange(count, device=segment_ids.device)[:, None]
+            )
             unit_of_token = segment_ids.clamp(min=0)
         counted = (member & pooled.unsqueeze(1)).float()
         return cls(
@@ -48,6 +53,7 @@ class Pooling:
         )
 
     def features(self, hidden_states: Tensor) -> Tensor:
-        """Return what the router reads, float32 [B, U, D], from hidden states [B, T, D] of any dtype."""
+        """Return what the router reads, float32 [B, U, D], from hidden states [B, T, D] of any
+        dtype."""
         hidden_states = hidden_states.float()
         return hidden_states if self.weights is None else torch.bmm(self.weights, hidden_states)

@@ -20,7 +20,8 @@ PREFIX = "skip_routers"
 
 
 class Router(nn.Module):
-    """A linear router, one score a unit (paper section 3): weight float32 [1, D], zero at the start."""
+    """A linear router, one score a unit (paper section 3): weight float32 [1, D], zero at the
+    start."""
 
     def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
         super().__init__()
@@ -32,10 +33,12 @@ class Router(nn.Module):
 
 
 class RouterSet(nn.Module):
-    """All routers of a model, keyed by absolute layer index and target: "12.attn.weight" [1, D] float32.
+    """All routers of a model, keyed by absolute layer index and target: "12.attn.weight" [1, D]
+    float32.
 
-    Registered on a model as `skip_routers`, or kept beside one that DeepSpeed shards. Before a forward pass
-    `announce` tells it which tokens are real; plain calls of an attached model do so by themselves.
+    Registered on a model as `skip_routers`, or kept beside one that DeepSpeed shards. Before a
+    forward pass `announce` tells it which tokens are real; plain calls of an attached model do so
+    by themselves.
     """
 
     def __init__(
@@ -65,13 +68,16 @@ class RouterSet(nn.Module):
     # -- before the forward pass
 
     def announce(
-        self, token_mask: Tensor, prompt_mask: Tensor | None = None, segment_ids: Tensor | None = None
+        self,
+        token_mask: Tensor,
+        prompt_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
     ) -> None:
         """Say what the next forward pass holds: a sublayer cannot see padding by itself.
 
-        `token_mask` bool [B, T] marks real tokens; `prompt_mask` bool [B, T] those that a sequence is judged
-        by under pool="prompt" (all real ones without it); `segment_ids` int64 [B, T] the segments of packed
-        rows (padding -1). The announcement holds for one forward pass.
+        `token_mask` bool [B, T] marks real tokens; `prompt_mask` bool [B, T] those that a sequence
+        is judged by under pool="prompt" (all real ones without it); `segment_ids` int64 [B, T] the
+        segments of packed rows (padding -1). The announcement holds for one forward pass.
         """
         if self.config.unit == "token":
             pooling = Pooling.tokens(token_mask)
@@ -81,8 +87,11 @@ class RouterSet(nn.Module):
         self.begin(pooling)
         self._announced = True
 
-    def begin(self, pooling: Pooling | None, held: Mapping[int, RoutingDecision] | None = None) -> None:
-        """Start a forward pass: forget the last one's decisions; `held` ones are used instead of new ones."""
+    def begin(
+        self, pooling: Pooling | None, held: Mapping[int, RoutingDecision] | None = None
+    ) -> None:
+        """Start a forward pass: forget the last one's decisions; `held` ones are used instead of
+        new ones."""
         self._pooling = pooling
         self._decisions = {}
         self.held = dict(held or {})
@@ -93,7 +102,8 @@ class RouterSet(nn.Module):
         return announced
 
     def force(self, keep: Mapping[int, Tensor | float]) -> None:
-        """Override decisions from now on, per layer (a number, or a tensor [B, U]); an empty mapping ends it.
+        """Override decisions from now on, per layer (a number, or a tensor [B, U]); an empty
+        mapping ends it.
 
         For probes, benchmarks and baselines. The router still has its straight-through gradient.
         """
@@ -112,9 +122,10 @@ class RouterSet(nn.Module):
     def penalty(self, total_units: float | None = None) -> Tensor:
         """Return the capacity penalty of the last forward pass, a float32 scalar with gradient.
 
-        budget="global" divides by `total_units`, the routed units of the whole global batch (those of this
-        forward pass without it), so that the penalties of all micro-batches and ranks add up to the global
-        one. budget="layer" is the published hinge of this forward pass (paper equations 9 and 10).
+        budget="global" divides by `total_units`, the routed units of the whole global batch (those
+        of this forward pass without it), so that the penalties of all micro-batches and ranks add
+        up to the global one. budget="layer" is the published hinge of this forward pass (paper
+        equations 9 and 10).
         """
         decisions = self._require_decisions()
         if self.config.budget == "layer":
@@ -124,13 +135,15 @@ class RouterSet(nn.Module):
         return self.budget.penalty(kept, units, units if total_units is None else total_units)
 
     def capacity(self) -> float:
-        """Return the fraction of real units that ran in the last forward pass, over all routed layers."""
+        """Return the fraction of real units that ran in the last forward pass, over all routed
+        layers."""
         decisions = self._require_decisions()
         kept = sum(float(decision.kept().detach()) for decision in decisions)
         return kept / max(sum(float(decision.units()) for decision in decisions), 1.0)
 
     def counts(self) -> Tensor:
-        """Return float32 [2, R]: units kept and units seen, per routed layer, of the last forward pass."""
+        """Return float32 [2, R]: units kept and units seen, per routed layer, of the last forward
+        pass."""
         decisions = self._require_decisions()
         kept = torch.stack([decision.kept().detach() for decision in decisions])
         return torch.stack([kept, torch.stack([decision.units() for decision in decisions])])
@@ -138,7 +151,8 @@ class RouterSet(nn.Module):
     def steer(self, capacity: float | None = None) -> None:
         """Move the price of capacity after an optimizer step, given what the global batch kept.
 
-        Every rank passes the same number. Without one, the last forward pass's own capacity is taken.
+        Every rank passes the same number. Without one, the last forward pass's own capacity is
+        taken.
         """
         self.budget.steer(self.capacity() if capacity is None else capacity)
 
@@ -160,7 +174,8 @@ class RouterSet(nn.Module):
         width = pooling.unit_mask.shape if pooling.weights is None else pooling.weights.shape[::2]
         if tuple(width) != (batch, tokens):
             raise ValueError(
-                f"the batch announced to the routers is {tuple(width)} (rows, tokens), but the layers see "
+                f"the batch announced to the routers is {tuple(width)} (rows, tokens), but the "
+                f"layers see "
                 f"{(batch, tokens)}; call announce() with the masks of this very batch"
             )
         return pooling
