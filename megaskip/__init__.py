@@ -13,8 +13,6 @@ from megaskip.checkpoint import load_routers, save_routers
 from megaskip.config import RouterConfig
 from megaskip.routing import RouterSet
 
-
-
 __all__ = [
     "RouterConfig",
     "RouterSet",

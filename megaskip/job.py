@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megaskip.arch.anatomy import describe_layers
+from megaskip.arch.anatomy import describe_layers, describe_trainable
 from megaskip.checkpoint import BaseModel, describe_base
 from megaskip.checkpoint.resume import checkpoints, read_state
 from megaskip.config import DataConfig, RunConfig, parse_run_config
@@ -18,6 +18,7 @@ from megaskip.config.run import DEMO
 from megaskip.data import StreamingRows, TokenizedData, build_dataset
 from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
+from megaskip.dry_run import dry_run_lines
 from megaskip.errors import CheckpointError, ConfigError, MegaskipError
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
@@ -28,7 +29,6 @@ from megaskip.parallel.load import DEMO_FOLDER, find_model_folder, load_hf_confi
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.watch import Watch
-from megaskip.reporting.dry_run import print_dry_run
 from megaskip.reporting.summary import human_bytes, table, versions
 from megaskip.trainer import Trainer
 
@@ -66,7 +66,10 @@ def train(argv: Sequence[str]) -> None:
     ds_content = read_ds_config(config)
     folder = find_model_folder(config.model)
     if config.dry_run:
-        print_dry_run(config, folder, topology)
+        if topology.is_first:
+            config = dataclasses.replace(config, data=_with_demo(config.data))
+            world_size = config.parallel.world_size or topology.world_size
+            print("\n".join(dry_run_lines(config, folder, world_size)))
         return
     data, pad_token_id = _read_data(config, folder)
     if ds_content is not None:
@@ -293,8 +296,4 @@ def _print_header(trainer: Trainer, folder: Path) -> None:
 def _trainable_text(engine: Engine, count: int) -> str:
     if engine.routers is None:
         return f"every weight, {count:,} parameters"
-    names = ", ".join(f"skip_routers.{name}" for name in engine.parameters)
-    shape = tuple(next(iter(engine.parameters.values())).shape)
-    return (
-        f"{names}: {len(engine.parameters)} x {shape[0]}x{shape[1]} = {count:,} parameters, float32"
-    )
+    return describe_trainable({name: tuple(p.shape) for name, p in engine.parameters.items()})

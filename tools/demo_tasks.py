@@ -125,7 +125,7 @@ def continuation(sentence: str) -> Pair | None:
 
 
 def _owner(rng: Random) -> Pair:
-    count = rng.randint(2, 6)
+    count = rng.randint(2, 5)
     people, foods = rng.sample(NAMES, count), rng.sample(FOOD, count)
     numbers = [rng.randint(2, 9) for _ in people]
     facts = [f"{p} has {n} {f}." for p, n, f in zip(people, numbers, foods, strict=True)]
@@ -136,7 +136,7 @@ def _owner(rng: Random) -> Pair:
 
 
 def _retrieve(rng: Random) -> Pair:
-    count = rng.randint(2, 5)
+    count = rng.randint(2, 4)
     items, places = rng.sample(ITEMS, count), rng.sample(PLACES, count)
     colours = [rng.choice(COLOURS) for _ in items]
     lines = [f"The {c} {i} is in the {p}." for c, i, p in zip(colours, items, places, strict=True)]

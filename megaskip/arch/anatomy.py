@@ -1,6 +1,7 @@
 """The parts of an HF decoder: its base model, its layers, its head. Knows attribute names only."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -69,3 +70,17 @@ def describe_layers(layers: Iterable[int]) -> str:
         else:
             parts.append([layer, layer])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def describe_trainable(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Return the exact list of routers that train, by name and shape, in one short line."""
+    by_target: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for name, shape in shapes.items():
+        layer, rest = name.split(".", 1)
+        by_target.setdefault((rest, tuple(shape)), []).append(int(layer))
+    return "; ".join(
+        f"{PREFIX}.{{{describe_layers(layers)}}}.{rest} [{', '.join(map(str, shape))}]: "
+        f"{len(layers)} "
+        f"tensors, {len(layers) * math.prod(shape):,} parameters, float32"
+        for (rest, shape), layers in by_target.items()
+    )

@@ -125,12 +125,7 @@ def load_partitioned(
         prevent_arange_dtype_change(),
         deepspeed.zero.Init(config_dict_or_path=_with_dtype(ds_config, dtype)),
     ):
-        model = AutoModelForCausalLM.from_config(
-            hf_config,
-            dtype=dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = build_from_config(hf_config, config, dtype)
     # Construction without initialisation leaves tied embeddings apart.
     model.tie_weights()
     _fill_partitions(model, shards)
@@ -201,15 +196,22 @@ def _parameter_names(hf_config: Any, config: ModelConfig) -> set[str]:
     return {name for name, _ in skeleton(hf_config, config).named_parameters()}
 
 
-def skeleton(hf_config: Any, config: ModelConfig, dtype: torch.dtype | None = None) -> nn.Module:
+def skeleton(hf_config: Any, config: ModelConfig) -> nn.Module:
     """Return the model without weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            hf_config,
-            dtype=dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+        return build_from_config(hf_config, config)
+
+
+def build_from_config(
+    hf_config: Any, config: ModelConfig, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Return the model of a config, its weights not loaded."""
+    return AutoModelForCausalLM.from_config(
+        hf_config,
+        dtype=dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import platform
 import resource
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,12 +30,16 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def table(rows: Iterable[Sequence[str]], *, title: str) -> list[str]:
-    """Return rows of (name, value) as aligned lines under a title."""
+def table(rows: Iterable[Sequence[str]], *, title: str, columns: int = 110) -> list[str]:
+    """Return rows of (name, value) as aligned lines under a title; long values are wrapped."""
     rows = [tuple(row) for row in rows]
     width = max(len(row[0]) for row in rows)
-    lines = [f"{row[0]:<{width}}  {row[1]}" for row in rows]
-    rule = "-" * max(len(title), *(len(line) for line in lines))
+    lines = []
+    for name, value in rows:
+        wrapped = textwrap.wrap(value, columns - width - 2, break_long_words=False) or [""]
+        lines.append(f"{name:<{width}}  {wrapped[0]}")
+        lines += [f"{'':<{width}}  {more}" for more in wrapped[1:]]
+    rule = "-" * columns
     return [rule, title, rule, *lines, rule]
 
 

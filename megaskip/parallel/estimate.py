@@ -1,0 +1,127 @@
+"""What a run will need, without weights and without ranks: a micro-step on fake tensors of the true
+shape.
+
+DeepSpeed's own estimator charges 18 bytes for every parameter, as if a frozen model had an
+optimizer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megaskip.arch import attach_routers, find_decoder
+from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.arch.task_loss import TaskLoss
+from megaskip.config import RunConfig
+from megaskip.parallel.ds_config import zero3_config
+from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.parallel.load import build_from_config
+
+_ADAM_BYTES = 16
+"""float32 weight, gradient and two moments of a trained parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Bytes on one rank by kind, and what trains."""
+
+    weights: int
+    """The backbone: this rank's partition, and what is kept whole on every rank."""
+    gathers: int
+    """Parameters of other ranks that ZeRO-3 holds at once."""
+    trained: int
+    """Trained weights, gradients and optimizer moments."""
+    activations: int
+    """Kept from the forward for the backward pass."""
+    workspace: int
+    """Logits of a chunk and other temporaries, at the worst moment."""
+    parameters: int
+    trainable: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def total(self) -> int:
+        """Return the bytes of a rank at the worst moment, allocator and library overhead
+        excluded."""
+        return self.weights + self.gathers + self.trained + self.activations + self.workspace
+
+
+def estimate(
+    config: RunConfig,
+    hf_config: Any,
+    dtype: torch.dtype,
+    *,
+    world_size: int,
+    ds_content: dict[str, Any] | None,
+) -> Estimate:
+    """Return what each rank of `world_size` will need. Touches no weights and no process group."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_from_config(hf_config, config.model, dtype)
+        model.train(config.model.train == "full")
+        parameters = [(p.numel(), p.element_size()) for p in model.parameters()]
+        layer_numel = sum(p.numel() for p in find_decoder(model).layers[-1].parameters())
+        trainable, activations, workspace = _micro_step(model, config)
+    weights, gathers = sum(n * s for n, s in parameters), 0
+    if ds_content is not None:
+        weights, gathers = _zero3_bytes(parameters, layer_numel, world_size, ds_content)
+    trained = sum(torch.Size(shape).numel() for _, shape in trainable)
+    return Estimate(
+        weights=weights,
+        gathers=gathers,
+        trained=trained * (_ADAM_BYTES if config.model.train == "routers" else _ADAM_BYTES - 4),
+        activations=activations,
+        workspace=workspace,
+        parameters=sum(n for n, _ in parameters),
+        trainable=tuple(trainable),
+    )
+
+
+def _micro_step(
+    model: Any, config: RunConfig
+) -> tuple[list[tuple[str, tuple[int, ...]]], int, int]:
+    """Return (what trains, bytes kept for the backward pass, further bytes at the worst moment)."""
+    batch, tokens = config.optim.micro_batch_size, config.data.seq_length
+    loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
+    routers = None
+    if config.model.train == "routers":
+        routers = attach_routers(model, config.router, register=False, verify=False)
+    trains = routers if routers is not None else model
+    trainable = [(n, tuple(p.shape)) for n, p in trains.named_parameters() if p.requires_grad]
+    if config.parallel.activation_checkpointing:
+        checkpoint_activations(model, routers.layers[0] if routers is not None else 0)
+    ids = torch.zeros(batch, tokens, dtype=torch.int64)
+    real = torch.ones(batch, tokens, dtype=torch.bool)
+    with LiveBytes() as live:
+        live.ignore([*model.parameters(), *model.buffers(), *trains.parameters()])
+        if routers is not None:
+            routers.announce(real, real)
+        hidden = find_decoder(model).decoder(input_ids=ids, use_cache=False)[0]
+        activations = live.current
+        task = loss.head(hidden.flatten(0, 1), ids.flatten())
+        total = task if routers is None else task + routers.penalty()
+        del hidden
+        total.backward()
+        gradients = sum(
+            p.numel() * p.element_size() for p in trains.parameters() if p.requires_grad
+        )
+        return trainable, activations, max(live.peak - activations - gradients, 0)
+
+
+def _zero3_bytes(
+    parameters: list[tuple[int, int]], layer_numel: int, world_size: int, content: dict[str, Any]
+) -> tuple[int, int]:
+    """Return (bytes kept on a rank, bytes of gathered parameters at the worst moment)."""
+    largest = max(n for n, _ in parameters)
+    zero = zero3_config(content, layer_numel=layer_numel, largest_numel=largest)[
+        "zero_optimization"
+    ]
+    threshold = zero["stage3_param_persistence_threshold"]
+    offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
+    partitions = sum(-(-n // world_size) * s for n, s in parameters)
+    persistent = sum(n * s for n, s in parameters if n <= threshold)
+    element = parameters[0][1]
+    gathered = max(largest + layer_numel, min(2 * layer_numel, zero["stage3_max_live_parameters"]))
+    secondary = zero.get("zero_hpz_partition_size", 1)
+    shared = sum(-(-n // secondary) * s for n, s in parameters) if secondary > 1 else 0
+    return persistent + (0 if offloaded else partitions) + shared, gathered * element

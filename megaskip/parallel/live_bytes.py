@@ -1,0 +1,54 @@
+"""Bytes of the tensors that are alive, counted as operators make them: on real tensors or fake
+ones."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Context that counts what is allocated inside it; what lived before does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def ignore(self, tensors: Any) -> None:
+        """Do not count the storages of `tensors` when operators return views of them."""
+        for tensor in tensors:
+            self._note(tensor, counts=False)
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is alive now."""
+        self.peak = self.current
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and count the storages it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf, counts=True)
+        return result
+
+    def _note(self, tensor: torch.Tensor, *, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._known.get(key)
+        if known is not None and known() is not None:
+            return
+        size = storage.nbytes() if counts else 0
+
+        def forget(_: Any) -> None:
+            self._known.pop(key, None)
+            self.current -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+        self.current += size
+        self.peak = max(self.peak, self.current)

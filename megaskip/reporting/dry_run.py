@@ -1,4 +1,0 @@
-from typing import Any
-
-
-def print_dry_run(*a: Any) -> None: ...
