@@ -59,10 +59,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", {"partial_rotary_factor": 0.5}),
 }
 
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    # It scales the residual stream too, so a skipped sublayer is not the identity.
+    "minimax": (
+        "MiniMaxConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["full_attention"] * 6,
+            "full_attn_alpha_factor": 2.0,
+            "mlp_alpha_factor": 2.0,
+        },
+    ),
+}
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """Return the tiny config of a family."""
-    name, extra = FAMILIES[family]
+    name, extra = {**FAMILIES, **REFUSED}[family]
     return getattr(transformers, name)(**{**COMMON, **extra, **overrides})
 
 
