@@ -187,6 +187,7 @@ def train_backbone(work: Path, demo: Path) -> None:
     command += ["--data", f"{work / 'text.jsonl'}:{TEXT_PASSES}"]
     command += [part for flag in TRAINING.items() for part in flag]
     command += ["--output_dir", str(work / "run")]
+    shutil.rmtree(work / "run", ignore_errors=True)
     logger.info("%s", " ".join(command))
     subprocess.run(command, check=True, cwd=ROOT)
 
