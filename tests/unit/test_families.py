@@ -77,7 +77,7 @@ def test_family_that_scales_the_residual_is_refused_with_numbers() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_skipping_everything_equals_the_identity_layer(family: str) -> None:
     model = tiny_model(family)
-    routers = attach_routers(model, RouterConfig(granularity="block_sequence", layers="3"))
+    routers = attach_routers(model, RouterConfig(granularity="block_sequence", layers=[2, 3, 4]))
     inputs: dict[int, torch.Tensor] = {}
     layers = model.get_decoder().layers
     for index in (2, 3, 4, 5):
