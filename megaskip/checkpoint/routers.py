@@ -53,7 +53,7 @@ def write_router_files(folder: Path, routers: RouterSet, base: BaseModel | None)
     content: dict[str, Any] = {
         "format": FORMAT,
         "method": "router-tuning",
-        **dataclasses.asdict(routers.config),
+        **dataclasses.asdict(routers.settled_config()),
         "layers": list(routers.layers),
         "base_model": base.to_json() if base else None,
     }

@@ -63,7 +63,7 @@ class DataConfig(Checked):
     eval_data: tuple[str, ...] = ()
     """Held-out data, like --data; without it --held_out samples are carved off the training
     data."""
-    held_out: int = 256
+    held_out: int = 512
     """Samples carved off for the held-out loss (at most a fifth of the data)."""
     seq_length: int = 512
     """Longest sample in tokens; longer ones are cut, plain text is split."""
@@ -117,6 +117,9 @@ class OptimConfig(Checked):
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 switches clipping off."""
+    calibration_rows: int = 4096
+    """Rows of training data on which the threshold is put where the asked capacity is kept, after
+    the last step (budget=global; forward passes only); 0 leaves it where training ended."""
     seed: int = 0
     """Seed of data order, sampling and initialisation."""
 
@@ -132,6 +135,7 @@ class OptimConfig(Checked):
         yield from within("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
         yield from at_least("weight_decay", self.weight_decay, 0.0)
         yield from at_least("max_grad_norm", self.max_grad_norm, 0.0)
+        yield from at_least("calibration_rows", self.calibration_rows, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

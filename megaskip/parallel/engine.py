@@ -5,6 +5,7 @@ Task loss and penalty are divided by the supervised tokens and routed units of t
 batch, so that what micro-batches and ranks add up to does not depend on how the batch was split.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.parallel.topology import Topology
-from megaskip.routing import RouterSet
+from megaskip.routing import Measured, RouterSet
+
+_CALIBRATED = 0.002
+"""Distance from the asked capacity at which calibration stops."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +67,17 @@ class Engine:
 
         _materialise(self.optimizer)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """Take one optimizer step over this rank's micro-batches `batches` at learning rate
-        `lr`."""
+    def train_step(
+        self, batches: Sequence[Batch], lr: float, progress: float | None = None
+    ) -> StepResult:
+        """Take one optimizer step over this rank's micro-batches `batches` at learning rate `lr`.
+
+        `progress` is the share of the run that is done after it (see RouterSet.steer).
+        """
         batches = [batch.to(self._topology.device) for batch in batches]
         totals = self._totals(batches)
         sums = torch.zeros(
-            2 + 2 * self._num_routed, dtype=torch.float64, device=self._topology.device
+            2 + 4 * self._num_routed, dtype=torch.float64, device=self._topology.device
         )
         self.optimizer.zero_grad(set_to_none=False)
         for batch in batches:
@@ -78,7 +86,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return self._result(sums.tolist(), totals, grad_norm)
+        return self._result(sums.tolist(), totals, grad_norm, progress)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch | None], *, routed: bool) -> "EvalResult":
@@ -92,7 +100,7 @@ class Engine:
         if routers is not None and not routed:
             routers.force(dict.fromkeys(routers.layers, 1.0))
         sums = torch.zeros(
-            2 + 2 * self._num_routed, dtype=torch.float64, device=self._topology.device
+            5 + 4 * self._num_routed, dtype=torch.float64, device=self._topology.device
         )
         try:
             for batch in batches:
@@ -101,18 +109,57 @@ class Engine:
             if routers is not None:
                 routers.force({})
         dist.all_reduce(sums)
-        return EvalResult.of(sums.tolist(), self._num_routed)
+        return EvalResult.of(sums.tolist())
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[Batch], *, rounds: int = 4) -> float:
+        """Put the threshold where `batches` of all ranks keep the asked capacity; returns what they
+        keep.
+
+        Repeated, because a layer's decision changes what the layers above it read.
+        """
+        assert self.routers is not None
+        budget, target, best = self.routers.budget, self.routers.config.capacity, (2.0, 0.0)
+        for last in [False] * rounds + [True]:
+            if last:
+                budget.place(best[1])
+            kept, logits = self._decide_all(batches)
+            best = min(best, (abs(kept - target), budget.offset))
+            if last or best[0] <= _CALIBRATED:
+                break
+            budget.place(_quantile(logits, 1 - target) - self.routers.base_threshold_logit)
+        return kept
+
+    def _decide_all(self, batches: Sequence[Batch]) -> tuple[float, Tensor]:
+        """Return (share kept, all logits of real units float32 [N]) over the batches of all
+        ranks."""
+        assert self.routers is not None
+        kept, logits = [], []
+        for batch in batches:
+            self._forward(batch.to(self._topology.device))
+            for one in self.routers.decisions().values():
+                logits.append(one.logit[one.unit_mask].cpu())
+                kept.append(one.keep[one.unit_mask].cpu())
+        everywhere: list[Any] = [None] * self._topology.world_size
+        dist.all_gather_object(everywhere, (torch.cat(kept), torch.cat(logits)))
+        shares = torch.cat([k for k, _ in everywhere])
+        return float(shares.double().mean()), torch.cat([z for _, z in everywhere])
 
     def _eval_step(self, batch: Batch | None) -> Tensor:
-        """Return [loss, supervised tokens, kept per layer, units per layer] of one batch."""
+        """Return [loss, supervised tokens, rows, sums of their shares and squares, counts]."""
         loss = self._forward(
             batch.to(self._topology.device) if batch is not None else self._filler()
         )
-        counts = loss.new_zeros(0) if self.routers is None else self.routers.counts()
         if batch is None:
-            return torch.zeros(2 + counts.numel(), dtype=torch.float64, device=loss.device)
-        head = torch.stack([loss, loss.new_tensor(batch.num_supervised())])
-        return torch.cat([head, counts.flatten()]).double()
+            return torch.zeros(5 + 4 * self._num_routed, dtype=torch.float64, device=loss.device)
+        shares = torch.ones(0, device=loss.device)
+        counts = shares
+        if self.routers is not None:
+            shares, counts = self.routers.shares(), self.routers.counts().flatten()
+        head = torch.stack(
+            [loss, loss.new_tensor(batch.num_supervised()), loss.new_tensor(len(shares))]
+        )
+        return torch.cat([head.double(), shares.sum()[None], shares.square().sum()[None], counts])
 
     def _filler(self) -> Batch:
         ids = torch.zeros(1, 8, dtype=torch.int64, device=self._topology.device)
@@ -199,16 +246,17 @@ class Engine:
         limit = self._max_grad_norm or float("inf")
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
-    def _result(self, sums: list[float], totals: "_Totals", grad_norm: float) -> StepResult:
-        layers = self._num_routed
-        kept, units = sums[2 : 2 + layers], sums[2 + layers :]
-        capacity = _share(sum(kept), sum(units)) if layers else 1.0
+    def _result(
+        self, sums: list[float], totals: "_Totals", grad_norm: float, progress: float | None
+    ) -> StepResult:
+        kept, units, logits, squares = _quarters(sums[2:])
         if self.routers is not None:
-            self.routers.steer(capacity)
+            measured = Measured.of(sum(kept), sum(units), sum(logits), sum(squares))
+            self.routers.steer(measured, progress=progress)
         return StepResult(
             loss_task=sums[0],
             loss_penalty=sums[1],
-            capacity=capacity,
+            capacity=_share(sum(kept), sum(units)) if kept else 1.0,
             capacity_per_layer=tuple(map(_share, kept, units)),
             grad_norm=grad_norm,
             tokens=int(totals.tokens),
@@ -239,18 +287,36 @@ class EvalResult:
     loss: float
     """Mean cross-entropy of the supervised tokens, nats."""
     capacity: float
+    capacity_error: float
+    """Standard error of the capacity: these are only so many rows."""
     capacity_per_layer: tuple[float, ...]
 
     @classmethod
-    def of(cls, sums: Sequence[float], layers: int) -> "EvalResult":
-        """Return the result of summed [loss, supervised tokens, kept per layer, units per
-        layer]."""
-        kept, units = sums[2 : 2 + layers], sums[2 + layers :]
+    def of(cls, sums: Sequence[float]) -> "EvalResult":
+        """Return the result of summed Engine._eval_step."""
+        kept, units, *_ = _quarters(sums[5:])
+        rows = max(sums[2], 1.0)
+        variance = max(sums[4] / rows - (sums[3] / rows) ** 2, 0.0)
         return cls(
             loss=sums[0] / max(sums[1], 1.0),
-            capacity=_share(sum(kept), sum(units)) if layers else 1.0,
+            capacity=_share(sum(kept), sum(units)) if kept else 1.0,
+            capacity_error=math.sqrt(variance / rows),
             capacity_per_layer=tuple(map(_share, kept, units)),
         )
+
+
+def _quarters(values: Sequence[float]) -> list[Sequence[float]]:
+    """Return the rows of flattened RouterSet.counts()."""
+    layers = len(values) // 4
+    return [values[i * layers : (i + 1) * layers] for i in range(4)]
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """Return the middle between the two values that `share` of all lie below; any size of [N]."""
+    ordered = values.double().sort().values
+    at = round(share * len(ordered))
+    below, above = ordered[max(at - 1, 0)], ordered[min(at, len(ordered) - 1)]
+    return float(below + above) / 2
 
 
 def _share(kept: float, units: float) -> float:

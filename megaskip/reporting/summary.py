@@ -57,6 +57,12 @@ def capacity_line(shares: Mapping[int, float]) -> str:
     return "  ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())
 
 
+def _training_capacity(report: Mapping[str, Any]) -> str:
+    steps = f"{report['training_capacity']:.3f} in the last {report['window']} steps"
+    calibrated = report["calibrated_capacity"]
+    return steps if calibrated is None else f"{calibrated:.3f} calibrated, {steps}"
+
+
 def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the closing table from the content of report.json."""
     held_out = report.get("held_out")
@@ -69,7 +75,11 @@ def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("held-out loss, dense", f"{dense:.4f}"),
             ("held-out loss, routed", f"{routed:.4f} ({routed - dense:+.4f})"),
             ("asked capacity", f"{report['asked_capacity']:.3f}"),
-            ("realised capacity, held out", f"{held_out['capacity']:.3f}"),
+            (
+                "realised capacity, held out",
+                f"{held_out['capacity']:.3f} (standard error "
+                f"{held_out['capacity_standard_error']:.3f})",
+            ),
             (
                 "realised capacity, training",
                 f"{report['training_capacity']:.3f} (last {report['window']} steps)",

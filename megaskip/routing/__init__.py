@@ -3,7 +3,7 @@
 Promise: a fresh router keeps everything, bit for bit; all routing arithmetic is float32.
 """
 
-from megaskip.routing.budget import Budget
+from megaskip.routing.budget import Budget, Measured
 from megaskip.routing.decision import RoutingDecision, straight_through
 from megaskip.routing.flow import DenseFlow, Flow, SparseFlow
 from megaskip.routing.gate import Gate
@@ -16,6 +16,7 @@ __all__ = [
     "DenseFlow",
     "Flow",
     "Gate",
+    "Measured",
     "Pooling",
     "Router",
     "RouterSet",

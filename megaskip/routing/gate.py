@@ -61,9 +61,12 @@ class Gate:
         routers = self._routers
         pooling = routers.pooling_for(hidden_states)
         logit = routers.router(self.layer)(pooling.features(hidden_states))
+        # The score is taken relative to the steered threshold: units near it have the largest
+        # gradient.
+        keep = straight_through(logit - routers.budget.offset, routers.base_threshold_logit)
         return RoutingDecision(
             logit=logit,
-            keep=routers.forced(self.layer, straight_through(logit, routers.threshold_logit)),
+            keep=routers.forced(self.layer, keep),
             unit_mask=pooling.unit_mask,
             unit_of_token=pooling.unit_of_token,
         )

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D hidden, U units of decision in a row.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.config import RouterConfig
-from megaskip.routing.budget import Budget, layer_hinge
+from megaskip.routing.budget import Budget, Measured, layer_hinge
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.flow import DenseFlow, Flow
 from megaskip.routing.gate import Gate
@@ -52,7 +53,7 @@ class RouterSet(nn.Module):
         super().__init__()
         self.config = config
         self.layers = tuple(layers)
-        self.threshold_logit = math.log(config.threshold / (1 - config.threshold))
+        self.base_threshold_logit = math.log(config.threshold / (1 - config.threshold))
         self.budget = Budget(target=config.capacity, gain=config.penalty_weight)
         self.flow: Flow = DenseFlow()
         self.held: dict[int, RoutingDecision] = {}
@@ -141,20 +142,41 @@ class RouterSet(nn.Module):
         kept = sum(float(decision.kept().detach()) for decision in decisions)
         return kept / max(sum(float(decision.units()) for decision in decisions), 1.0)
 
-    def counts(self) -> Tensor:
-        """Return float32 [2, R]: units kept and units seen, per routed layer, of the last forward
-        pass."""
+    def shares(self) -> Tensor:
+        """Return float64 [B]: the share of units that ran in each row of the last forward pass."""
         decisions = self._require_decisions()
-        kept = torch.stack([decision.kept().detach() for decision in decisions])
-        return torch.stack([kept, torch.stack([decision.units() for decision in decisions])])
+        kept = torch.stack([(d.keep.detach() * d.unit_mask).sum(1) for d in decisions]).sum(0)
+        units = torch.stack([d.unit_mask.sum(1) for d in decisions]).sum(0)
+        return kept.double() / units.clamp(min=1)
 
-    def steer(self, capacity: float | None = None) -> None:
-        """Move the price of capacity after an optimizer step, given what the global batch kept.
+    def counts(self) -> Tensor:
+        """Return float64 [4, R] sums over the last forward pass's units, by routed layer.
 
-        Every rank passes the same number. Without one, the last forward pass's own capacity is
-        taken.
+        Units kept, units seen, logits, squared logits. Sums of ranks and micro-batches add up.
         """
-        self.budget.steer(self.capacity() if capacity is None else capacity)
+        columns = []
+        for decision in self._require_decisions():
+            logit = decision.logit.detach().double() * decision.unit_mask
+            kept, units = decision.kept().detach(), decision.units()
+            columns.append(torch.stack([kept.double(), units, logit.sum(), logit.square().sum()]))
+        return torch.stack(columns, dim=1)
+
+    def steer(self, measured: Measured | None = None, *, progress: float | None = None) -> None:
+        """Steer towards the asked capacity after an optimizer step (budget="global").
+
+        `measured` is what the global batch did, the same on every rank; the last forward pass
+        without it. `progress` is the share of the run that is done: the target then falls
+        gradually.
+        """
+        if self.config.budget == "global":
+            self.budget.steer(measured or Measured.of(*self.counts().sum(1).tolist()), progress)
+
+    def settled_config(self) -> RouterConfig:
+        """Return the configuration with the threshold where steering has put it."""
+        if not self.budget.offset:
+            return self.config
+        logit = self.base_threshold_logit + self.budget.offset
+        return dataclasses.replace(self.config, threshold=1 / (1 + math.exp(-logit)))
 
     # -- for gates
 

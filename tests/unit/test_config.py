@@ -1,0 +1,165 @@
+"""Flags and files: every problem at once, with a suggestion; one owner for each value."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megaskip.config import (
+    GRANULARITIES,
+    RouterConfig,
+    build_parser,
+    parse_run_config,
+    resolve_layers,
+)
+from megaskip.errors import ConfigError
+from megaskip.parallel.ds_config import read_ds_config, zero3_config
+
+DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("zero3*.json"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "depth", "expected"),
+    [
+        ("half", 32, range(15, 31)),
+        (16, 32, range(15, 31)),
+        ("16", 28, range(11, 27)),
+        ("8-14,16", 32, [*range(8, 15), 16]),
+        ([3], 6, [3]),
+        ("3,", 6, [3]),
+        ((5, 2), 6, [2, 5]),
+    ],
+)
+def test_layers_are_a_count_of_the_deepest_but_the_last_or_a_list(spec, depth, expected) -> None:  # type: ignore[no-untyped-def]
+    assert resolve_layers(spec, depth) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("40", "between 1 and 31"),
+        ("8-40", "layer 32 is out of range, the model has layers 0 to 31"),
+        ("9-8", "is empty"),
+        ("a-3", "neither a number nor a range"),
+        ("0", "between 1 and 31"),
+    ],
+)
+def test_layers_that_do_not_exist_are_named(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_layers(spec, 32)
+
+
+def test_all_problems_are_reported_at_once_with_suggestions() -> None:
+    argv = ["--granularity", "atn_tokn", "--capacity", "1.5", "--laers", "3", "--lr", "-1"]
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(argv)
+    text = str(caught.value)
+    for part in (
+        "did you mean 'attn_token'",
+        "--capacity 1.5 is outside [0, 1]",
+        "unknown flag --laers; did you mean 'layers'",
+        "--lr -1 must be at least 0",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("value", ["nan", "-0.1", "1.01"])
+def test_capacity_outside_zero_to_one_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="capacity"):
+        parse_run_config(["--capacity", value])
+
+
+def test_flags_win_over_the_yaml_file_and_unknown_keys_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "capacity: 0.3\nlr: 1e-4\ndata: [a.json:2, b.json]\nlayers: 8-14\npacking: true\n"
+    )
+    config = parse_run_config(["--config", str(file), "--capacity", "0.7"])
+    assert (config.router.capacity, config.optim.lr) == (0.7, 1e-4)
+    assert config.data.data == ("a.json:2", "b.json")
+    assert config.router.layers == "8-14"
+    assert config.data.packing
+    assert not parse_run_config(["--config", str(file), "--no-packing"]).data.packing
+    file.write_text("capactiy: 0.3\nlr: fast\nseed: 1.5.2\n")
+    with pytest.raises(
+        ConfigError, match="unknown key 'capactiy'; did you mean 'capacity'"
+    ) as error:
+        parse_run_config(["--config", str(file)])
+    assert "lr is 'fast', expected float" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", ""])
+def test_yaml_that_is_no_set_of_flags_is_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="--config"):
+        parse_run_config(["--config", str(file)])
+    with pytest.raises(ConfigError, match="No such file"):
+        parse_run_config(["--config", str(tmp_path / "none.yaml")])
+
+
+def test_every_flag_is_explained() -> None:
+    actions = [a for a in build_parser("x")._actions if a.option_strings != ["--local_rank"]]
+    assert len(actions) > 40
+    assert all(action.help for action in actions)
+
+
+def test_seed_and_prompt_length_have_one_owner() -> None:
+    config = parse_run_config(["--seed", "5", "--prompt_tokens", "9"])
+    assert (config.optim.seed, config.data.seed) == (5, 5)
+    assert (config.router.prompt_tokens, config.data.prompt_tokens) == (9, 9)
+
+
+def test_router_config_names_target_and_unit() -> None:
+    for granularity in GRANULARITIES:
+        config = RouterConfig(granularity=granularity)
+        assert f"{config.target}_{config.unit}" == granularity
+    with pytest.raises(ConfigError, match="threshold"):
+        RouterConfig(threshold=1.0)
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_deepspeed_files_are_accepted_and_resolved(path: Path) -> None:
+    content = read_ds_config(parse_run_config(["--ds_config", str(path)]))
+    assert content is not None
+    resolved = zero3_config(content, layer_numel=1000, largest_numel=5000)
+    assert resolved["zero_optimization"]["stage"] == 3
+    assert "auto" not in json.dumps(resolved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_micro_batch_size_per_gpu": 7}, "to 7, but --micro_batch_size is 4"),
+        ({"gradient_clipping": 0.5}, "to 0.5, but --max_grad_norm is 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "has a section 'optimizer'"),
+        ({"train_batch_size": 64}, "train_batch_size"),
+        ({"zero_optimization": {"stage": 2}}, "has ZeRO stage 2, expected 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {}}}, "offload_optimizer"),
+        ({"fp16": {"enabled": True}}, "enables fp16"),
+        ({"bf16": {"enabled": True}}, "enables bf16, but --dtype is float32"),
+    ],
+)
+def test_deepspeed_json_that_contradicts_the_flags_names_both_values(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, **change}))
+    with pytest.raises(ConfigError) as error:
+        read_ds_config(parse_run_config(["--ds_config", str(file), "--dtype", "float32"]))
+    assert message in str(error.value)
+
+
+def test_equal_values_in_the_deepspeed_json_are_no_conflict(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    content = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2}
+    file.write_text(json.dumps(content))
+    read_ds_config(parse_run_config(["--ds_config", str(file), "--micro_batch_size", "2"]))
+
+
+def test_broken_or_missing_deepspeed_json_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text("{")
+    for path, message in ((file, "not valid JSON"), (tmp_path / "no.json", "No such file")):
+        with pytest.raises(ConfigError, match=message):
+            read_ds_config(parse_run_config(["--ds_config", str(path)]))

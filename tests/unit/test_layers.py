@@ -1,0 +1,101 @@
+"""Imports point down the layers, and importing the package touches nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "megaskip"
+LEVEL = {
+    "errors": 0,
+    "log": 0,
+    "_version": 0,
+    "config": 1,
+    "routing": 2,
+    "arch": 3,
+    "data": 3,
+    "inference": 3,
+    "parallel": 4,
+    "checkpoint": 4,
+    "export": 4,
+    "reporting": 5,
+    "evaluation": 5,
+    "trainer": 5,
+    "dry_run": 5,
+    "job": 5,
+}
+THIRD_PARTY = {"transformers": 3, "datasets": 3, "deepspeed": 4, "torch.distributed": 4, "torch": 2}
+OWNERS = {"deepspeed": {"parallel"}}
+
+
+def imports_of(file: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    return names
+
+
+def part_of(file: Path) -> str:
+    first = file.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def modules() -> list[Path]:
+    return [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
+
+
+def test_every_part_has_a_level() -> None:
+    assert {part_of(file) for file in modules()} <= LEVEL.keys()
+
+
+def test_imports_point_down_the_layers() -> None:
+    upward = []
+    for file in modules():
+        for name in imports_of(file):
+            if name.startswith("megaskip."):
+                part = name.split(".")[1]
+                if LEVEL[part] > LEVEL[part_of(file)]:
+                    upward.append(f"{file.relative_to(PACKAGE)} imports {name}")
+    assert not upward
+
+
+def test_libraries_are_imported_where_they_belong() -> None:
+    misplaced = []
+    for file in modules():
+        part = part_of(file)
+        for name in imports_of(file):
+            for library, level in THIRD_PARTY.items():
+                if (name == library or name.startswith(f"{library}.")) and LEVEL[part] < level:
+                    misplaced.append(f"{file.relative_to(PACKAGE)} imports {name}")
+            if name.split(".")[0] in OWNERS and part not in OWNERS[name.split(".")[0]]:
+                misplaced.append(f"{file.relative_to(PACKAGE)} imports {name}")
+    assert not misplaced
+
+
+def test_importing_the_package_touches_no_device_environment_or_process_group() -> None:
+    code = (
+        "import os; before = dict(os.environ); import megaskip, torch;"
+        "assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items());"
+        "assert not torch.distributed.is_initialized(); assert not torch.cuda.is_initialized();"
+        "import sys; assert 'deepspeed' not in sys.modules; assert 'lm_eval' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=120)
+
+
+def test_the_public_api_is_what_is_documented() -> None:
+    import megaskip
+
+    assert set(megaskip.__all__) == {
+        "RouterConfig",
+        "RouterSet",
+        "__version__",
+        "attach_routers",
+        "detach_routers",
+        "load_routers",
+        "save_routers",
+    }
+    for name in set(megaskip.__all__) - {"__version__"}:
+        assert getattr(megaskip, name).__doc__

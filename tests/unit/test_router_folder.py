@@ -1,0 +1,104 @@
+"""Router folders: whole or absent, for the right base model, readable by other tools."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+from safetensors.torch import load_file, save_file
+
+from megaskip import RouterConfig, attach_routers, load_routers, save_routers
+from megaskip.checkpoint import describe_base
+from megaskip.errors import CheckpointError
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = tiny_model()
+    routers = attach_routers(model, RouterConfig(granularity="mlp_token", layers="1-2,4"))
+    with torch.no_grad():
+        for parameter in routers.parameters():
+            parameter.normal_()
+    return save_routers(tmp_path / "routers", routers, base=describe_base(model.config))
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 97, (3, 10), generator=torch.Generator().manual_seed(0))
+
+
+def test_saved_routers_load_and_decide_alike(saved: Path) -> None:
+    models = [tiny_model(), tiny_model()]
+    logits = []
+    for model in models:
+        routers = load_routers(model, saved)
+        assert routers.layers == (1, 2, 4)
+        with torch.no_grad():
+            logits.append(model(ids()).logits)
+    assert 0 < routers.capacity() < 1
+    assert torch.equal(*logits)
+
+
+def test_keys_are_absolute_layer_and_target(saved: Path) -> None:
+    tensors = load_file(saved / "routers.safetensors")
+    assert set(tensors) == {f"skip_routers.{i}.mlp.weight" for i in (1, 2, 4)}
+    assert all(t.shape == (1, 32) and t.dtype == torch.float32 for t in tensors.values())
+
+
+def test_routers_of_another_base_are_refused_with_both_sides(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="num_layers is 6 there .* and 8"):
+        load_routers(tiny_model(num_hidden_layers=8), saved)
+    with pytest.raises(CheckpointError, match="model_type is llama there .* and qwen2"):
+        load_routers(tiny_model("qwen2"), saved)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "shape", "config", "extra"])
+def test_damaged_folders_are_named(saved: Path, damage: str) -> None:
+    weights, config = saved / "routers.safetensors", saved / "router_config.json"
+    tensors = load_file(weights)
+    if damage == "missing":
+        tensors.pop("skip_routers.2.mlp.weight")
+        save_file(tensors, weights)
+        message = r"missing \['skip_routers.2.mlp.weight'\]"
+    elif damage == "extra":
+        save_file({**tensors, "other": torch.zeros(1)}, weights)
+        message = r"unexpected \['other'\]"
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        message = "is damaged"
+    elif damage == "shape":
+        save_file({k: torch.zeros(1, 7) for k in tensors}, weights)
+        message = r"has shape \(1, 7\), expected \(1, 32\)"
+    else:
+        content = json.loads(config.read_text())
+        del content["capacity"]
+        config.write_text(json.dumps(content))
+        message = "lacks capacity"
+    model = tiny_model()
+    with pytest.raises(CheckpointError, match=message):
+        load_routers(model, saved)
+    assert not hasattr(model, "skip_routers")
+
+
+def test_a_folder_appears_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routers = attach_routers(tiny_model())
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megaskip.checkpoint.routers.write_json", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_routers(tmp_path / "r", routers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 1, 0):
+        folder = tmp_path / f"{len(found)}"
+        model = tiny_model(seed=seed)
+        model.save_pretrained(folder)
+        found.append(describe_base(model.config, folder).weights)
+    assert found[0] == found[2] != found[1]
