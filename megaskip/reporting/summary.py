@@ -80,10 +80,7 @@ def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{held_out['capacity']:.3f} (standard error "
                 f"{held_out['capacity_standard_error']:.3f})",
             ),
-            (
-                "realised capacity, training",
-                f"{report['training_capacity']:.3f} (last {report['window']} steps)",
-            ),
+            ("realised capacity, training", _training_capacity(report)),
             ("capacity per layer, held out", capacity_line(held_out["capacity_per_layer"])),
         ]
     elif held_out:
