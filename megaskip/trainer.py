@@ -5,7 +5,6 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from megaskip.checkpoint.resume import (
 )
 from megaskip.checkpoint.routers import WEIGHTS, save_routers, write_router_files
 from megaskip.config import OptimConfig, RunConfig
-from megaskip.data import Batch, StreamingRows
+from megaskip.data import Batch
 from megaskip.data.feed import Feed
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank
@@ -102,23 +101,15 @@ class Trainer:
     def _calibrate(self) -> None:
         """Let the last small error of the capacity be taken out by the threshold."""
         routers = self.engine.routers
-        rows = self._calibration_rows()
+        rows = self.config.optim.calibration_rows
         if routers is None or routers.config.budget != "global" or not rows:
             return
-        steps = -(-rows // self.feed.global_batch_size)
-        batches = [batch for step in islice(self.feed.steps(self.step), steps) for batch in step]
-        kept = self.calibrated = self.engine.calibrate(batches)
+        self.calibrated = self.engine.calibrate(self.feed.calibration(rows))
         logger.info(
-            "calibrated on %d rows of training data: capacity %.4f at threshold %.4f",
-            steps * self.feed.global_batch_size,
-            kept,
+            "calibrated on training data: capacity %.4f at threshold %.4f",
+            self.calibrated,
             routers.settled_config().threshold,
         )
-
-    def _calibration_rows(self) -> int:
-        rows = self.feed.data.train
-        limit = self.config.optim.calibration_rows
-        return limit if isinstance(rows, StreamingRows) else min(limit, len(rows))
 
     def _seed(self) -> None:
         """Make randomness a function of (seed, step, rank), so that nothing of it needs to be

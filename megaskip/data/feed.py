@@ -12,6 +12,9 @@ from megaskip.data.sampler import GlobalBatchOrder, shard
 from megaskip.data.streaming import StreamingRows
 from megaskip.errors import DataError
 
+_FORWARD_ONLY = 4
+"""A pass without a backward keeps no activations, so it takes so many times the rows."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
@@ -41,11 +44,23 @@ class Feed:
             step += 1
 
     def held_out(self) -> list[Batch | None]:
-        """Return this rank's held-out batches; as many on every rank, None where there are no rows
-        left."""
+        """Return this rank's held-out batches, for forward passes only."""
         rows = self.data.held_out
-        size = self.micro_batch_size
-        mine = [rows[i] for i in range(self.rank, len(rows), self.world_size)]
+        return self._spread([rows[i] for i in range(len(rows))])
+
+    def calibration(self, count: int) -> list[Batch | None]:
+        """Return this rank's share of `count` training rows, for forward passes only."""
+        if isinstance(self.data.train, StreamingRows):
+            return self._spread(list(islice(_endless(self.data.train, 0), count)))
+        rows = self.data.train
+        count = min(count, len(rows))
+        order = GlobalBatchOrder(len(rows), count, self.seed)
+        return self._spread([rows[i] for i in order.indices(0)])
+
+    def _spread(self, rows: Sequence[AnyRow]) -> list[Batch | None]:
+        """Return this rank's batches; as many on every rank, None where there are no rows left."""
+        size = _FORWARD_ONLY * self.micro_batch_size
+        mine = rows[self.rank :: self.world_size]
         batches: list[Batch | None] = [
             self._collate(mine[i : i + size]) for i in range(0, len(mine), size)
         ]

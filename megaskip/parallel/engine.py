@@ -130,14 +130,14 @@ class Engine:
             budget.place(_quantile(logits, 1 - target) - self.routers.base_threshold_logit)
         return kept
 
-    def _decide_all(self, batches: Sequence[Batch]) -> tuple[float, Tensor]:
+    def _decide_all(self, batches: Sequence[Batch | None]) -> tuple[float, Tensor]:
         """Return (share kept, all logits of real units float32 [N]) over the batches of all
         ranks."""
         assert self.routers is not None
-        kept, logits = [], []
+        kept, logits = [torch.zeros(0)], [torch.zeros(0)]
         for batch in batches:
-            self._forward(batch.to(self._topology.device))
-            for one in self.routers.decisions().values():
+            self._forward_or_fill(batch)
+            for one in self.routers.decisions().values() if batch is not None else ():
                 logits.append(one.logit[one.unit_mask].cpu())
                 kept.append(one.keep[one.unit_mask].cpu())
         everywhere: list[Any] = [None] * self._topology.world_size
@@ -147,9 +147,7 @@ class Engine:
 
     def _eval_step(self, batch: Batch | None) -> Tensor:
         """Return [loss, supervised tokens, rows, sums of their shares and squares, counts]."""
-        loss = self._forward(
-            batch.to(self._topology.device) if batch is not None else self._filler()
-        )
+        loss = self._forward_or_fill(batch)
         if batch is None:
             return torch.zeros(5 + 4 * self._num_routed, dtype=torch.float64, device=loss.device)
         shares = torch.ones(0, device=loss.device)
@@ -160,6 +158,12 @@ class Engine:
             [loss, loss.new_tensor(batch.num_supervised()), loss.new_tensor(len(shares))]
         )
         return torch.cat([head.double(), shares.sum()[None], shares.square().sum()[None], counts])
+
+    def _forward_or_fill(self, batch: Batch | None) -> Tensor:
+        """Run a batch, or one that counts for nothing, so that this rank is in every collective."""
+        return self._forward(
+            batch.to(self._topology.device) if batch is not None else self._filler()
+        )
 
     def _filler(self) -> Batch:
         ids = torch.zeros(1, 8, dtype=torch.int64, device=self._topology.device)
