@@ -112,7 +112,7 @@ class Engine:
         return EvalResult.of(sums.tolist())
 
     @torch.no_grad()
-    def calibrate(self, batches: Sequence[Batch], *, rounds: int = 4) -> float:
+    def calibrate(self, batches: Sequence[Batch | None], *, rounds: int = 4) -> float:
         """Put the threshold where `batches` of all ranks keep the asked capacity; returns what they
         keep.
 
