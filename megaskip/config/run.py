@@ -42,8 +42,9 @@ class ModelConfig(Checked):
     dtype: str = "auto"
     """Type of the backbone's weights: auto (as stored), float32 or bfloat16. Routers are always
     float32."""
-    attn_implementation: str = "sdpa"
-    """Attention of the backbone as transformers names it: sdpa, eager, flash_attention_2, ..."""
+    attn_implementation: str = "auto"
+    """Attention of the backbone as transformers names it: sdpa, eager, flash_attention_2, ...; auto
+    takes what transformers prefers for the family."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the model folder."""
 

@@ -81,8 +81,7 @@ def load_whole(
             folder,
             config=hf_config,
             dtype=dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
+            **_how_to_build(config),
         )
     except (OSError, ValueError, ImportError) as error:
         raise MegaskipError(
@@ -205,13 +204,23 @@ def skeleton(hf_config: Any, config: ModelConfig) -> nn.Module:
 def build_from_config(
     hf_config: Any, config: ModelConfig, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Return the model of a config, its weights not loaded."""
-    return AutoModelForCausalLM.from_config(
-        hf_config,
-        dtype=dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    """Return the model of a config, its weights not loaded; raises ConfigError when it cannot be
+    built."""
+    try:
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_how_to_build(config))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"--model {config.model}: cannot be built as a decoder ({_first_line(error)})"
+        ) from None
+
+
+def _how_to_build(config: ModelConfig) -> dict[str, Any]:
+    """Return what transformers needs to be told besides the HF config."""
+    choice = config.attn_implementation
+    return {
+        "attn_implementation": None if choice == "auto" else choice,
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def _first_line(error: BaseException) -> str:

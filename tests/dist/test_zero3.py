@@ -1,0 +1,143 @@
+"""ZeRO-3 against replicas (bit for bit) and one process (to rounding), whatever the routers decide."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from spawn import run_worker
+
+ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
+
+CASES: list[dict[str, Any]] = [
+    {"granularity": granularity, "execution": execution, "accumulate": accumulate, "packed": packed}
+    for granularity, execution, accumulate, packed in [
+        ("attn_sequence", "dense", 1, False),
+        ("attn_sequence", "sparse", 4, False),
+        ("attn_sequence", "sparse", 1, True),
+        ("attn_sequence", "dense", 4, True),
+        ("attn_token", "dense", 1, False),
+        ("attn_token", "sparse", 1, False),
+        ("mlp_sequence", "sparse", 4, False),
+        ("mlp_token", "dense", 1, True),
+        ("mlp_token", "sparse", 1, False),
+        ("block_sequence", "dense", 1, False),
+        ("block_sequence", "sparse", 4, True),
+        ("block_token", "dense", 4, False),
+        ("block_token", "sparse", 1, False),
+    ]
+] + [
+    {"granularity": "attn_sequence", "execution": "dense", "accumulate": 2, "packed": False}
+    | {"extra": extra}
+    for extra in (["--budget", "layer"], ["--activation_checkpointing"], ["--pool", "all"])
+]
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in case.values())
+
+
+def as_work(case: dict[str, Any], ranks: int, *, sharded: bool) -> dict[str, Any]:
+    """Return a worker's case; the global batch is the same however many ranks share it."""
+    flags = ["--granularity", case["granularity"], "--train_execution", case["execution"]]
+    flags += ["--capacity", "0.3", *case.get("extra", []), *(ZERO3 if sharded else [])]
+    return {"flags": flags, "packed": case["packed"], "parts": list(range(ranks * case["accumulate"]))}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_model(request.param, tie_word_embeddings=request.param == "gemma2").save_pretrained(
+        folder, max_shard_size="40KB"
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize(("ranks", "cases"), [(2, CASES), (4, CASES[::3])])
+def test_zero3_has_the_gradients_of_the_unsharded_model(
+    model: str, ranks: int, cases: list[dict[str, Any]]
+) -> None:
+    sharded = [as_work(case, ranks, sharded=True) for case in cases]
+    replicas = [as_work(case, ranks, sharded=False) for case in cases]
+    results = run_worker("gradients", ranks, model=model, cases=sharded + replicas)
+    alone = run_worker("gradients", 1, model=model, cases=replicas)[0]
+    assert any(disagree(results[0][number], results[1][number]) for number in range(len(cases)))
+    for number, case in enumerate(cases):
+        for rank in range(ranks):
+            mine, theirs = results[rank][number], results[rank][number + len(cases)]
+            for name, gradient in mine["gradients"].items():
+                assert torch.equal(gradient, theirs["gradients"][name]), (name_of(case), rank, name)
+                assert float(gradient.abs().max()) > 0, (name_of(case), name)
+            assert mine["loss_task"] == theirs["loss_task"], name_of(case)
+            assert mine["loss_penalty"] == theirs["loss_penalty"], name_of(case)
+            same_numbers(mine, alone[number], name_of(case))
+
+
+def disagree(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether some layer runs on one rank and not at all on the other."""
+    return any(bool(one["kept"][k].any()) != bool(other["kept"][k].any()) for k in one["kept"])
+
+
+def same_numbers(mine: dict[str, Any], truth: dict[str, Any], case: str) -> None:
+    """Compare with the single process: to rounding, for sums are taken in another order."""
+    assert mine["loss_task"] == pytest.approx(truth["loss_task"], rel=1e-6), case
+    assert mine["loss_penalty"] == pytest.approx(truth["loss_penalty"], rel=1e-6), case
+    assert mine["capacity_per_layer"] == pytest.approx(truth["capacity_per_layer"]), case
+    for name, gradient in mine["gradients"].items():
+        torch.testing.assert_close(
+            gradient, truth["gradients"][name], rtol=1e-4, atol=1e-7, msg=f"{case}: {name}"
+        )
+
+
+def test_forced_divergence_runs_and_releases_every_weight(tmp_path: Path) -> None:
+    """One rank skips every routed sublayer, the other none: the hardest case for collectives."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    flags = {
+        f"{target}_{unit}": ["--granularity", f"{target}_{unit}", "--train_execution", "sparse"]
+        for target, unit in itertools.product(("attn", "mlp", "block"), ("sequence", "token"))
+    }
+    cases = [[*one, *sharding] for one in flags.values() for sharding in (ZERO3, [])]
+    for results in run_worker("forced_divergence", 2, model=str(tmp_path), cases=cases):
+        for granularity, mine, theirs in zip(flags, results[::2], results[1::2], strict=True):
+            for name, gradient in mine["gradients"].items():
+                assert torch.equal(gradient, theirs["gradients"][name]), (granularity, name)
+            assert mine["gathered"] == 0, granularity
+
+
+def test_every_rank_loads_its_own_slice_of_the_stored_weights(model: str) -> None:
+    stored = dict(tiny_from(model).named_parameters())
+    cases = [ZERO3, [*ZERO3, "--dtype", "bfloat16"]]
+    for found in run_worker("whole_weights", 2, model=model, cases=cases):
+        for weights, dtype in zip(found, (torch.float32, torch.bfloat16), strict=True):
+            assert weights.keys() == stored.keys()
+            for name, weight in weights.items():
+                assert torch.equal(weight, stored[name].to(dtype)), name
+
+
+def tiny_from(folder: str) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_models_whose_stored_names_differ_are_loaded_too(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    stored = dict(tiny_from(str(tmp_path)).named_parameters())
+    for (weights,) in run_worker("whole_weights", 2, model=str(tmp_path), cases=[ZERO3]):
+        for name, weight in weights.items():
+            assert torch.equal(weight, stored[name]), name
+
+
+def test_a_rank_holds_its_share_and_twelve_bytes_a_trained_parameter(tmp_path: Path) -> None:
+    tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(tmp_path)
+    small = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}'
+    (tmp_path / "ds.json").write_text(small)
+    flags = ["--ds_config", str(tmp_path / "ds.json")]
+    whole = sum(p.nbytes for p in tiny_from(str(tmp_path)).parameters())
+    for sizes in run_worker("engine_bytes", 4, model=str(tmp_path), flags=flags):
+        assert sizes["backbone"] == pytest.approx(whole / 4, rel=0.06)
+        assert sizes["trained"] + sizes["moments"] == 12 * 3 * 128
+        assert sizes["gradients"] == 0

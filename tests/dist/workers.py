@@ -1,0 +1,157 @@
+"""What the ranks of the distributed tests do. Run by spawn.py: workers.py NAME FOLDER."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaskip.config import parse_run_config
+from megaskip.data import Batch
+from megaskip.parallel.build import build_engine
+from megaskip.parallel.ds_config import read_ds_config
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.measure import bytes_by_kind
+from megaskip.parallel.topology import Topology, process_group, read_topology
+from megaskip.parallel.zero3 import prepare_deepspeed
+
+ROWS, TOKENS = 2, 24
+
+
+def gradients(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return losses, capacities and router gradients of one step for each case."""
+    return [_one_step(model, case, _topology()) for case in cases]
+
+
+def _one_step(model: str, case: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    with built(model, case["flags"], topology) as engine:
+        routers = engine.routers
+        assert routers is not None
+        _randomise(routers)
+        everywhere = case["parts"]
+        batches = [_batch(part, case.get("packed", False)) for part in everywhere]
+        share = len(batches) // topology.world_size
+        mine = batches[topology.rank * share : (topology.rank + 1) * share]
+        result = engine.train_step(mine, 0.0)
+        return {
+            "loss_task": result.loss_task,
+            "loss_penalty": result.loss_penalty,
+            "capacity_per_layer": result.capacity_per_layer,
+            "gradients": {n: p.grad.clone() for n, p in engine.parameters.items()},
+            "kept": {k: d.keep.detach().clone() for k, d in routers.decisions().items()},
+            "bytes": bytes_by_kind(engine),
+        }
+
+
+def forced_divergence(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """Return gradients of a step in which rank 0 runs every routed sublayer and the others none."""
+    return [_diverge(model, flags, _topology()) for flags in cases]
+
+
+def _diverge(model: str, flags: list[str], topology: Topology) -> dict[str, Any]:
+    with built(model, flags, topology) as engine:
+        assert engine.routers is not None
+        _randomise(engine.routers)
+        keep = 1.0 if topology.is_first else 0.0
+        engine.routers.force(dict.fromkeys(engine.routers.layers, keep))
+        engine.train_step([_batch(topology.rank, packed=False)], 0.0)
+        engine.train_step([_batch(topology.rank + 9, packed=False)], 0.0)
+        return {
+            "gradients": {n: p.grad.clone() for n, p in engine.parameters.items()},
+            "gathered": _gathered_numel(engine),
+        }
+
+
+def _gathered_numel(engine: Engine) -> int:
+    """Return the elements of other ranks' partitions that are still held."""
+    return sum(
+        p.data.numel()
+        for p in engine.module.parameters()
+        if hasattr(p, "ds_tensor") and not p.ds_persist
+    )
+
+
+def engine_bytes(model: str, flags: list[str]) -> dict[str, int]:
+    """Return what a rank holds by kind, measured."""
+    with built(model, flags, _topology()) as engine:
+        return bytes_by_kind(engine)
+
+
+def whole_weights(model: str, cases: list[list[str]]) -> list[dict[str, torch.Tensor]]:
+    """Return every weight as this rank sees it when it is gathered."""
+    return [_gather_all(model, flags) for flags in cases]
+
+
+def _gather_all(model: str, flags: list[str]) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    with built(model, flags, _topology()) as engine:
+        found = {}
+        for name, parameter in engine.module.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[name] = parameter.detach().clone()
+        return found
+
+
+@contextlib.contextmanager
+def built(model: str, flags: list[str], topology: Topology) -> Iterator[Engine]:
+    """Yield the engine of a run on a tiny model folder."""
+    config = parse_run_config(["--model", model, "--max_grad_norm", "0", *flags])
+    yield build_engine(config, topology, Path(model), read_ds_config(config))
+
+
+def _randomise(routers: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in routers.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def _batch(seed: int, packed: bool) -> Batch:
+    """Return a batch of padded (or packed) rows of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (ROWS, TOKENS), generator=generator)
+    lengths = torch.randint(12, TOKENS + 1, (ROWS, 1), generator=generator)
+    places = torch.arange(TOKENS).expand(ROWS, TOKENS)
+    token_mask = places < lengths
+    prompt_mask = places < 3
+    segment_ids, positions = None, places
+    if packed:
+        second = places >= 10
+        segment_ids = torch.where(token_mask, second.long(), -1)
+        prompt_mask = prompt_mask | (second & (places < 12))
+        # Padding is a segment of its own.
+        positions = torch.where(second, places - 10, places)
+        positions = torch.where(token_mask, positions, places - lengths)
+    labels = torch.where(token_mask & ~prompt_mask, ids, -100)
+    return Batch(
+        input_ids=ids,
+        labels=labels,
+        token_mask=token_mask,
+        prompt_mask=prompt_mask & token_mask,
+        position_ids=positions.contiguous(),
+        segment_ids=segment_ids,
+    )
+
+
+def _topology() -> Topology:
+    return read_topology(os.environ)
+
+
+def main() -> None:
+    """Run one worker in its process group."""
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    arguments = json.loads((folder / "arguments.json").read_text())
+    torch.set_num_threads(1)
+    prepare_deepspeed()
+    topology = _topology()
+    with process_group(topology, timeout=120):
+        torch.save(globals()[name](**arguments), folder / f"{topology.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
