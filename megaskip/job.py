@@ -12,14 +12,14 @@ from typing import Any
 
 from megaskip.arch.anatomy import describe_layers, describe_trainable
 from megaskip.checkpoint import BaseModel, describe_base
-from megaskip.checkpoint.resume import checkpoints, read_state
+from megaskip.checkpoint.resume import read_state
 from megaskip.config import DataConfig, RunConfig, parse_run_config
 from megaskip.config.run import DEMO
 from megaskip.data import StreamingRows, TokenizedData, build_dataset
 from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.dry_run import dry_run_lines
-from megaskip.errors import CheckpointError, ConfigError, MegaskipError
+from megaskip.errors import ConfigError, MegaskipError
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.build import build_engine
@@ -30,6 +30,7 @@ from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.watch import Watch
 from megaskip.reporting.summary import human_bytes, table, versions
+from megaskip.run_folder import choose_run_folder, write_run_file
 from megaskip.trainer import Trainer
 
 logger = get_logger(__name__)
@@ -77,11 +78,12 @@ def train(argv: Sequence[str]) -> None:
 
         prepare_deepspeed()
     with process_group(topology, timeout=config.parallel.dist_timeout), _watch(config, topology):
-        output_dir, resume = on_first_rank(topology, lambda: _choose_folders(config))
+        output_dir, resume = on_first_rank(topology, lambda: choose_run_folder(config))
         engine = build_engine(config, topology, folder, ds_content)
         base = describe_base(load_hf_config(folder, config.model), folder, config.model.revision)
         feed = _feed(config, topology, data, pad_token_id, resume)
         trainer = _trainer(config, topology, engine, feed, base, output_dir, folder)
+        on_first_rank(topology, lambda: write_run_file(output_dir, config, topology.world_size))
         _print_header(trainer, folder)
         if resume is not None:
             trainer.resume(resume)
@@ -155,60 +157,6 @@ def _same_global_batch(resume: Path, config: RunConfig, world: int) -> int:
             "gradient accumulation is %d, to keep the global batch of %d rows", size // share, size
         )
     return size
-
-
-# -- folders
-
-
-def _choose_folders(config: RunConfig) -> tuple[Path, Path | None]:
-    """Return (run folder, checkpoint to continue from), on the first rank; never a folder that
-    holds a run."""
-    settings = config.checkpoint
-    if settings.resume not in (None, "auto"):
-        checkpoint = Path(str(settings.resume))
-        read_state(checkpoint)
-        return Path(settings.output_dir or checkpoint.parent), checkpoint
-    if settings.output_dir is None:
-        stem = Path("runs") / _run_name(config)
-        runs = sorted(stem.parent.glob(f"{stem.name}-[0-9][0-9][0-9]"))
-        continues = settings.resume == "auto" and runs
-        output_dir = (
-            runs[-1] if continues else stem.with_name(f"{stem.name}-{_next_number(runs):03d}")
-        )
-    else:
-        output_dir = Path(settings.output_dir)
-    found = checkpoints(output_dir)
-    if found and settings.resume is None:
-        raise ConfigError(
-            f"--output_dir {output_dir} holds a run already ({found[-1].name}); continue it with "
-            f"--resume auto, or "
-            "name another folder"
-        )
-    _require_writable(output_dir)
-    return output_dir, found[-1] if found else None
-
-
-def _run_name(config: RunConfig) -> str:
-    model = Path(config.model.model).name
-    return f"{model}-{config.router.granularity if config.model.train == 'routers' else 'full'}"
-
-
-def _next_number(runs: Sequence[Path]) -> int:
-    return int(runs[-1].name[-3:]) + 1 if runs else 1
-
-
-def _require_writable(folder: Path) -> None:
-    """Raise CheckpointError now rather than after hours of training."""
-    probe = folder / ".write_test"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"--output_dir {folder}: cannot write there ({error.strerror or error}); name another "
-            f"folder"
-        ) from None
 
 
 # -- the trainer and its header

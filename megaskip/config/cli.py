@@ -57,8 +57,7 @@ def parse_run_config(argv: Sequence[str], description: str = "") -> RunConfig:
         namespace, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error.argument_name or 'command line'}: {error.message}") from None
-    problems += [_unknown_flag(text) for text in unknown if text.startswith("--")]
-    problems += [f"unexpected argument {text!r}" for text in unknown if not text.startswith("--")]
+    problems += _unknown_arguments(unknown)
     given = {
         k: v
         for k, v in vars(namespace).items()
@@ -185,6 +184,14 @@ def _wrap(text: str) -> str:
     return textwrap.fill(text, width=84).replace("%", "%%")
 
 
-def _unknown_flag(text: str) -> str:
-    name = text[2:].split("=")[0]
-    return f"unknown flag --{name}{did_you_mean(name, flag_names())}"
+def _unknown_arguments(unknown: Sequence[str]) -> list[str]:
+    """Return what is wrong with arguments that no flag took; a stray flag's value is part of it."""
+    flags = [f"--{name}" for name in flag_names()]
+    problems = []
+    for before, text in zip(["", *unknown], unknown, strict=False):
+        if text.startswith("--"):
+            name = text.split("=")[0]
+            problems.append(f"unknown flag {name}{did_you_mean(name, flags)}")
+        elif not before.startswith("--"):
+            problems.append(f"unexpected argument {text!r}")
+    return problems

@@ -57,7 +57,7 @@ def test_all_problems_are_reported_at_once_with_suggestions() -> None:
     for part in (
         "did you mean 'attn_token'",
         "--capacity 1.5 is outside [0, 1]",
-        "unknown flag --laers; did you mean 'layers'",
+        "unknown flag --laers; did you mean '--layers'",
         "--lr -1 must be at least 0",
     ):
         assert part in text

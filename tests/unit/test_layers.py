@@ -23,6 +23,7 @@ LEVEL = {
     "trainer": 5,
     "dry_run": 5,
     "job": 5,
+    "run_folder": 5,
 }
 THIRD_PARTY = {"transformers": 3, "datasets": 3, "deepspeed": 4, "torch.distributed": 4, "torch": 2}
 OWNERS = {"deepspeed": {"parallel"}}

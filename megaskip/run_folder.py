@@ -1,0 +1,99 @@
+"""Where a run writes: which folder, what it may not overwrite, and run.json. First rank only."""
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+from megaskip.checkpoint.atomic import write_json
+from megaskip.checkpoint.resume import checkpoints, read_state
+from megaskip.config import RunConfig
+from megaskip.errors import CheckpointError, ConfigError
+from megaskip.reporting.summary import versions
+
+
+def choose_run_folder(config: RunConfig) -> tuple[Path, Path | None]:
+    """Return (run folder, checkpoint to continue from); never a folder whose run would be lost.
+
+    Raises ConfigError or CheckpointError, now rather than after hours of training.
+    """
+    resume = config.checkpoint.resume
+    if resume in (None, "auto"):
+        folder, checkpoint = _newest(config)
+    else:
+        folder, checkpoint = _continue_from(config, Path(str(resume)))
+    _require_writable(folder)
+    return folder, checkpoint
+
+
+def write_run_file(folder: Path, config: RunConfig, world_size: int) -> None:
+    """Write run.json: every setting, resolved, and what it runs on."""
+    write_json(
+        folder / "run.json",
+        {
+            "config": dataclasses.asdict(config),
+            "world_size": world_size,
+            "versions": versions(),
+            "git_revision": _git_revision(),
+        },
+    )
+
+
+def _newest(config: RunConfig) -> tuple[Path, Path | None]:
+    """Return (run folder, its newest checkpoint); only --resume auto may find one."""
+    folder = _named_folder(config)
+    found = checkpoints(folder)
+    if found and config.checkpoint.resume is None:
+        raise ConfigError(
+            f"--output_dir {folder} holds a run already ({found[-1].name}); continue it with "
+            "--resume auto, or name another folder"
+        )
+    return folder, found[-1] if found else None
+
+
+def _continue_from(config: RunConfig, checkpoint: Path) -> tuple[Path, Path | None]:
+    """Return (run folder, checkpoint) for --resume PATH, which may branch off into a new folder."""
+    read_state(checkpoint)
+    folder = Path(config.checkpoint.output_dir or checkpoint.parent)
+    others = checkpoints(folder)
+    newest = others[-1] if others else checkpoint
+    if newest.resolve() != checkpoint.resolve():
+        raise ConfigError(
+            f"--resume {checkpoint}: its run folder {folder} holds {newest.name}, which would be "
+            "lost; continue from that one, or branch off into a new --output_dir"
+        )
+    return folder, checkpoint
+
+
+def _named_folder(config: RunConfig) -> Path:
+    """Return --output_dir, or the next free runs/MODEL-GRANULARITY-NNN (the last one to resume)."""
+    if config.checkpoint.output_dir is not None:
+        return Path(config.checkpoint.output_dir)
+    kind = config.router.granularity if config.model.train == "routers" else "full"
+    stem = Path("runs") / f"{Path(config.model.model).name}-{kind}"
+    runs = sorted(stem.parent.glob(f"{stem.name}-[0-9][0-9][0-9]"))
+    if config.checkpoint.resume == "auto" and runs:
+        return runs[-1]
+    number = int(runs[-1].name[-3:]) + 1 if runs else 1
+    return stem.with_name(f"{stem.name}-{number:03d}")
+
+
+def _require_writable(folder: Path) -> None:
+    probe = folder / ".write_test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 65536)
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"--output_dir {folder}: cannot write there ({error.strerror or error}); name another "
+            "folder"
+        ) from None
+
+
+def _git_revision() -> str | None:
+    """Return the commit of the clone that runs, None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,123 @@
+"""A run that is killed continues as if nothing had happened, also on another number of ranks."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spawn import Ranks, start, train
+
+ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
+STEPS = 10
+NOISE = {"tokens_per_second", "peak_memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    rows = []
+    for _ in range(120):
+        words = " ".join(rng.choice(("king", "queen", "sword", "night")) for _ in range(rng.randint(2, 9)))
+        rows.append({"prompt": f"Repeat: {words}", "completion": words})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags(data: Path, output_dir: Path, *more: str) -> list[str]:
+    return [
+        *("--data", str(data / "rows.jsonl"), "--cache_dir", str(data / "cache")),
+        *("--output_dir", str(output_dir), "--max_steps", str(STEPS), "--save_every", "3"),
+        *("--micro_batch_size", "1", "--gradient_accumulation_steps", "4", "--held_out", "8"),
+        *("--calibration_rows", "16", "--lr", "1e-2", *more),
+    ]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in NOISE} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path) -> Path:
+    done = train(data / "log", *flags(data, data / "whole", *ZERO3))
+    assert [p.returncode for p in done.processes] == [0, 0], done.tails()
+    assert len(metrics(data / "whole")) == STEPS
+    return data / "whole"
+
+
+def wait_for(path: Path, ranks: Ranks, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came\n{ranks.tails()}"
+        assert ranks.processes[0].poll() is None, ranks.tails()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_killed_rank_is_named_and_resume_repeats_the_run_exactly(
+    data: Path, uninterrupted: Path, tmp_path: Path, victim: int
+) -> None:
+    folder = tmp_path / "run"
+    settings = flags(data, folder, "--heartbeat_timeout", "10", *ZERO3)
+    ranks = start(["launch/train.py", *settings], 2, tmp_path / "log")
+    wait_for(folder / "step_000003" / "COMPLETE", ranks)
+    os.kill(ranks.processes[victim].pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    statuses = ranks.wait(60)
+    survivor = 1 - victim
+    assert time.monotonic() - killed_at < 60
+    assert statuses[survivor] not in (0, None)
+    assert f"rank {victim} (process {ranks.processes[victim].pid}" in ranks.text(survivor)
+    assert "--resume auto" in ranks.text(survivor)
+    again = train(tmp_path / "again", *settings, "--resume", "auto")
+    assert [p.returncode for p in again.processes] == [0, 0], again.tails()
+    assert "resumed from" in again.text(0)
+    assert metrics(folder) == metrics(uninterrupted)
+    for name in ("routers/routers.safetensors", "routers/router_config.json"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+
+
+def test_run_continues_on_other_numbers_of_ranks(
+    data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """2 ranks, then 1, then 4: the global batch stays, so the numbers agree to rounding."""
+    folder = tmp_path / "run"
+    first = flags(data, folder, "--keep_last", "9", *ZERO3)
+    ranks = start(["launch/train.py", *first], 2, tmp_path / "first")
+    wait_for(folder / "step_000003" / "COMPLETE", ranks)
+    ranks.kill()
+    ranks = start(["launch/train.py", *first, "--resume", "auto"], 1, tmp_path / "second")
+    wait_for(folder / "step_000006" / "COMPLETE", ranks)
+    ranks.kill()
+    last = train(tmp_path / "third", *first, "--resume", "auto", ranks=4)
+    assert [p.returncode for p in last.processes] == [0] * 4, last.tails()
+    for mine, truth in zip(metrics(folder), metrics(uninterrupted), strict=True):
+        for key in ("step", "loss_task", "loss_penalty", "capacity", "lr"):
+            assert mine[key] == pytest.approx(truth[key], rel=1e-3, abs=1e-5), (key, mine["step"])
+
+
+def test_replicas_continue_a_zero3_run(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """A checkpoint holds nothing of the engine that wrote it."""
+    folder = tmp_path / "run"
+    checkpoint = str(sorted(uninterrupted.glob("step_*"))[-2])
+    done = train(
+        tmp_path / "log", *flags(data, folder, "--resume", checkpoint), ranks=1
+    )
+    assert done.processes[0].returncode == 0, done.tails()
+    assert json.loads((folder / "run.json").read_text())["world_size"] == 1
+    first = int(Path(checkpoint).name.removeprefix("step_"))
+    for mine, truth in zip(metrics(folder), metrics(uninterrupted)[first:], strict=True):
+        assert mine["loss_task"] == pytest.approx(truth["loss_task"], rel=1e-3)
+        assert mine["capacity"] == pytest.approx(truth["capacity"])
+
+
+def test_resume_never_drops_later_checkpoints(data: Path, uninterrupted: Path) -> None:
+    earlier, later = sorted(uninterrupted.glob("step_*"))[-2:]
+    done = train(data / "log", *flags(data, uninterrupted, "--resume", str(earlier)), ranks=1)
+    assert done.processes[0].returncode == 2
+    assert f"holds {later.name}, which would be lost" in done.text(0)
