@@ -118,6 +118,8 @@ def _zero3_bytes(
     ]
     threshold = zero["stage3_param_persistence_threshold"]
     offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
+    if world_size == 1 and not offloaded:
+        return sum(n * s for n, s in parameters), 0  # DeepSpeed computes in the only partition
     partitions = sum(-(-n // world_size) * s for n, s in parameters)
     persistent = sum(n * s for n, s in parameters if n <= threshold)
     element = parameters[0][1]

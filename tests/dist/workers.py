@@ -15,6 +15,7 @@ from megaskip.data import Batch
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.zero3 import prepare_deepspeed
@@ -79,6 +80,32 @@ def engine_bytes(model: str, flags: list[str]) -> dict[str, int]:
     """Return what a rank holds by kind, measured."""
     with built(model, flags, _topology()) as engine:
         return bytes_by_kind(engine)
+
+
+def memory_of_a_step(model: str, cases: list[list[str]]) -> list[int]:
+    """Return the bytes that are alive at the worst moment of a full micro-batch, for each case."""
+    return [_peak_of_a_step(model, flags) for flags in cases]
+
+
+def _peak_of_a_step(model: str, flags: list[str]) -> int:
+    config = parse_run_config(["--model", model, *flags])
+    shape = (config.optim.micro_batch_size, config.data.seq_length)
+    real = torch.ones(shape, dtype=torch.bool)
+    ids = torch.randint(3, 97, shape)
+    places = torch.arange(shape[1]).expand(shape)
+    batch = Batch(
+        input_ids=ids, labels=ids, token_mask=real, prompt_mask=real, position_ids=places
+    )
+    with built(model, flags, _topology()) as engine:
+        for _ in range(2):  # the first step still learns DeepSpeed's prefetch order
+            engine.train_step([batch], 0.0)
+        held = sum(bytes_by_kind(engine).values())
+        tensors = [*engine.module.parameters(), *engine.module.buffers()]
+        partitions = [p.ds_tensor for p in tensors if hasattr(p, "ds_tensor")]
+        with LiveBytes() as live:
+            live.ignore([*tensors, *partitions, *engine.parameters.values()])
+            engine.train_step([batch], 0.0)
+        return held + live.peak
 
 
 def whole_weights(model: str, cases: list[list[str]]) -> list[dict[str, torch.Tensor]]:

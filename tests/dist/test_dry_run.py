@@ -1,0 +1,72 @@
+"""What --dry_run says a rank will need is what a rank needs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from families import tiny_config, tiny_model
+from spawn import run_worker
+
+from megaskip.config import parse_run_config
+from megaskip.parallel.ds_config import read_ds_config
+from megaskip.parallel.estimate import estimate
+from megaskip.parallel.load import load_hf_config, weight_dtype
+
+ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
+BATCH = ["--micro_batch_size", "4", "--seq_length", "128"]
+CASES = [
+    [*BATCH, *ZERO3],
+    BATCH,
+    [*BATCH, *ZERO3, "--activation_checkpointing"],
+    [*BATCH, *ZERO3, "--granularity", "mlp_token", "--loss_chunk_tokens", "64"],
+    ["--micro_batch_size", "1", "--seq_length", "64", *ZERO3, "--granularity", "block_sequence"],
+    [*BATCH, *ZERO3, "--dtype", "bfloat16"],
+]
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 8,
+    "head_dim": 32,
+    "num_hidden_layers": 8,
+    "vocab_size": 4096,
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_estimate_is_within_15_percent_of_what_is_measured(ranks: int, tmp_path: Path) -> None:
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    found = run_worker("memory_of_a_step", ranks, model=str(tmp_path), cases=CASES)
+    for number, flags in enumerate(CASES):
+        config = parse_run_config(["--model", str(tmp_path), *flags])
+        hf_config = load_hf_config(tmp_path, config.model)
+        dtype = weight_dtype(config.model, hf_config)
+        ds_content = read_ds_config(config)
+        planned = estimate(config, hf_config, dtype, world_size=ranks, ds_content=ds_content)
+        for rank in range(ranks):
+            assert planned.total == pytest.approx(found[rank][number], rel=0.15), (flags, planned)
+
+
+def test_70b_is_planned_from_its_config_alone(tmp_path: Path) -> None:
+    shape = {
+        **tiny_config("llama").to_dict(),
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    flags = ["--seq_length", "4096", "--micro_batch_size", "1", "--activation_checkpointing"]
+    config = parse_run_config(["--model", str(tmp_path), *flags, *ZERO3])
+    hf_config = load_hf_config(tmp_path, config.model)
+    dtype = weight_dtype(config.model, hf_config)
+    planned = estimate(
+        config, hf_config, dtype, world_size=16, ds_content=read_ds_config(config)
+    )
+    assert planned.parameters == 70_553_706_496
+    assert planned.weights == pytest.approx(2 * planned.parameters / 16, rel=0.01)
+    assert planned.trained == 40 * 8192 * 16
+    assert len(planned.trainable) == 40
