@@ -51,6 +51,11 @@ def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
         os.environ.update(
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1"
         )
+    if os.environ.get("MASTER_PORT") == "0":
+        raise RankError(
+            "MASTER_PORT is 0, which no rank can connect to; start torchrun with --standalone, or "
+            "with --master_port and a free port"
+        )
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
     backend = "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo"
     try:

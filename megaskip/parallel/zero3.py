@@ -5,6 +5,8 @@ Every decoder layer is a leaf that all ranks enter: what happens inside may diff
 routers stay outside of what is sharded; DeepSpeed sees a model without an optimizer.
 """
 
+import ctypes
+import ctypes.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +16,30 @@ from torch import nn
 from megaskip.arch import find_decoder
 from megaskip.arch.task_loss import HeadLoss, TaskLoss
 
+_MMAP_THRESHOLD = 4 << 20
+"""Bytes from which a freed block goes back to the system at once."""
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+
 
 def prepare_deepspeed() -> None:
-    """Switch off what DeepSpeed would build on a CPU: 27 s, and a lock that can hang for ever after
-    a kill."""
+    """Set the process up for ZeRO-3; before the first weight is made."""
     from deepspeed.ops import __compatible_ops__
 
+    # On a CPU DeepSpeed would build it: 27 s, and a lock that can hang for ever after a kill.
     __compatible_ops__["deepspeed_shm_comm"] = False
+    _return_memory()
+
+
+def _return_memory() -> None:
+    """Let freed gathers leave a CPU rank's memory.
+
+    glibc raises its threshold to 32 MiB by itself and keeps freed layers as holes between the
+    partitions: measured, a rank that holds 0.6 GiB grew to 2.5 GiB.
+    """
+    libc = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(libc), "mallopt", None) if libc else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
 
 def shard(loss: TaskLoss, ds_config: Mapping[str, Any]) -> tuple[nn.Module, Any]:

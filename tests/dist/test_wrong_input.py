@@ -149,3 +149,15 @@ def test_family_that_cannot_be_routed_is_refused_with_numbers(family: str, tmp_p
         says="is not the identity",
         ranks=1,
     )
+
+
+def test_port_zero_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    data = str(rows(tmp_path / "rows.jsonl"))
+    done = train(
+        tmp_path / "log",
+        *("--data", data, "--output_dir", str(tmp_path / "run")),
+        environment={"MASTER_PORT": "0"},
+        timeout=60,
+    )
+    assert [p.returncode for p in done.processes] == [2, 2], done.tails()
+    assert "--standalone" in done.text(0)
