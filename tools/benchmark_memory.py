@@ -36,9 +36,8 @@ def main() -> None:
         folder = Path(scratch)
         size = make_model(folder / "model", options.gib)
         print(f"model: {size / 2**30:.2f} GiB of bfloat16 in safetensors shards")
-        print(
-            f"{'':22} {'load, own':>10} {'load, file':>10} {'train, own':>10} {'train, file':>11}"
-        )
+        columns = ("load, own", "load, file", "train, own", "train, file")
+        print(f"{'':22}" + "".join(f"{column:>13}" for column in columns))
         demo = DEMO_FOLDER / "backbone"
         show("libraries alone", run(folder / "a", demo, 1, ["--ds_config", options.ds_config]))
         show("whole, 1 rank", run(folder / "b", folder / "model", 1, []))
@@ -141,8 +140,8 @@ def note(peak: dict[str, int], pid: int, phase: str) -> None:
 
 def show(name: str, peaks: dict[str, list[int]]) -> None:
     """Print a row: the largest of all ranks, GiB."""
-    cells = [f"{max(peaks[key]) / 2**30:.2f}" for key in peaks]
-    print(f"{name:22} {cells[0]:>10} {cells[1]:>10} {cells[2]:>10} {cells[3]:>11}", flush=True)
+    cells = "".join(f"{max(found) / 2**30:13.2f}" for found in peaks.values())
+    print(f"{name:22}{cells}", flush=True)
 
 
 if __name__ == "__main__":
