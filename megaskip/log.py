@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 _FORMAT = "%(asctime)s %(message)s"
 
@@ -36,4 +37,6 @@ def quiet_libraries() -> None:
         "torch.distributed",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

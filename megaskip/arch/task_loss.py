@@ -162,7 +162,8 @@ def verify_task_loss(loss: TaskLoss) -> None:
     logits = model(input_ids=ids, use_cache=False).logits.float()
     theirs = nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    if abs(float(own - theirs)) > tolerance * max(1.0, abs(float(theirs))):
+    # Written so that NaN fails too.
+    if not abs(float(own - theirs)) <= tolerance * max(1.0, abs(float(theirs))):
         raise UnsupportedModelError(
             f"{model.config.model_type}: the loss from hidden states and output embedding is "
             f"{float(own):.4f}, from "

@@ -25,6 +25,7 @@ def build_parser(description: str, **kwargs: Any) -> argparse.ArgumentParser:
     text."""
     parser = argparse.ArgumentParser(
         description=description,
+        usage="%(prog)s [--ds_config JSON] [--model DIR] [--data PATH] [flags]",
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
         **kwargs,

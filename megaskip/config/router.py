@@ -28,7 +28,7 @@ class RouterConfig:
     {token}."""
     layers: int | str | Sequence[int] = "half"
     """Routed layers: "half" (the deepest half except the last, as published), a count of deepest
-    layers (the last excluded), or a list such as 8-14,16."""
+    layers (the last excluded), or a list such as 8-14,16 (one layer alone is written 12-12)."""
     capacity: float = 0.5
     """Fraction of sequences (or tokens) that the routed sublayers keep, averaged over layers and
     batch."""

@@ -146,10 +146,19 @@ def _fill_partitions(model: nn.Module, shards: Mapping[str, Path]) -> None:
                         f"{file}: {name} has shape {tuple(stored.shape)}, config.json asks for "
                         f"{tuple(parameter.ds_shape)}"
                     )
-                partition = parameter.ds_tensor
-                start = partition.ds_numel * parameter.ds_process_group.rank()
-                mine = stored.view(-1)[start : start + partition.ds_numel]
-                partition.data[: mine.numel()].copy_(mine)
+                rank = parameter.ds_process_group.rank()
+                _copy_slice(parameter.ds_tensor, stored, rank)
+                if parameter.ds_secondary_tensor is not None:
+                    # hpZ gathers from this second copy, which is sharded over a node's ranks.
+                    rank %= parameter.ds_secondary_tensor_group_size
+                    _copy_slice(parameter.ds_secondary_tensor, stored, rank)
+
+
+def _copy_slice(partition: Any, stored: torch.Tensor, rank: int) -> None:
+    """Copy the part of `stored` that belongs to the partition of `rank`; the rest is padding."""
+    start = partition.ds_numel * rank
+    mine = stored.view(-1)[start : start + partition.ds_numel]
+    partition.data[: mine.numel()].copy_(mine)
 
 
 def _load_by_transformers(

@@ -1,13 +1,14 @@
 """ZeRO-3 against replicas (bit for bit) and one process (to rounding), whatever the routers decide."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
-from spawn import run_worker
+from spawn import ROOT, run_worker
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 
@@ -104,6 +105,27 @@ def test_forced_divergence_runs_and_releases_every_weight(tmp_path: Path) -> Non
             for name, gradient in mine["gradients"].items():
                 assert torch.equal(gradient, theirs["gradients"][name]), (granularity, name)
             assert mine["gathered"] == 0, granularity
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [("zero3_offload.json", {}), ("zero3_multinode.json", {"zero_hpz_partition_size": 2})],
+)
+def test_other_deepspeed_files_give_the_same_gradients(
+    file: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """hpZ's secondary copy is sharded over 2 of the 4 ranks, as over the 8 of a node."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    content = json.loads((ROOT / "ds_configs" / file).read_text())
+    content["zero_optimization"].update(changes)
+    content["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    flags = ["--train_execution", "sparse", "--capacity", "0.3"]
+    plain = {"flags": flags, "parts": list(range(8))}
+    other = plain | {"flags": [*flags, "--ds_config", str(tmp_path / "ds.json")]}
+    for mine, truth in run_worker("gradients", 4, model=str(tmp_path), cases=[other, plain]):
+        for name, gradient in mine["gradients"].items():
+            assert torch.equal(gradient, truth["gradients"][name]), name
 
 
 def test_every_rank_loads_its_own_slice_of_the_stored_weights(model: str) -> None:
