@@ -43,7 +43,8 @@ def find_decoder(model: nn.Module) -> Anatomy:
         layers=layers,
         head=get_head() if get_head else None,
         hidden_size=text_config.hidden_size,
-        model_type=config.model_type,
+        # An exported model has a type of its own and names its family besides.
+        model_type=getattr(config, "base_model_type", config.model_type),
     )
 
 

@@ -1,18 +1,14 @@
 """Attach routers to a model and take them off again. One place, one prefix, nothing left behind."""
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megaskip.arch.anatomy import find_decoder, freeze
 from megaskip.arch.probe import probe_layer
-from megaskip.arch.sites import find_sites
-from megaskip.arch.sublayer import is_routed, route_layer, unroute
+from megaskip.arch.sublayer import is_routed, unroute
+from megaskip.arch.wiring import wire
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.errors import ConfigError, UnsupportedModelError
-from megaskip.inference.held import HeldDecisions, held_by, hold
-from megaskip.routing import PREFIX, Pooling, RouterSet
+from megaskip.routing import PREFIX, RouterSet
 
 
 def attach_routers(
@@ -48,10 +44,7 @@ def attach_routers(
         if not report.passed:
             raise UnsupportedModelError(report.explain(anatomy.model_type))
     routers = RouterSet(config, layers, anatomy.hidden_size, device=device)
-    for index, gate in routers.gates.items():
-        layer = anatomy.layers[index]
-        route_layer(layer, find_sites(layer, anatomy.model_type), gate)
-    _add_hooks(anatomy.decoder, routers)
+    wire(anatomy, routers)
     if register:
         model.add_module(PREFIX, routers)
     freeze(model)
@@ -68,47 +61,3 @@ def detach_routers(model: nn.Module) -> None:
         handle.remove()
     if hasattr(model, PREFIX):
         delattr(model, PREFIX)
-
-
-def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
-    """Let plain calls of the model announce themselves: what is real comes from the attention
-    mask."""
-
-    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
-        if routers.take_announcement():
-            return
-        held = held_by(past) if config_is_sequence else {}
-        routers.begin(_pooling(routers, _token_mask(args, kwargs)), held)
-
-    def remember(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and config_is_sequence and not isinstance(cache, HeldDecisions):
-            hold(cache, routers.decisions())
-
-    config_is_sequence = routers.config.unit == "sequence"
-    decoder.__dict__["_skip_hooks"] = (
-        decoder.register_forward_pre_hook(announce, with_kwargs=True),
-        decoder.register_forward_hook(remember, with_kwargs=True),
-    )
-
-
-def _pooling(routers: RouterSet, token_mask: Tensor) -> Pooling:
-    if routers.config.unit == "token":
-        return Pooling.tokens(token_mask)
-    return Pooling.sequences(token_mask, token_mask)
-
-
-def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return bool [B, T] of the tokens of this call (the last T columns of a mask that covers the
-    cache)."""
-    inputs = args[0] if args else kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs["inputs_embeds"]
-    batch, tokens = inputs.shape[:2]
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask[:, -tokens:].to(device=inputs.device, dtype=torch.bool)
-    return torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)

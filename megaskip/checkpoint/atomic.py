@@ -42,6 +42,7 @@ def write_tensors(
     """Write tensors as safetensors; the order of names does not depend on the run."""
     contiguous = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+    path.chmod(0o644)  # safetensors makes it readable by its owner alone
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

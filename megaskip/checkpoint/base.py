@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaskip.checkpoint.atomic import read_json
 from megaskip.errors import CheckpointError
 
 _SAMPLES = 16
@@ -66,6 +67,25 @@ def describe_base(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         weights=_fingerprint(Path(folder)) if folder is not None else None,
+    )
+
+
+def describe_folder(folder: Path) -> BaseModel:
+    """Return the identity of the model in a local folder, from its files alone."""
+    content = read_json(folder / "config.json")
+    text = content.get("text_config") or content
+    missing = [name for name in ("num_hidden_layers", "hidden_size") if name not in text]
+    if missing or "model_type" not in content:
+        raise CheckpointError(
+            f"{folder / 'config.json'} lacks {', '.join(missing or ['model_type'])}"
+        )
+    return BaseModel(
+        name=str(folder),
+        revision=None,
+        model_type=content["model_type"],
+        num_layers=text["num_hidden_layers"],
+        hidden_size=text["hidden_size"],
+        weights=_fingerprint(folder),
     )
 
 

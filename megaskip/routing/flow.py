@@ -22,6 +22,7 @@ class Flow(Protocol):
         hidden_states: Tensor,
         kwargs: dict[str, Any],
         decision: RoutingDecision,
+        layer: int,
     ) -> Any:
         """Return attention's output tuple; entry 0 is [B, T, D], zero where nothing was
         computed."""
@@ -49,6 +50,7 @@ class DenseFlow:
         hidden_states: Tensor,
         kwargs: dict[str, Any],
         decision: RoutingDecision,
+        layer: int,
     ) -> Any:
         """Run attention on all rows."""
         return run(hidden_states, **kwargs)
@@ -79,6 +81,7 @@ class SparseFlow:
         hidden_states: Tensor,
         kwargs: dict[str, Any],
         decision: RoutingDecision,
+        layer: int,
     ) -> Any:
         """Run attention on the rows that keep something."""
         rows = (decision.keep.detach() > 0).any(dim=1)
@@ -89,7 +92,7 @@ class SparseFlow:
             return output, None
         index = rows.nonzero().squeeze(1)
         batch = hidden_states.shape[0]
-        picked = {name: _rows_of(value, index, batch) for name, value in kwargs.items()}
+        picked = {name: rows_of(value, index, batch) for name, value in kwargs.items()}
         ran = run(hidden_states[index], **picked)
         return output.index_copy(0, index, ran[0]), *ran[1:]
 
@@ -114,10 +117,11 @@ class SparseFlow:
         return (output, *rest) if is_tuple else output
 
 
-def _rows_of(value: Any, index: Tensor, batch: int) -> Any:
+def rows_of(value: Any, index: Tensor, batch: int) -> Any:
     """Return `value` for the rows of `index`; tensors that broadcast over the batch stay whole."""
     if isinstance(value, Tensor):
-        return value[index] if value.dim() > 0 and value.shape[0] == batch else value
+        # One-dimensional ones run over tokens, however many rows there are.
+        return value[index] if value.dim() > 1 and value.shape[0] == batch else value
     if isinstance(value, tuple):
-        return tuple(_rows_of(item, index, batch) for item in value)
+        return tuple(rows_of(item, index, batch) for item in value)
     return value

@@ -38,7 +38,8 @@ class Gate:
         self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
     ) -> Any:
         """Run the attention on what is kept; returns its output tuple, not yet multiplied."""
-        return self._routers.flow.attention(run, hidden_states, kwargs, self._decided())
+        flow = self._routers.flow
+        return flow.attention(run, hidden_states, kwargs, self._decided(), self.layer)
 
     def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
         """Run the MLP on what is kept; returns its output, not yet multiplied."""

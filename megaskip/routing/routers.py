@@ -30,7 +30,7 @@ class Router(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits float32 [B, U] of features float32 [B, U, D]."""
-        return nn.functional.linear(features, self.weight).squeeze(-1)
+        return nn.functional.linear(features, self.weight.float()).squeeze(-1)
 
 
 class RouterSet(nn.Module):

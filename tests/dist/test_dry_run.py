@@ -63,9 +63,7 @@ def test_70b_is_planned_from_its_config_alone(tmp_path: Path) -> None:
     config = parse_run_config(["--model", str(tmp_path), *flags, *ZERO3])
     hf_config = load_hf_config(tmp_path, config.model)
     dtype = weight_dtype(config.model, hf_config)
-    planned = estimate(
-        config, hf_config, dtype, world_size=16, ds_content=read_ds_config(config)
-    )
+    planned = estimate(config, hf_config, dtype, world_size=16, ds_content=read_ds_config(config))
     assert planned.parameters == 70_553_706_496
     assert planned.weights == pytest.approx(2 * planned.parameters / 16, rel=0.01)
     assert planned.trained == 40 * 8192 * 16

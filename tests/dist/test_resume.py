@@ -22,7 +22,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     rows = []
     for _ in range(120):
-        words = " ".join(rng.choice(("king", "queen", "sword", "night")) for _ in range(rng.randint(2, 9)))
+        words = " ".join(
+            rng.choice(("king", "queen", "sword", "night")) for _ in range(rng.randint(2, 9))
+        )
         rows.append({"prompt": f"Repeat: {words}", "completion": words})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -105,9 +107,7 @@ def test_replicas_continue_a_zero3_run(data: Path, uninterrupted: Path, tmp_path
     """A checkpoint holds nothing of the engine that wrote it."""
     folder = tmp_path / "run"
     checkpoint = str(sorted(uninterrupted.glob("step_*"))[-2])
-    done = train(
-        tmp_path / "log", *flags(data, folder, "--resume", checkpoint), ranks=1
-    )
+    done = train(tmp_path / "log", *flags(data, folder, "--resume", checkpoint), ranks=1)
     assert done.processes[0].returncode == 0, done.tails()
     assert json.loads((folder / "run.json").read_text())["world_size"] == 1
     first = int(Path(checkpoint).name.removeprefix("step_"))

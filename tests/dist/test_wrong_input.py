@@ -26,7 +26,9 @@ def refused(tmp_path: Path, *flags: str, says: str, ranks: int = 2) -> str:
 
 def rows(path: Path, count: int = 12) -> Path:
     path.write_text(
-        "".join(json.dumps({"prompt": f"Say {i}", "completion": str(i)}) + "\n" for i in range(count))
+        "".join(
+            json.dumps({"prompt": f"Say {i}", "completion": str(i)}) + "\n" for i in range(count)
+        )
     )
     return path
 

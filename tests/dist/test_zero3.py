@@ -44,7 +44,11 @@ def as_work(case: dict[str, Any], ranks: int, *, sharded: bool) -> dict[str, Any
     """Return a worker's case; the global batch is the same however many ranks share it."""
     flags = ["--granularity", case["granularity"], "--train_execution", case["execution"]]
     flags += ["--capacity", "0.3", *case.get("extra", []), *(ZERO3 if sharded else [])]
-    return {"flags": flags, "packed": case["packed"], "parts": list(range(ranks * case["accumulate"]))}
+    return {
+        "flags": flags,
+        "packed": case["packed"],
+        "parts": list(range(ranks * case["accumulate"])),
+    }
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2"])
@@ -154,7 +158,9 @@ def test_models_whose_stored_names_differ_are_loaded_too(family: str, tmp_path: 
 
 
 def test_a_rank_holds_its_share_and_twelve_bytes_a_trained_parameter(tmp_path: Path) -> None:
-    tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(tmp_path)
+    tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(
+        tmp_path
+    )
     small = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}'
     (tmp_path / "ds.json").write_text(small)
     flags = ["--ds_config", str(tmp_path / "ds.json")]

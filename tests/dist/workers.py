@@ -93,9 +93,7 @@ def _peak_of_a_step(model: str, flags: list[str]) -> int:
     real = torch.ones(shape, dtype=torch.bool)
     ids = torch.randint(3, 97, shape)
     places = torch.arange(shape[1]).expand(shape)
-    batch = Batch(
-        input_ids=ids, labels=ids, token_mask=real, prompt_mask=real, position_ids=places
-    )
+    batch = Batch(input_ids=ids, labels=ids, token_mask=real, prompt_mask=real, position_ids=places)
     with built(model, flags, _topology()) as engine:
         for _ in range(2):  # the first step still learns DeepSpeed's prefetch order
             engine.train_step([batch], 0.0)

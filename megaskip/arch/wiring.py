@@ -1,0 +1,71 @@
+"""The wires between a model and its routers: gates in the layers, hooks on the decoder."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaskip.arch.anatomy import Anatomy
+from megaskip.arch.sites import find_sites
+from megaskip.arch.sublayer import route_layer
+from megaskip.inference.held import HeldDecisions, held_by, hold
+from megaskip.routing import Pooling, RouterSet
+
+
+def wire(anatomy: Anatomy, routers: RouterSet) -> None:
+    """Let the routed layers ask the gates of `routers`, and plain calls announce themselves."""
+    for index, gate in routers.gates.items():
+        layer = anatomy.layers[index]
+        route_layer(layer, find_sites(layer, anatomy.model_type), gate)
+    _add_hooks(anatomy.decoder, routers)
+
+
+def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
+    """Let plain calls of the model announce themselves: what is real comes from the attention
+    mask."""
+
+    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        past = kwargs.get("past_key_values")
+        if routers.take_announcement():
+            return
+        held = held_by(past) if config_is_sequence else {}
+        routers.begin(_pooling(routers, _token_mask(args, kwargs)), held)
+
+    def remember(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and config_is_sequence and not isinstance(cache, HeldDecisions):
+            hold(cache, routers.decisions())
+
+    config_is_sequence = routers.config.unit == "sequence"
+    decoder.__dict__["_skip_hooks"] = (
+        decoder.register_forward_pre_hook(announce, with_kwargs=True),
+        decoder.register_forward_hook(remember, with_kwargs=True),
+    )
+
+
+def _pooling(routers: RouterSet, token_mask: Tensor) -> Pooling:
+    if routers.config.unit == "token":
+        return Pooling.tokens(token_mask)
+    return Pooling.sequences(token_mask, token_mask)
+
+
+def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return bool [B, T] of the tokens of this call (the last T columns of a mask that covers the
+    cache)."""
+    inputs = args[0] if args else kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs["inputs_embeds"]
+    batch, tokens = inputs.shape[:2]
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()))
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, -tokens:].to(device=inputs.device, dtype=torch.bool)
+    everything = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
+    if not isinstance(mask, Tensor) or tokens == 1:
+        return everything
+    # A mask of every pair, as `generate` makes for a static cache: what the last token may see.
+    last = mask[:, 0, -1, :tokens]
+    return (last if mask.dtype == torch.bool else last == 0).expand_as(everything)

@@ -1,0 +1,215 @@
+"""A Hugging Face folder that anyone can load: base weights linked or copied, routers added.
+
+Nothing of the base is rewritten: its shards keep their bytes, and an index names one more file.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
+from megaskip.checkpoint.base import BaseModel, describe_folder
+from megaskip.checkpoint.routers import (
+    CONFIG,
+    WEIGHTS,
+    read_router_config,
+    read_router_weights,
+)
+from megaskip.config import RouterConfig
+from megaskip.errors import CheckpointError, ConfigError
+from megaskip.export.bundle import CODE, bundled_code
+from megaskip.export.card import write_card
+from megaskip.routing import PREFIX
+
+MODES = ("overlay", "copy", "adapter")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ROUTER_SHARD = "skip_routers.safetensors"
+_RENAMED_SINGLE = "base.safetensors"
+"""transformers takes a model.safetensors for the whole model, whatever an index says."""
+_NOT_CARRIED = {"config.json", "README.md", INDEX, SINGLE}
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
+_SMALL = 1 << 20
+"""Bytes up to which an overlay copies a file, so that editing it leaves the base alone."""
+
+
+@dataclass(kw_only=True)
+class Exported:
+    """What an export wrote."""
+
+    folder: Path
+    mode: str
+    linked: int = 0
+    """Bytes shared with the base by hard links."""
+    written: int = 0
+    """Bytes written."""
+    notes: list[str] = field(default_factory=list)
+
+
+def export_folder(
+    routers: Path,
+    base: Path,
+    output: Path,
+    *,
+    mode: str = "overlay",
+    kv: str = "keep",
+    facts: dict[str, Any] | None = None,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Exported:
+    """Write `output` from a router folder and its base model's folder, whole or not at all.
+
+    `facts` are numbers of the run for the model card; `progress` is told the bytes of each file
+    that is done. Raises CheckpointError or ConfigError.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"--mode {mode!r} is not one of {', '.join(MODES)}")
+    config, layers, described = read_router_config(routers)
+    _require_new(output)
+    name = described.name if described is not None else ""
+    done = Exported(folder=output, mode=mode)
+    with new_folder(output) as folder:
+        if mode == "adapter":
+            _put_adapter(folder, routers)
+            base_config = read_json(base / "config.json")
+        else:
+            base_config = _require_own(base, described)
+            hidden_size = _hidden_size(base_config)
+            tensors = read_router_weights(routers, layers, config.target, hidden_size)
+            named = {f"{PREFIX}.{name}": tensor for name, tensor in tensors.items()}
+            write_tensors(folder / ROUTER_SHARD, named)
+            _put_weights(folder, base, list(named), done, progress)
+            _put_rest(folder, base, done)
+            write_json(folder / "config.json", routed_config(base_config, config, layers, kv))
+            (folder / CODE).write_text(bundled_code(), encoding="utf-8")
+        family = str(base_config.get("model_type"))
+        made_from = base_name(name, base)
+        rows = {"base model": f"{made_from} ({family}), frozen, unchanged", **(facts or {})}
+        write_card(folder, config, layers, base, made_from, mode=mode, kv=kv, facts=rows)
+    own = sum(file.stat().st_size for file in output.iterdir())
+    done.written = own - done.linked
+    return done
+
+
+def routed_config(
+    base: dict[str, Any], config: RouterConfig, layers: tuple[int, ...], kv: str
+) -> dict[str, Any]:
+    """Return the config.json of a routed model from that of its base."""
+    names = ("granularity", "capacity", "threshold", "pool", "prompt_tokens", "budget")
+    routing = {name: getattr(config, name) for name in names}
+    routing |= {"penalty_weight": config.penalty_weight, "layers": list(layers), "kv": kv}
+    stem = CODE.removesuffix(".py")
+    return {
+        **base,
+        "architectures": ["MegaskipForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{stem}.MegaskipConfig",
+            "AutoModel": f"{stem}.MegaskipModel",
+            "AutoModelForCausalLM": f"{stem}.MegaskipForCausalLM",
+        },
+        "model_type": f"megaskip_{base['model_type']}",
+        "base_model_type": base["model_type"],
+        "routing": routing,
+    }
+
+
+def base_name(recorded: str, base: Path) -> str:
+    """Return the base's hub id, or the name of its folder."""
+    is_hub_id = recorded.count("/") == 1 and not recorded.startswith((".", "/"))
+    return recorded if is_hub_id else base.resolve().name
+
+
+def _require_new(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output} exists and is not empty; name a new folder")
+
+
+def _require_own(base: Path, described: BaseModel | None) -> dict[str, Any]:
+    """Return the base's config.json, once it is the model that the routers belong to."""
+    content = read_json(base / "config.json")
+    if "auto_map" in content:
+        raise ConfigError(
+            f"--base {base} brings modelling code of its own, which an exported folder cannot "
+            "carry along; use --mode adapter"
+        )
+    if described is not None:
+        described.require(describe_folder(base), "the router folder")
+    return content
+
+
+def _hidden_size(content: dict[str, Any]) -> int:
+    return int(content.get("text_config", content)["hidden_size"])
+
+
+# -- weights
+
+
+def _put_weights(
+    folder: Path, base: Path, added: list[str], done: Exported, progress: Callable[[int], None]
+) -> None:
+    """Link or copy the base's shards and write the index that names them and the routers."""
+    weight_map = _weight_map(base)
+    for name in sorted(set(weight_map.values())):
+        source = base / (SINGLE if name == _RENAMED_SINGLE else name)
+        if not source.is_file():
+            raise CheckpointError(f"--base {base}: its index names {name}, which is not there")
+        _put(source, folder / name, done)
+        progress(source.stat().st_size)
+    total = sum((folder / name).stat().st_size for name in {*weight_map.values(), ROUTER_SHARD})
+    whole = weight_map | dict.fromkeys(added, ROUTER_SHARD)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(whole.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _weight_map(base: Path) -> dict[str, str]:
+    """Return the file of each stored tensor."""
+    if (base / INDEX).is_file():
+        return dict(read_json(base / INDEX)["weight_map"])
+    if not (base / SINGLE).is_file():
+        raise CheckpointError(
+            f"--base {base} holds no safetensors ({SINGLE} or {INDEX}); load it with transformers "
+            "and save_pretrained it once"
+        )
+    with safe_open(base / SINGLE, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), _RENAMED_SINGLE)
+
+
+def _put_rest(folder: Path, base: Path, done: Exported) -> None:
+    """Bring tokenizer, chat template, generation config and licence along."""
+    for source in sorted(base.iterdir()):
+        hidden = source.name.startswith(".") or source.name in _NOT_CARRIED
+        if hidden or source.suffix in _WEIGHT_SUFFIXES or not source.is_file():
+            continue
+        if source.name.endswith(".index.json"):
+            continue
+        if source.stat().st_size <= _SMALL:
+            shutil.copyfile(source, folder / source.name)
+        else:
+            _put(source, folder / source.name, done)
+
+
+def _put(source: Path, target: Path, done: Exported) -> None:
+    """Hard-link a file for an overlay where the file system allows it, else copy it."""
+    source = source.resolve()  # the hub's cache holds links to its blobs
+    if done.mode == "overlay":
+        try:
+            os.link(source, target)
+            done.linked += source.stat().st_size
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+            note = f"copied, for {error.strerror} when linking across folders"
+            done.notes += [] if note in done.notes else [note]
+    shutil.copyfile(source, target)
+
+
+def _put_adapter(folder: Path, routers: Path) -> None:
+    for name in (WEIGHTS, CONFIG):
+        shutil.copyfile(routers / name, folder / name)

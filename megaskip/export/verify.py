@@ -1,0 +1,94 @@
+"""Proof that an exported folder is the trained model: logits of a fresh process against its own."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megaskip.checkpoint.routers import load_routers
+from megaskip.errors import CheckpointError
+
+TEXT = "A frozen language model learns which of its layers it can skip."
+TOLERANCE = 1e-5
+_CHILD = """
+import sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+torch.manual_seed(0)
+folder, target = sys.argv[1], sys.argv[3]
+ids = torch.tensor([[int(i) for i in sys.argv[2].split(",")]])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+model.eval()
+assert "megaskip" not in sys.modules, "the folder imports megaskip"
+with torch.no_grad():
+    save_file({"logits": model(ids).logits.contiguous()}, target)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """How far the exported model is from the trained one."""
+
+    difference: float
+    """Largest absolute difference of logits in float32."""
+    scale: float
+    """Largest absolute logit."""
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Return whether only rounding is left."""
+        return self.difference <= TOLERANCE * max(self.scale, 1.0)
+
+
+def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> Verified:
+    """Compare the logits of `folder`, in a fresh process without megaskip, with the trained ones.
+
+    Both in float32 on the CPU. Raises CheckpointError when the folder does not load.
+    """
+    ids = _probe_ids(base, text)
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "logits.safetensors"
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
+        command = [sys.executable, "-c", _CHILD, str(folder.resolve()), ids, str(target)]
+        child = subprocess.run(
+            command, env=environment, cwd=scratch, capture_output=True, text=True, check=False
+        )
+        if child.returncode:
+            lines = child.stderr.strip().splitlines()
+            raise CheckpointError(
+                f"{folder} does not load in a fresh process: {lines[-1] if lines else 'no output'}"
+            )
+        found = load_file(target)["logits"]
+    expected = _trained_logits(base, routers, ids)
+    return Verified(
+        difference=float((found - expected).abs().max()),
+        scale=float(expected.abs().max()),
+        tokens=expected.shape[1],
+    )
+
+
+@torch.no_grad()
+def _trained_logits(base: Path, routers: Path, ids: str) -> torch.Tensor:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    load_routers(model.eval(), routers)
+    logits: torch.Tensor = model(torch.tensor([[int(i) for i in ids.split(",")]])).logits
+    return logits
+
+
+def _probe_ids(base: Path, text: str) -> str:
+    """Return token ids of the text, or the first ids where the base has no tokenizer."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError):
+        return ",".join(map(str, range(1, 33)))
+    return ",".join(map(str, tokenizer(text)["input_ids"]))

@@ -1,0 +1,215 @@
+"""Cache layers that hold keys and values of what was kept, and of nothing else.
+
+They are subclasses of transformers' own layers, whose places they take in a cache: to masks,
+positions and `generate` they look as long as the text. Shapes: B rows, n kept rows, H key-value
+heads, L slots, D head size.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class KeptLayer:
+    """Mixin: a layer whose apparent length is that of the text, not of what it stores."""
+
+    _skip_seen: int
+    keys: Any
+    values: Any
+    is_initialized: bool
+
+    def get_seq_length(self) -> int:
+        """Return the length of the text so far."""
+        return self._skip_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (key length, offset) of the mask, as for a layer that holds everything."""
+        if hasattr(self, "cumulative_length"):
+            return super().get_mask_sizes(query_length)  # type: ignore[misc, no-any-return]
+        return self._skip_seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything, the decisions too."""
+        super().reset()  # type: ignore[misc]
+        self._skip_seen = 0
+        self._skip_forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens (a positive number is a length to keep)."""
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(tokens_to_remove - self._skip_seen, 0)
+        self._skip_crop(-tokens_to_remove)
+        self._skip_seen += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Re-order the rows; `beam_idx` int64 [B]."""
+        self._skip_pick(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._skip_pick(torch.arange(self._skip_batch()).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of `indices`, numbers or a mask."""
+        self._skip_pick(torch.arange(self._skip_batch())[indices.cpu()])
+
+    def _skip_forget(self) -> None:
+        raise NotImplementedError
+
+    def _skip_batch(self) -> int:
+        raise NotImplementedError
+
+    def _skip_pick(self, index: Tensor) -> None:
+        raise NotImplementedError
+
+    def _skip_crop(self, tokens: int) -> None:
+        raise NotImplementedError
+
+
+class KeptRows(KeptLayer):
+    """Holds the rows of a batch that run this layer: keys and values [n, H, L, D]."""
+
+    _skip_rows: Tensor | None = None
+    """bool [B], on the CPU: decisions of a sequence do not change, so nobody waits for a device.
+    None before the first one."""
+    _skip_index: Tensor
+    """int64 [n], the kept rows, on the layer's device."""
+
+    def decide(self, rows: Tensor) -> None:
+        """Hold the rows of bool [B] from now on."""
+        self._skip_rows = rows.cpu()
+        self._skip_index = rows.nonzero().squeeze(1)
+
+    def advance(self, tokens: int, *, ran: bool) -> None:
+        """Take note of `tokens` more tokens, stored or (no row ran) not."""
+        self._skip_seen += tokens
+        if not ran and hasattr(self, "cumulative_length"):
+            self.cumulative_length += tokens
+
+    def _skip_forget(self) -> None:
+        self._skip_rows = None
+
+    def _skip_batch(self) -> int:
+        return 0 if self._skip_rows is None else len(self._skip_rows)
+
+    def _skip_pick(self, index: Tensor) -> None:
+        if self._skip_rows is None:
+            return
+        index = index.cpu()
+        place = torch.cumsum(self._skip_rows.long(), 0) - 1
+        rows = self._skip_rows[index]
+        if self.is_initialized:
+            stored = place[index][rows].to(self.keys.device)
+            self.keys = self.keys.index_select(0, stored)
+            self.values = self.values.index_select(0, stored)
+        self._skip_rows = rows
+        self._skip_index = rows.nonzero().squeeze(1).to(self._skip_index.device)
+
+    def _skip_crop(self, tokens: int) -> None:
+        if self.is_initialized:
+            super().crop(-tokens)
+        elif hasattr(self, "cumulative_length"):
+            self.cumulative_length -= tokens
+
+
+class KeptTokens(KeptLayer):
+    """Holds the tokens that run this layer, packed to the left: keys and values [B, H, L, D]."""
+
+    _skip_position: Tensor
+    """int64 [B, L], where in the text a slot's token stands; -1 for a free slot."""
+    _skip_incoming: Tensor
+    """int64 [B, q], positions of the tokens that the next update brings; -1 for fillers."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Store what is kept of [B, H, q, D] and return keys and values [B, H, L, D]."""
+        incoming = self._skip_incoming
+        held = (self._skip_position >= 0).sum(1)
+        arriving = incoming >= 0
+        slots = held.unsqueeze(1) + torch.cumsum(arriving, 1) - 1
+        length = int((held + arriving.sum(1)).max())
+        rows, places = arriving.nonzero(as_tuple=True)
+        targets = slots[rows, places]
+        position = _widen(self._skip_position, length, -1)
+        position[rows, targets] = incoming[rows, places]
+        self._skip_position = position
+        for name, states in (("keys", key_states), ("values", value_states)):
+            stored = getattr(self, name)
+            if not self.is_initialized:
+                stored = states[:, :, :0]
+            stored = _widen(stored.transpose(1, 2), length, 0)
+            stored[rows, targets] = states.transpose(1, 2)[rows, places]
+            setattr(self, name, stored.transpose(1, 2))
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+        return self.keys, self.values
+
+    def _skip_forget(self) -> None:
+        self._skip_position = self._skip_position[:, :0]
+
+    def _skip_batch(self) -> int:
+        return self._skip_position.shape[0]
+
+    def _skip_pick(self, index: Tensor) -> None:
+        self._skip_position = self._skip_position[index.to(self._skip_position.device)]
+        if self.is_initialized:
+            index = index.to(self.keys.device)
+            self.keys = self.keys.index_select(0, index)
+            self.values = self.values.index_select(0, index)
+
+    def _skip_crop(self, tokens: int) -> None:
+        position = self._skip_position
+        self._skip_position = position.masked_fill(position >= self._skip_seen - tokens, -1)
+        length = int((self._skip_position >= 0).sum(1).max()) if position.numel() else 0
+        self._skip_position = self._skip_position[:, :length]
+        if self.is_initialized:
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
+
+def holding_rows(cache: Any, layer: int) -> KeptRows:
+    """Put a layer that holds rows into `cache`, in the place of a fresh one."""
+    held: KeptRows = _take_place(cache, layer, KeptRows)
+    return held
+
+
+def holding_tokens(cache: Any, layer: int, batch: int, device: torch.device) -> KeptTokens:
+    """Put a layer that holds tokens into `cache`, in the place of a fresh one."""
+    held: KeptTokens = _take_place(cache, layer, KeptTokens)
+    held._skip_position = torch.empty(batch, 0, dtype=torch.int64, device=device)
+    return held
+
+
+def can_hold_rows(layer: Any) -> bool:
+    """Return whether a layer that holds everything so far can be taught to hold rows."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.get_seq_length()
+
+
+def can_hold_tokens(layer: Any) -> bool:
+    """Return whether a layer can be taught to hold tokens; sliding windows forget by place."""
+    return type(layer) is DynamicLayer and not layer.get_seq_length()
+
+
+def _take_place(cache: Any, layer: int, mixin: Any) -> Any:
+    fresh = cache.layers[layer]
+    held: Any = object.__new__(_kept_class(type(fresh), mixin))  # type: ignore[arg-type]
+    held.__dict__.update(vars(fresh), _skip_seen=0)
+    cache.layers[layer] = held
+    return held
+
+
+@functools.cache
+def _kept_class(base: Any, mixin: Any) -> Any:
+    name = f"{mixin.__name__}{base.__name__}"
+    return type(name, (mixin, base), {"__module__": base.__module__})
+
+
+def _widen(tensor: Tensor, length: int, fill: int) -> Tensor:
+    """Return [B, L, ...] with room for `length` slots, as a new tensor."""
+    extra = length - tensor.shape[1]
+    if extra <= 0:
+        return tensor.clone()
+    shape = (tensor.shape[0], extra, *tensor.shape[2:])
+    return torch.cat([tensor, tensor.new_full(shape, fill)], dim=1)
