@@ -35,9 +35,8 @@ class BaseModel:
             if mine != theirs and None not in (mine, theirs):
                 raise CheckpointError(
                     f"{what} belongs to another base model: {field} is {mine} there ({self.name}) "
-                    f"and {theirs} in "
-                    f"the model at hand ({other.name}); pass the base it was trained on with "
-                    f"--model"
+                    f"and {theirs} in the model at hand ({other.name}); name the base that it was "
+                    "trained on"
                 )
 
     def to_json(self) -> dict[str, Any]:

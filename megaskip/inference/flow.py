@@ -13,8 +13,7 @@ from torch import Tensor
 from megaskip.inference.kept import (
     KeptRows,
     KeptTokens,
-    can_hold_rows,
-    can_hold_tokens,
+    can_hold_a_part,
     holding_rows,
     holding_tokens,
 )
@@ -56,7 +55,7 @@ class InferenceFlow(SparseFlow):
             return super().attention(run, hidden_states, kwargs, decision, layer)
         held = _layer_of(cache, layer)
         if not isinstance(held, KeptRows):
-            if decision.unit_of_token is not None or not can_hold_rows(held):
+            if decision.unit_of_token is not None or not can_hold_a_part(held):
                 _say_dense(held)
                 return run(hidden_states, **kwargs)
             held = holding_rows(cache, layer)
@@ -76,14 +75,14 @@ class InferenceFlow(SparseFlow):
         cache = kwargs.get("past_key_values")
         held = _layer_of(cache, layer) if cache is not None else None
         if held is not None and not isinstance(held, KeptTokens):
-            if not can_hold_tokens(held):
+            if not can_hold_a_part(held):
                 _say_dense(held)
                 return run(hidden_states, **kwargs)
             held = holding_tokens(cache, layer, hidden_states.shape[0], hidden_states.device)
         kept = (decision.keep > 0) & decision.unit_mask
         seen = held._skip_seen if held is not None else 0
         if held is not None:
-            held._skip_seen += hidden_states.shape[1]
+            held.advance(hidden_states.shape[1])
         output = torch.zeros_like(hidden_states)
         width = int(kept.sum(1).max())
         if not width:

@@ -87,7 +87,7 @@ class KeptRows(KeptLayer):
         """Take note of `tokens` more tokens, stored or (no row ran) not."""
         self._skip_seen += tokens
         if not ran and hasattr(self, "cumulative_length"):
-            self.cumulative_length += tokens
+            self.cumulative_length += tokens  # transformers' update counts those that are stored
 
     def _skip_forget(self) -> None:
         self._skip_rows = None
@@ -110,7 +110,7 @@ class KeptRows(KeptLayer):
 
     def _skip_crop(self, tokens: int) -> None:
         if self.is_initialized:
-            super().crop(-tokens)
+            super(KeptLayer, self).crop(-tokens)  # type: ignore[misc]
         elif hasattr(self, "cumulative_length"):
             self.cumulative_length -= tokens
 
@@ -122,6 +122,14 @@ class KeptTokens(KeptLayer):
     """int64 [B, L], where in the text a slot's token stands; -1 for a free slot."""
     _skip_incoming: Tensor
     """int64 [B, q], positions of the tokens that the next update brings; -1 for fillers."""
+
+    def advance(self, tokens: int) -> None:
+        """Take note of `tokens` more tokens, and forget those that left a sliding window."""
+        window = getattr(self, "sliding_window", None)
+        if window is not None:
+            self._skip_forget_before(self._skip_seen - window + 1, at_least=max(window // 4, 1))
+            self.cumulative_length = self._skip_seen + tokens
+        self._skip_seen += tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store what is kept of [B, H, q, D] and return keys and values [B, H, L, D]."""
@@ -159,11 +167,34 @@ class KeptTokens(KeptLayer):
             index = index.to(self.keys.device)
             self.keys = self.keys.index_select(0, index)
             self.values = self.values.index_select(0, index)
+        self._skip_trim()
 
     def _skip_crop(self, tokens: int) -> None:
         position = self._skip_position
         self._skip_position = position.masked_fill(position >= self._skip_seen - tokens, -1)
-        length = int((self._skip_position >= 0).sum(1).max()) if position.numel() else 0
+        if hasattr(self, "cumulative_length"):
+            self.cumulative_length -= tokens
+        self._skip_trim()
+
+    def _skip_forget_before(self, start: int, *, at_least: int) -> None:
+        """Free the slots of positions below `start`, once some row has `at_least` of them."""
+        position = self._skip_position
+        stale = (position >= 0) & (position < start)
+        if not self.is_initialized or int(stale.sum(1).max()) < at_least:
+            return
+        position = position.masked_fill(stale, -1)
+        order = torch.argsort((position < 0).to(torch.uint8), dim=1, stable=True)
+        self._skip_position = position.gather(1, order)
+        for name in ("keys", "values"):
+            stored = getattr(self, name)
+            index = order[:, None, :, None].expand_as(stored)
+            setattr(self, name, stored.gather(2, index))
+        self._skip_trim()
+
+    def _skip_trim(self) -> None:
+        """Give up the slots that no row uses; every row fills its own from the left."""
+        held = (self._skip_position >= 0).sum(1)
+        length = int(held.max()) if len(held) else 0
         self._skip_position = self._skip_position[:, :length]
         if self.is_initialized:
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
@@ -182,14 +213,9 @@ def holding_tokens(cache: Any, layer: int, batch: int, device: torch.device) -> 
     return held
 
 
-def can_hold_rows(layer: Any) -> bool:
-    """Return whether a layer that holds everything so far can be taught to hold rows."""
+def can_hold_a_part(layer: Any) -> bool:
+    """Return whether a cache layer is fresh and of a kind that can hold a part of the text."""
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.get_seq_length()
-
-
-def can_hold_tokens(layer: Any) -> bool:
-    """Return whether a layer can be taught to hold tokens; sliding windows forget by place."""
-    return type(layer) is DynamicLayer and not layer.get_seq_length()
 
 
 def _take_place(cache: Any, layer: int, mixin: Any) -> Any:

@@ -24,6 +24,7 @@ LEVEL = {
     "dry_run": 5,
     "job": 5,
     "run_folder": 5,
+    "generation": 5,
 }
 THIRD_PARTY = {"transformers": 3, "datasets": 3, "deepspeed": 4, "torch.distributed": 4, "torch": 2}
 OWNERS = {"deepspeed": {"parallel"}}

@@ -1,0 +1,17 @@
+"""Generate with a routed model and see what it skipped.
+
+python launch/generate.py --model exported
+python launch/generate.py --model runs/demo-attn_sequence-001 --prompts prompts.txt --picture what
+python launch/generate.py --help
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
+
+from megaskip.generation import generate  # noqa: E402
+from megaskip.job import run_cli  # noqa: E402
+
+if __name__ == "__main__":
+    run_cli(generate)

@@ -1,0 +1,219 @@
+"""An exported folder loads where megaskip is not, and is the trained model."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from routed_models import export, padded_ids
+from safetensors.torch import load_file
+
+from megaskip import load_routers
+from megaskip.errors import CheckpointError, ConfigError
+from megaskip.export.bundle import bundled_code
+from megaskip.export.folder import export_folder
+from megaskip.export.verify import verify_folder
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")
+
+CHILD = """
+import sys
+sys.modules["megaskip"] = None  # any import of it fails
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+root = Path(sys.argv[1])
+inputs = load_file(root / "inputs.safetensors")
+ids, mask = inputs["ids"], inputs["mask"]
+found = {}
+for folder in sorted(root.glob("*/exported")):
+    family = folder.parent.name
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(folder.parent / "again")
+    again = AutoModelForCausalLM.from_pretrained(folder.parent / "again", trust_remote_code=True)
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="bfloat16")
+    assert half.skip_routers.get_parameter("2.attn.weight").dtype == torch.float32
+    assert half.get_input_embeddings().weight.dtype == torch.bfloat16
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert type(config).__name__ == "MegaskipConfig" and config.model_type == f"megaskip_{family}"
+    with torch.no_grad():
+        found[f"{family}.logits"] = model(ids, attention_mask=mask).logits
+        found[f"{family}.again"] = again(ids, attention_mask=mask).logits
+        hidden = base(ids, attention_mask=mask).last_hidden_state
+        found[f"{family}.hidden"] = hidden.contiguous()
+        inner = model.get_decoder()(ids, attention_mask=mask).last_hidden_state
+        found[f"{family}.inner"] = inner.contiguous()
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None)
+    found[f"{family}.tokens"] = model.generate(ids, attention_mask=mask, **options)
+save_file({k: v.contiguous().clone() for k, v in found.items()}, root / "found.safetensors")
+"""
+
+
+def in_fresh_process(code: str, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        cwd=cache,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Return a folder of exports, and what a process without megaskip made of them."""
+    from safetensors.torch import save_file
+
+    root = tmp_path_factory.mktemp("exports")
+    for family in FAMILIES:
+        export(family, root / family)
+    ids, mask = padded_ids()
+    save_file({"ids": ids, "mask": mask}, root / "inputs.safetensors")
+    cache = tmp_path_factory.mktemp("modules")
+    child = in_fresh_process(CHILD, str(root), cache=cache)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return root, load_file(root / "found.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folder_loads_without_megaskip_and_is_the_trained_model(
+    family: str, loaded: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    root, found = loaded
+    model = from_base(root / family / "base")
+    routers = load_routers(model, root / family / "routers")
+    ids, mask = padded_ids()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    assert 0 < routers.capacity() < 1
+    real = mask.bool()
+    for name in ("logits", "again"):
+        logits = found[f"{family}.{name}"]
+        torch.testing.assert_close(logits[real], expected[real], rtol=0, atol=1e-5)
+    hidden, inner = found[f"{family}.hidden"], found[f"{family}.inner"]
+    torch.testing.assert_close(hidden[real], inner[real], rtol=0, atol=1e-5)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    tokens = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(found[f"{family}.tokens"], tokens)
+
+
+def from_base(folder: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_load_without_trust_is_refused_never_dense_in_silence(
+    loaded: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    code = (
+        "import sys, transformers\ntransformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+    )
+    child = in_fresh_process(code, str(loaded[0] / "llama/exported"), cache=tmp_path)
+    assert child.returncode != 0
+    assert "trust_remote_code" in child.stderr
+
+
+def test_code_imports_torch_and_transformers_only() -> None:
+    import ast
+
+    roots = set()
+    for node in ast.walk(ast.parse(bundled_code())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add((node.module or "").split(".")[0])
+    assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("mode", ["overlay", "copy"])
+def test_base_tensors_are_bit_identical_and_base_folder_untouched(
+    mode: str, tmp_path: Path
+) -> None:
+    exported = export("llama", tmp_path, mode=mode)
+    before = hashes(tmp_path / "base")
+    index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
+    again = {}
+    for file in sorted(set(index.values())):
+        tensors = load_file(exported / file)
+        again |= tensors
+        original = tmp_path / "base" / file
+        if original.exists():
+            assert hashes(exported)[file] == before[file]
+            assert (original.stat().st_ino == (exported / file).stat().st_ino) == (
+                mode == "overlay"
+            )
+    assert set(index) == set(again)
+    base = {}
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        base |= load_file(file)
+    assert set(again) - set(base) == {f"skip_routers.{layer}.attn.weight" for layer in (2, 3, 4)}
+    assert all(torch.equal(again[name], base[name]) for name in base)
+    (exported / "config.json").write_text("{}")
+    (exported / "generation_config.json").write_text("{}")
+    assert hashes(tmp_path / "base") == before
+
+
+def test_a_single_base_file_is_not_taken_for_the_whole_model(tmp_path: Path) -> None:
+    exported = export("llama", tmp_path, shard="1GB")
+    assert (tmp_path / "base/model.safetensors").is_file()
+    assert not (exported / "model.safetensors").exists()
+    assert verify_folder(exported, tmp_path / "base", tmp_path / "routers").passed
+
+
+def test_adapter_holds_the_routers_alone(tmp_path: Path) -> None:
+    exported = export("llama", tmp_path, mode="adapter")
+    names = {file.name for file in exported.iterdir()}
+    assert names == {"README.md", "router_config.json", "routers.safetensors"}
+    routers = load_routers(tiny_model("llama"), exported)
+    assert routers.layers == (2, 3, 4)
+
+
+def test_card_names_base_licence_and_what_is_skipped(tmp_path: Path) -> None:
+    export("llama", tmp_path / "first")
+    base = tmp_path / "first/base"
+    (base / "README.md").write_text("---\nlicense: llama3\nlicense_link: LICENSE\n---\n# Base\n")
+    facts = {"data": "my.jsonl"}
+    export_folder(tmp_path / "first/routers", base, tmp_path / "again", facts=facts)
+    card = (tmp_path / "again/README.md").read_text()
+    for text in ("license: llama3", "attn_sequence of layers 2-4", "my.jsonl", "base_model: base"):
+        assert text in card, text
+
+
+def test_wrong_base_and_used_folder_are_refused(tmp_path: Path) -> None:
+    exported = export("llama", tmp_path / "one")
+    routers = tmp_path / "one/routers"
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export_folder(routers, tmp_path / "one/base", exported)
+    tiny_model("llama", seed=3).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="belongs to another base model"):
+        export_folder(routers, tmp_path / "other", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="config.json"):
+        export_folder(routers, tmp_path / "empty", tmp_path / "new")
+
+
+def test_verification_notices_a_wrong_folder(tmp_path: Path) -> None:
+    exported = export("llama", tmp_path)
+    shard = exported / "skip_routers.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({k: -v for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    assert not verify_folder(exported, tmp_path / "base", tmp_path / "routers").passed

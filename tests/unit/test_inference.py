@@ -1,0 +1,281 @@
+"""Inference leaves out what is skipped, and changes nothing else."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from routed_models import VOCABULARY, as_exported, padded_ids, trained, whole_ids
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from megaskip.config import GRANULARITIES
+
+KINDS = [(granularity, "keep") for granularity in GRANULARITIES]
+KINDS += [("attn_token", "drop"), ("block_token", "drop")]
+NEW = 6
+
+
+class RowNoise(LogitsProcessor):
+    """Sampling with a seed of its own for each row and step: the Gumbel trick, then greedy."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = []
+        for row in self.rows:
+            generator = torch.Generator().manual_seed(1000 * row + NEW + self.step)
+            uniform = torch.rand(scores.shape[-1], generator=generator).clamp(1e-9, 1 - 1e-9)
+            noise.append(-torch.log(-torch.log(uniform)))
+        self.step += 1
+        return scores + torch.stack(noise)
+
+    step = 0
+
+
+GENERATORS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
+    "greedy": lambda rows: {},
+    "beam": lambda rows: {"num_beams": 3},
+    "sample": lambda rows: {"logits_processor": LogitsProcessorList([RowNoise(rows)])},
+}
+
+
+@pytest.mark.parametrize("strategy", GENERATORS)
+@pytest.mark.parametrize(("granularity", "kv"), KINDS)
+def test_batched_generation_equals_single_generation(
+    granularity: str, kv: str, strategy: str
+) -> None:
+    model = as_exported(*trained("llama", granularity), kv=kv)
+    ids, mask = padded_ids()
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    rows = list(range(len(ids)))
+    together = model.generate(ids, attention_mask=mask, **options, **GENERATORS[strategy](rows))
+    for row in rows:
+        real = mask[row].bool()
+        alone = model.generate(
+            ids[row : row + 1, real],
+            attention_mask=mask[row : row + 1, real],
+            **options,
+            **GENERATORS[strategy]([row]),
+        )
+        assert torch.equal(together[row, -NEW:], alone[0, -NEW:]), row
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "mixtral"])
+def test_exported_model_computes_what_the_trained_one_does(family: str, granularity: str) -> None:
+    model, routers = trained(family, granularity)
+    exported = as_exported(model, routers)
+    ids, mask = padded_ids()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits[mask.bool()]
+        assert 0 < routers.capacity() < 1
+        for use_cache in (True, False):
+            found = exported(ids, attention_mask=mask, use_cache=use_cache).logits[mask.bool()]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def held_elements(cache: Any) -> dict[int, int]:
+    """Return the elements of keys that each cache layer stores."""
+    return {i: 0 if one.keys is None else one.keys.numel() for i, one in enumerate(cache.layers)}
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_cache_holds_exactly_the_kept_rows(family: str, granularity: str) -> None:
+    model = as_exported(*trained(family, granularity))
+    ids, mask = padded_ids()
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, use_cache=True)
+    kept = model.skip_routers.keep()
+    held = held_elements(out.past_key_values)
+    for layer in range(6):
+        rows = int(kept[layer].sum()) if layer in kept else len(ids)
+        assert held[layer] * len(ids) == held[0] * rows
+    assert 0 < model.capacity() < 1
+    assert out.past_key_values.get_seq_length(3) == ids.shape[1]
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
+def test_cache_holds_exactly_the_kept_tokens(granularity: str) -> None:
+    model = as_exported(*trained("llama", granularity), kv="drop")
+    ids = whole_ids(1, 20)
+    with torch.no_grad():
+        out = model(ids, use_cache=True)
+    held = held_elements(out.past_key_values)
+    for layer, keep in model.skip_routers.keep().items():
+        assert held[layer] * keep.numel() == held[0] * int(keep.sum())
+    assert 0 < model.capacity() < 1
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
+def test_dropped_tokens_are_invisible_and_nothing_else_changes(
+    granularity: str, implementation: str
+) -> None:
+    """Against dense attention in which every query has the skipped keys masked out."""
+    model, routers = trained("llama", granularity, attn_implementation=implementation)
+    exported = as_exported(model, routers, kv="drop")
+    exported.set_attn_implementation(implementation)
+    ids, mask = padded_ids()
+    for layer in routers.layers:
+        attention = model.get_decoder().layers[layer].self_attn
+        attention.register_forward_pre_hook(hide_skipped(routers, layer, mask), with_kwargs=True)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits[mask.bool()]
+        found = exported(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        cached = []
+        cache = DynamicCache(config=exported.config)
+        for part in (slice(0, 9), slice(9, 10), slice(10, 12)):
+            positions = torch.arange(12).expand_as(ids)[:, part]
+            out = exported(
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=positions,
+                past_key_values=cache,
+            )
+            cached.append(out.logits)
+        torch.testing.assert_close(torch.cat(cached, 1)[mask.bool()], expected, rtol=0, atol=1e-5)
+
+
+def hide_skipped(routers: Any, layer: int, mask: torch.Tensor) -> Any:
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        logit = routers.router(layer)(kwargs["hidden_states"].float())
+        kept = (logit >= routers.base_threshold_logit) & mask.bool()
+        tokens = mask.shape[1]
+        visible = torch.ones(tokens, tokens, dtype=torch.bool).tril() & kept[:, None, :]
+        visible |= torch.eye(tokens, dtype=torch.bool)  # queries that are skipped are not used
+        lowest = torch.finfo(torch.float32).min
+        kwargs["attention_mask"] = torch.where(visible, 0.0, lowest)[:, None]
+        return args, kwargs
+
+    return hook
+
+
+@pytest.mark.parametrize(("granularity", "kv"), KINDS)
+def test_interleaved_conversations_do_not_disturb_each_other(granularity: str, kv: str) -> None:
+    model = as_exported(*trained("llama", granularity), kv=kv)
+
+    def conversation(seed: int) -> Any:
+        ids = whole_ids(2, 12, seed)
+        cache = DynamicCache(config=model.config)
+        for start in (0, 6, 9, 11):
+            stop = {0: 6, 6: 9, 9: 11, 11: 12}[start]
+            yield model(ids[:, start:stop], past_key_values=cache).logits
+
+    with torch.no_grad():
+        alone = [list(conversation(seed)) for seed in (3, 4)]
+        mixed = list(zip(conversation(3), conversation(4), strict=True))
+    for step, (one, other) in enumerate(mixed):
+        assert torch.equal(one, alone[0][step])
+        assert torch.equal(other, alone[1][step])
+
+
+@pytest.mark.parametrize(("granularity", "kv"), KINDS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_second_turn_on_the_same_cache_continues_the_first(
+    family: str, granularity: str, kv: str
+) -> None:
+    """The same as one pass over both turns in which the first one's prompt decides."""
+    model = as_exported(*trained(family, granularity), kv=kv)
+    ids = whole_ids(3, 40)
+    prompt_mask = torch.arange(40).expand_as(ids) < 7
+    with torch.no_grad():
+        whole = model(ids, prompt_mask=prompt_mask, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        parts = [
+            model(ids[:, a:b], past_key_values=cache).logits
+            for a, b in ((0, 7), (7, 8), (8, 15), (15, 30), *((i, i + 1) for i in range(30, 40)))
+        ]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+
+
+OPERATIONS: dict[str, tuple[Callable[[Any], Any], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "reorder": (
+        lambda cache: cache.reorder_cache(torch.tensor([3, 0, 0, 2])),
+        lambda ids: ids[[3, 0, 0, 2]],
+    ),
+    "repeat": (
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda ids: ids.repeat_interleave(2, 0),
+    ),
+    "select": (
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 3])),
+        lambda ids: ids[1::2],
+    ),
+    "crop": (lambda cache: cache.crop(-3), lambda ids: ids[:, :-3]),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(("granularity", "kv"), KINDS)
+def test_operations_on_the_cache_carry_decisions_and_keys(
+    granularity: str, kv: str, operation: str
+) -> None:
+    model = as_exported(*trained("llama", granularity), kv=kv)
+    change, same = OPERATIONS[operation]
+    ids = whole_ids(4, 12)
+    following = torch.randint(3, VOCABULARY, (1, 2)).expand(same(ids).shape[0], -1)
+    prompt_mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        changed, fresh = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        model(ids, past_key_values=changed)
+        change(changed)
+        model.skip_routers.begin(None)
+        # Cropping leaves the decision that the whole prompt made.
+        expected_prompt = same(ids)
+        if operation == "crop":
+            whole = torch.cat([expected_prompt, following], 1)
+            if granularity.endswith("sequence"):
+                fresh._skip_decisions = copy.copy(changed._skip_decisions)
+                fresh.__class__ = type(changed)
+            expected = model(whole, past_key_values=fresh).logits[:, -2:]
+        else:
+            model(expected_prompt, past_key_values=fresh, prompt_mask=same(prompt_mask))
+            expected = model(following, past_key_values=fresh).logits
+        found = model(following, past_key_values=changed).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token"])
+def test_static_cache_computes_everything_and_says_so(granularity: str) -> None:
+    kv = "drop" if granularity == "attn_token" else "keep"
+    model = as_exported(*trained("llama", granularity))
+    ids, mask = padded_ids()
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    if granularity == "attn_sequence" or kv == "drop":
+        model.skip_routers.flow._drop = kv == "drop"
+        with pytest.warns(UserWarning, match="computed in full"):
+            found = model.generate(
+                ids, attention_mask=mask, cache_implementation="static", **options
+            )
+    else:
+        found = model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
+    assert torch.equal(found, expected)
+
+
+def test_continuous_batching_is_refused_with_the_reason() -> None:
+    model = as_exported(*trained("llama"))
+    with pytest.raises(NotImplementedError, match="cannot tell them apart"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_skipped_attention_is_not_computed() -> None:
+    model = as_exported(*trained("llama"))
+    ids, mask = padded_ids()
+    rows: list[int] = []
+    for layer in model.skip_routers.layers:
+        projection = model.get_decoder().layers[layer].self_attn.q_proj
+        projection.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=3, eos_token_id=None, return_dict_in_generate=True
+    )
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    kept = sum(int(keep.sum()) for keep in model.skip_routers.keep().values())
+    assert sum(rows) == 4 * kept  # prefill, two steps of decoding, and the pass above
+    assert 0 < kept < 3 * len(ids)
+    assert out.sequences.shape == (5, 15)
