@@ -14,7 +14,8 @@ from families import tiny_model
 from routed_models import export, padded_ids
 from safetensors.torch import load_file
 
-from megaskip import load_routers
+from megaskip import RouterConfig, attach_routers, load_routers, save_routers
+from megaskip.checkpoint.base import describe_folder
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import bundled_code
 from megaskip.export.folder import export_folder
@@ -217,3 +218,26 @@ def test_verification_notices_a_wrong_folder(tmp_path: Path) -> None:
 
     save_file({k: -v for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
     assert not verify_folder(exported, tmp_path / "base", tmp_path / "routers").passed
+
+
+PIPELINE = """
+import sys
+sys.modules["megaskip"] = None
+from transformers import pipeline
+generate = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+options = dict(max_new_tokens=5, do_sample=False)
+question = [{"role": "user", "content": "What is 12 plus 7?"}]
+print("answer:", generate(question, **options)[0]["generated_text"][-1]["content"])
+print("batch:", len(generate(["King Henry said", "The"], batch_size=2, **options)))
+"""
+
+
+def test_text_generation_pipeline_works_on_an_exported_folder(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "megaskip/demo/backbone"
+    routers = attach_routers(from_base(demo), RouterConfig())
+    save_routers(tmp_path / "routers", routers, base=describe_folder(demo))
+    export_folder(tmp_path / "routers", demo, tmp_path / "exported")
+    child = in_fresh_process(PIPELINE, str(tmp_path / "exported"), cache=tmp_path)
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert "answer:  19" in child.stdout
+    assert "batch: 2" in child.stdout
