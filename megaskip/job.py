@@ -148,9 +148,8 @@ def _same_global_batch(resume: Path, config: RunConfig, world: int) -> int:
     if size % share:
         raise ConfigError(
             f"--resume {resume}: its global batch of {size} rows cannot be split over {world} "
-            f"ranks with "
-            f"--micro_batch_size {config.optim.micro_batch_size}; choose one so that ranks x size "
-            f"divides {size}"
+            f"ranks with --micro_batch_size {config.optim.micro_batch_size}; choose one so that "
+            f"ranks x size divides {size}"
         )
     if size // share != config.optim.gradient_accumulation_steps:
         logger.info(
@@ -210,8 +209,7 @@ def _print_header(trainer: Trainer, folder: Path) -> None:
         (
             "engine",
             f"{'ZeRO-3' if config.parallel.ds_config else 'replicas'} on {topology.world_size} "
-            f"rank(s), "
-            f"{topology.device.type}, {next(engine.module.parameters()).dtype}",
+            f"rank(s), {topology.device.type}, {next(engine.module.parameters()).dtype}",
         ),
         (
             "bytes on rank 0",

@@ -299,8 +299,7 @@ class Trainer:
         weights, count = sum(p.nbytes for p in parameters), sum(p.numel() for p in parameters)
         return (
             f"{human_bytes(weights + moments)} ({(weights + moments) / count:.0f} bytes for each "
-            f"of {count:,} "
-            "trained parameters, master weights included)"
+            f"of {count:,} trained parameters, master weights included)"
         )
 
     def _warn_if_off(self, report: dict[str, Any]) -> None:

@@ -33,8 +33,8 @@ def find_decoder(model: nn.Module) -> Anatomy:
     if config is None or not isinstance(layers, nn.ModuleList) or not len(layers):
         raise UnsupportedModelError(
             f"{type(model).__name__}: found no list of decoder layers at get_decoder().layers; "
-            f"megaskip routes "
-            "Hugging Face decoder-only models (see the support matrix in the README)"
+            "megaskip routes Hugging Face decoder-only models (see the support matrix in the "
+            "README)"
         )
     get_head = getattr(model, "get_output_embeddings", None)
     text_config = config.get_text_config(decoder=True)
@@ -81,7 +81,6 @@ def describe_trainable(shapes: Mapping[str, Sequence[int]]) -> str:
         by_target.setdefault((rest, tuple(shape)), []).append(int(layer))
     return "; ".join(
         f"{PREFIX}.{{{describe_layers(layers)}}}.{rest} [{', '.join(map(str, shape))}]: "
-        f"{len(layers)} "
-        f"tensors, {len(layers) * math.prod(shape):,} parameters, float32"
+        f"{len(layers)} tensors, {len(layers) * math.prod(shape):,} parameters, float32"
         for (rest, shape), layers in by_target.items()
     )

@@ -35,8 +35,7 @@ def attach_routers(
     if 0 in layers and config.target != "mlp":
         raise ConfigError(
             f"layer 0 cannot be routed with --granularity {config.granularity}: the KV cache takes "
-            f"its length "
-            "from layer 0; leave it out of --layers"
+            "its length from layer 0; leave it out of --layers"
         )
     device = next(iter(anatomy.layers[layers[0]].parameters())).device
     if verify:

@@ -47,15 +47,11 @@ class ProbeReport:
         """Return the verdict as an error text."""
         return (
             f"{model_type}: skipping a sublayer of layer {self.layer} is not the identity. "
-            f"Distance from the input "
-            f"with everything skipped: {self.at_zero:.1e}; departure from affine in keep: "
-            f"attention "
-            f"{self.bend_attention:.1e}, MLP {self.bend_mlp:.1e} (each at most {_TOLERANCE:.0e} of "
-            f"the update); "
-            f"distance from the plain layer with everything kept: {self.at_one:.1e} (must be 0). "
-            f"megaskip does not "
-            "route this family; a row in EXCEPTIONS of megaskip/arch/sites.py could teach it where "
-            "the gates belong"
+            f"Distance from the input with everything skipped: {self.at_zero:.1e}; departure from "
+            f"affine in keep: attention {self.bend_attention:.1e}, MLP {self.bend_mlp:.1e} (each "
+            f"at most {_TOLERANCE:.0e} of the update); distance from the plain layer with "
+            f"everything kept: {self.at_one:.1e} (must be 0). megaskip does not route this family; "
+            "a row in EXCEPTIONS of megaskip/arch/sites.py could teach it where the gates belong"
         )
 
 

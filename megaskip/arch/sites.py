@@ -52,9 +52,8 @@ def find_sites(layer: nn.Module, model_type: str) -> Sites:
     if attention is None or mlp is None:
         raise UnsupportedModelError(
             f"{model_type}: {type(layer).__name__} has the children {', '.join(children)}; "
-            f"expected "
-            f"{_ATTENTION[0]} and one of {', '.join(_MLP)}. Name another layer with --layers if "
-            f"this one is special"
+            f"expected {_ATTENTION[0]} and one of {', '.join(_MLP)}. Name another layer with "
+            "--layers if this one is special"
         )
     exception = EXCEPTIONS.get(model_type)
     return Sites(

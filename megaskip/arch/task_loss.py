@@ -25,7 +25,7 @@ class TaskLoss(nn.Module):
         if not isinstance(anatomy.head, nn.Linear):
             raise UnsupportedModelError(
                 f"{anatomy.model_type}: its output embedding is {type(anatomy.head).__name__}, "
-                f"expected nn.Linear"
+                "expected nn.Linear"
             )
         self.model = model
         self.head = HeadLoss(anatomy.head, _logit_transform(model.config), chunk_tokens)
@@ -166,7 +166,6 @@ def verify_task_loss(loss: TaskLoss) -> None:
     if not abs(float(own - theirs)) <= tolerance * max(1.0, abs(float(theirs))):
         raise UnsupportedModelError(
             f"{model.config.model_type}: the loss from hidden states and output embedding is "
-            f"{float(own):.4f}, from "
-            f"the model's own logits {float(theirs):.4f}; it does something to its logits that "
-            "megaskip/arch/task_loss.py does not know"
+            f"{float(own):.4f}, from the model's own logits {float(theirs):.4f}; it does something "
+            "to its logits that megaskip/arch/task_loss.py does not know"
         )

@@ -111,9 +111,8 @@ def require_same_run(path: Path, old: TrainerState, new: TrainerState) -> None:
         if getattr(old, field) != getattr(new, field):
             raise CheckpointError(
                 f"--resume {path}: {flag} differs from the run that wrote it "
-                f"({getattr(old, field)} there, "
-                f"{getattr(new, field)} now); use the same, or start a new run in another "
-                f"--output_dir"
+                f"({getattr(old, field)} there, {getattr(new, field)} now); use the same, or start "
+                "a new run in another --output_dir"
             )
 
 

@@ -38,9 +38,8 @@ def _deepest(count: int, num_layers: int) -> tuple[int, ...]:
     if not 1 <= count <= num_layers - 1:
         raise ConfigError(
             f"--layers {count}: a count must be between 1 and {num_layers - 1} for a model of "
-            f"{num_layers} "
-            "layers (the last layer is never counted in); give a list such as 8-14,16 to name "
-            "layers"
+            f"{num_layers} layers (the last layer is never counted in); give a list such as "
+            "8-14,16 to name layers"
         )
     return tuple(range(num_layers - 1 - count, num_layers - 1))
 

@@ -45,8 +45,8 @@ def tokenise_all(
                 yield from executor.map(_tokenise_job, block, chunksize=_CHUNK)
             except BrokenProcessPool as error:
                 raise DataError(
-                    "a tokenising process died, probably for lack of memory. "
-                    "Lower --tokenize_workers"
+                    "a tokenising process died, probably for lack of memory. Lower "
+                    "--tokenize_workers"
                 ) from error
 
 

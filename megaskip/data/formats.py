@@ -163,7 +163,7 @@ def _chat(row: Fields, turns: list[Message]) -> Sample:
     if turns[0].role == "assistant":
         raise DataError(
             f"{row.place}: the conversation begins with an assistant turn, which answers nothing; "
-            f"expected a system or user turn first. Remove that turn"
+            "expected a system or user turn first. Remove that turn"
         )
     return Sample(place=row.place, messages=tuple(turns), tools=_tools(row))
 

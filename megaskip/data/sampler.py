@@ -51,8 +51,8 @@ def shard(
     if not indices or len(indices) % share:
         raise ConfigError(
             f"a global batch of {len(indices)} rows cannot be split over {world_size} "
-            f"data-parallel ranks with --micro_batch_size {micro_batch_size}: "
-            f"it must be a multiple of {share}"
+            f"data-parallel ranks with --micro_batch_size {micro_batch_size}: it must be a "
+            f"multiple of {share}"
         )
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     starts = range(rank * micro_batch_size, len(indices), share)

@@ -75,7 +75,7 @@ def _known_kind(path: Path) -> Path:
         return path
     raise DataError(
         f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(SUFFIXES)}. "
-        f"Convert or unpack it"
+        "Convert or unpack it"
     )
 
 

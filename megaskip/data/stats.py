@@ -93,8 +93,8 @@ def check_losses(sources: Sequence[SourceStats], *, seq_length: int) -> None:
     )
     if not total.supervised_tokens:
         raise DataError(
-            f"{names}: no supervised token is left in {total.samples} samples: {why}. "
-            f"Raise --seq_length, or check that the assistant turns carry the answers"
+            f"{names}: no supervised token is left in {total.samples} samples: {why}. Raise "
+            "--seq_length, or check that the assistant turns carry the answers"
         )
     if total.dropped:
         level = logging.WARNING if 2 * total.dropped > total.samples else logging.INFO

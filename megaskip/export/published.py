@@ -124,7 +124,7 @@ class _Found:
         if tuple(weight.shape) != (1, hidden_size):
             raise CheckpointError(
                 f"{name}.weight has shape {tuple(weight.shape)}, expected (1, {hidden_size}): one "
-                f"linear score for the hidden size of the model; is it another model's config.json?"
+                "linear score for the hidden size of the model; is it another model's config.json?"
             )
         if not weight.is_floating_point():
             raise CheckpointError(f"{name}.weight is {weight.dtype}, expected floating point")
@@ -133,8 +133,8 @@ class _Found:
         if bias is not None and bool((bias != 0).any()):
             raise CheckpointError(
                 f"{name}.bias is not zero ({float(bias.flatten()[0]):g}): published routers have "
-                f"no bias and neither have megaskip's, so it would decide differently; train "
-                f"routers without one"
+                "no bias and neither have megaskip's, so it would decide differently; train "
+                "routers without one"
             )
         return weight.float()
 
@@ -157,7 +157,7 @@ def _find_routers(
         if layer in found:
             raise CheckpointError(
                 f"{source}: layer {layer} has two routers, {found[layer].name} and {module}; a "
-                f"router folder holds one for each layer"
+                "router folder holds one for each layer"
             )
         found[layer] = _Found(name=module, file=file, place=match[2], weight=weight, bias=bias)
     if not found:
@@ -171,7 +171,7 @@ def _no_routers(source: Path, names: list[str]) -> str:
     return (
         f"{source}: no published routers among its {len(names)} tensors, expected names such as "
         f"model.layers.16.router.weight of shape [1, hidden]; found {listed}. Give the folder or "
-        f"file that training has saved with --source"
+        "file that training has saved with --source"
     )
 
 
@@ -206,8 +206,8 @@ def _notes(found: Mapping[int, _Found], weights: Mapping[int, Tensor]) -> Iterat
     if any(router.weight.dtype == torch.bfloat16 for router in found.values()):
         # sigmoid(z) rounds to 0.5 in bfloat16 for z above -2**-8.
         yield (
-            "decisions are taken in float32; published code that takes them in bfloat16 also keeps "
-            "units with a logit up to 0.004 below that of a threshold of 0.5"
+            "decisions are taken in float32; published code that takes them in bfloat16 also "
+            "keeps units with a logit up to 0.004 below that of a threshold of 0.5"
         )
 
 

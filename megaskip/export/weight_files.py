@@ -59,7 +59,7 @@ def read_tensors_named(
             if name in names:
                 raise CheckpointError(
                     f"{source}: {name} is in {names[name].name} and in {file.name}; name one file "
-                    f"with --source"
+                    "with --source"
                 )
             names[name] = file
         tensors.update({name: (file, tensor) for name, tensor in read.items()})

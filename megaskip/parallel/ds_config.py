@@ -27,7 +27,7 @@ def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
     problems = _conflicts(path, content, config) + _unsupported(path, content)
     if config.model.train == "full":
         problems.append(
-            f"--train full trains every weight on every rank and does not shard yet; leave "
+            "--train full trains every weight on every rank and does not shard yet; leave "
             f"--ds_config {path} out"
         )
     if problems:
@@ -83,21 +83,21 @@ def _conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[st
     }
     problems = [
         f"--ds_config {path} sets {key} to {content[key]}, but {flag} is {value}; make them equal, "
-        f"or write "
+        "or write "
         f'"auto" in the JSON'
         for key, (flag, value) in owned.items()
         if content.get(key, "auto") not in ("auto", value)
     ]
     problems += [
         f"--ds_config {path} has a section {key!r}; megaskip's flags {flags} own it, remove the "
-        f"section"
+        "section"
         for key, flags in scheduler_owned.items()
         if key in content
     ]
     if content.get("train_batch_size", "auto") != "auto":
         problems.append(
             f"--ds_config {path} sets train_batch_size to {content['train_batch_size']}; the batch "
-            f"is "
+            "is "
             '--micro_batch_size x --gradient_accumulation_steps x ranks, write "auto" or remove it'
         )
     for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
@@ -119,12 +119,12 @@ def _unsupported(path: str, content: dict[str, Any]) -> list[str]:
     if stage != 3:
         problems.append(
             f"--ds_config {path} has ZeRO stage {stage!r}, expected 3: with a frozen backbone, "
-            f"stages 1 and 2 have "
-            "nothing to shard; leave --ds_config out to keep the whole model on every rank"
+            "stages 1 and 2 have nothing to shard; leave --ds_config out to keep the whole model "
+            "on every rank"
         )
     if "offload_optimizer" in content.get("zero_optimization", {}):
         problems.append(
             f"--ds_config {path} has offload_optimizer; the optimizer state is a few kilobytes, "
-            f"remove the section"
+            "remove the section"
         )
     return problems

@@ -64,8 +64,7 @@ def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
         raise RankError(
             f"rank {topology.rank} of {topology.world_size} waited {timeout} s for the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} in vain ({error}); check "
-            f"that every rank was "
-            "started with the same address and world size"
+            "that every rank was started with the same address and world size"
         ) from None
     try:
         yield

@@ -137,8 +137,8 @@ def _summary(shown: TokenMap) -> str:
     overall = (share * routed + total - routed) / total
     always = f"; {overall:.0%} over all {total} layers" if routed < total else ""
     return (
-        f"The {TARGETS[shown.target]} of {routed} of {total} layers is routed. "
-        f"{share:.0%} of their {shown.ran.size:,} (token, layer) pairs ran{always}."
+        f"The {TARGETS[shown.target]} of {routed} of {total} layers is routed. {share:.0%} of "
+        f"their {shown.ran.size:,} (token, layer) pairs ran{always}."
     )
 
 

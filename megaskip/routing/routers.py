@@ -197,8 +197,7 @@ class RouterSet(nn.Module):
         if tuple(width) != (batch, tokens):
             raise ValueError(
                 f"the batch announced to the routers is {tuple(width)} (rows, tokens), but the "
-                f"layers see "
-                f"{(batch, tokens)}; call announce() with the masks of this very batch"
+                f"layers see {(batch, tokens)}; call announce() with the masks of this very batch"
             )
         return pooling
 
