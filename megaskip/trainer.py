@@ -28,6 +28,7 @@ from megaskip.data.feed import Feed
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.engine import Engine, EvalResult, StepResult
+from megaskip.parallel.preempt import Preemption
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.metrics import MetricsWriter
 from megaskip.reporting.summary import closing_rows, human_bytes, peak_memory_gib, table, versions
@@ -69,9 +70,12 @@ class Trainer:
     calibrated: float | None = None
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluate and write; returns the content of report.json. Collective."""
+        """Train, evaluate and write; returns the content of report.json. Collective.
+
+        A run that is asked to stop (SIGTERM) saves at the next step border and returns {}.
+        """
         started = time.monotonic()
-        with self._metrics() as metrics, self._bar() as bar:
+        with self._metrics() as metrics, self._bar() as bar, Preemption() as preemption:
             for batches in self.feed.steps(self.step):
                 if self.step >= self.total_steps:
                     break
@@ -81,6 +85,8 @@ class Trainer:
                 self._record(metrics, bar, result, seconds)
                 if self.step == self.total_steps:
                     break
+                if preemption.requested():
+                    return self._stop_early()
                 if self._due(self.config.checkpoint.save_every):
                     self.save()
                 if self._due(self.config.log.eval_every):
@@ -88,6 +94,16 @@ class Trainer:
             self._calibrate()
             self.save()
             return self._close(metrics, time.monotonic() - started)
+
+    def _stop_early(self) -> dict[str, Any]:
+        path = self.save()
+        logger.info(
+            "asked to stop: saved %s, step %d of %d; --resume auto continues",
+            path,
+            self.step,
+            self.total_steps,
+        )
+        return {}
 
     # -- steps
 

@@ -84,6 +84,22 @@ def test_killed_rank_is_named_and_resume_repeats_the_run_exactly(
         assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
 
 
+def test_sigterm_on_one_rank_saves_on_all_and_resume_is_exact(
+    data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    settings = flags(data, folder, *ZERO3)
+    ranks = start(["launch/train.py", *settings], 2, tmp_path / "log")
+    wait_for(folder / "step_000003" / "COMPLETE", ranks)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.wait(60) == [0, 0], ranks.tails()
+    assert "asked to stop: saved" in ranks.text(0)
+    assert not (folder / "report.json").exists()
+    again = train(tmp_path / "again", *settings, "--resume", "auto")
+    assert [p.returncode for p in again.processes] == [0, 0], again.tails()
+    assert metrics(folder) == metrics(uninterrupted)
+
+
 def test_run_continues_on_other_numbers_of_ranks(
     data: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

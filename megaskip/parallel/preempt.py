@@ -1,0 +1,42 @@
+"""A polite end: a signal on any rank makes all ranks save and stop at the same step border."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What clusters send before they take a node away; Slurm's --signal sends USR1 where asked to."""
+
+
+class Preemption:
+    """Context that notes the signal instead of dying of it."""
+
+    def __init__(self) -> None:
+        self._noted = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Preemption":
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Return whether any rank was asked to stop. Collective."""
+        noted = torch.tensor([int(self._noted)])
+        dist.all_reduce(noted, dist.ReduceOp.MAX)
+        return bool(noted)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = True
