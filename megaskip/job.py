@@ -27,6 +27,7 @@ from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.load import DEMO_FOLDER, find_model_folder, load_hf_config
 from megaskip.parallel.measure import bytes_by_kind
+from megaskip.parallel.preflight import preflight
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.watch import Watch
 from megaskip.reporting.summary import human_bytes, table, versions
@@ -79,6 +80,9 @@ def train(argv: Sequence[str]) -> None:
         prepare_deepspeed()
     with process_group(topology, timeout=config.parallel.dist_timeout), _watch(config, topology):
         output_dir, resume = on_first_rank(topology, lambda: choose_run_folder(config))
+        nodes = preflight(config, topology, output_dir, folder, data.fingerprint, versions())
+        for line in table(nodes, title="nodes"):
+            logger.info("%s", line)
         engine = build_engine(config, topology, folder, ds_content)
         base = describe_base(load_hf_config(folder, config.model), folder, config.model.revision)
         feed = _feed(config, topology, data, pad_token_id, resume)

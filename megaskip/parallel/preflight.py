@@ -1,0 +1,181 @@
+"""What must be alike and enough on every rank, checked before any weight is loaded.
+
+One table when all is well; else one error that names the node.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megaskip.config import RunConfig
+from megaskip.errors import RankError
+from megaskip.parallel.topology import Topology
+
+_SPARE = 1.1
+"""Weights need room for themselves and a little more; activations are planned by --dry_run."""
+_CHECKPOINT_BYTES = 64 << 20
+_HEADER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What one rank found on its node."""
+
+    rank: int
+    node: str
+    device: str
+    visible_devices: int
+    free_memory: int
+    """Bytes free where the weights will live: on the rank's GPU, or on the node."""
+    free_disk: int
+    """Bytes free in the run folder, as this node sees it; -1 where it does not see it."""
+    versions: Mapping[str, str]
+    config: str
+    """Fingerprint of every setting."""
+    data: str
+    model: str
+
+    @property
+    def place(self) -> str:
+        """Return the rank and its node, for messages."""
+        return f"rank {self.rank} on node {self.node}"
+
+
+def preflight(
+    config: RunConfig,
+    topology: Topology,
+    output_dir: Path,
+    model_folder: Path,
+    data_fingerprint: str,
+    versions: Mapping[str, str],
+) -> list[tuple[str, str]]:
+    """Return the rows of the table of nodes; raises RankError on every rank. Collective."""
+    mine = Report(
+        rank=topology.rank,
+        node=socket.gethostname(),
+        device=_device_name(topology.device),
+        visible_devices=torch.cuda.device_count() if topology.device.type == "cuda" else 0,
+        free_memory=_free_memory(topology.device),
+        free_disk=shutil.disk_usage(output_dir).free if output_dir.is_dir() else -1,
+        versions=versions,
+        config=_hash(dataclasses.asdict(config)),
+        data=data_fingerprint,
+        model=_hash(_model_files(model_folder)),
+    )
+    everyone: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(everyone, mine)
+    weights = _weight_bytes(model_folder)
+    sharded = config.parallel.ds_config is not None
+    problems = find_problems(everyone, weights // topology.world_size if sharded else weights)
+    if problems:
+        raise RankError("before loading weights: " + "\n  ".join(problems))
+    return [(node, _node_line(reports)) for node, reports in _by_node(everyone).items()]
+
+
+def find_problems(reports: Sequence[Report], weights_per_rank: int) -> list[str]:
+    """Return what differs between ranks or is too little, one line each, naming the node."""
+    problems = []
+    for name in reports[0].versions:
+        problems += _odd_ones(reports, name, functools.partial(_version, name))
+    problems += _odd_ones(reports, "the settings (flags, --config)", lambda one: one.config)
+    problems += _odd_ones(reports, "the training data", lambda one: one.data)
+    problems += _odd_ones(reports, "the model's files", lambda one: one.model)
+    problems += _odd_ones(reports, "the device", lambda one: one.device)
+    for node, ones in _by_node(reports).items():
+        # The ranks of a node share its memory, unless each has a GPU of its own.
+        share = 1 if ones[0].visible_devices else len(ones)
+        free = min(one.free_memory for one in ones)
+        needed = int(_SPARE * weights_per_rank * share)
+        if free < needed:
+            problems.append(
+                f"node {node}: {_gib(free)} of memory free, the weights of its ranks need "
+                f"{_gib(needed)}; use more ranks, or --ds_config with ZeRO-3"
+            )
+        if ones[0].rank == 0 and ones[0].free_disk < _CHECKPOINT_BYTES:
+            problems.append(
+                f"node {node}: {_gib(ones[0].free_disk)} of disk free for --output_dir, "
+                f"checkpoints need {_gib(_CHECKPOINT_BYTES)}"
+            )
+    return problems
+
+
+def _odd_ones(
+    reports: Sequence[Report], what: str, value: Callable[[Report], Hashable]
+) -> list[str]:
+    """Return one line if not all ranks have the same value, naming those in the minority."""
+    counts = Counter(value(one) for one in reports)
+    if len(counts) == 1:
+        return []
+    usual = counts.most_common(1)[0][0]
+    odd = [f"{one.place} has {value(one)}" for one in reports if value(one) != usual]
+    return [f"{what} must be the same everywhere: {'; '.join(odd)}, the others have {usual}"]
+
+
+def _version(name: str, one: Report) -> str | None:
+    return one.versions.get(name)
+
+
+def _by_node(reports: Sequence[Report]) -> dict[str, list[Report]]:
+    nodes: dict[str, list[Report]] = {}
+    for one in reports:
+        nodes.setdefault(one.node, []).append(one)
+    return nodes
+
+
+def _node_line(reports: Sequence[Report]) -> str:
+    first = reports[0]
+    ranks = f"{first.rank}-{reports[-1].rank}" if len(reports) > 1 else f"{first.rank}"
+    devices = f"{first.visible_devices} x {first.device}" if first.visible_devices else first.device
+    disk = "not seen here" if first.free_disk < 0 else f"{_gib(first.free_disk)} free"
+    memory = _gib(min(one.free_memory for one in reports))
+    return f"ranks {ranks}, {devices}, memory {memory} free, run folder {disk}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        line = next(line for line in text.splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _model_files(folder: Path) -> list[tuple[str, int, str]]:
+    """Return name, size and a hash of the head of every file that makes the model."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    return [(f.name, f.stat().st_size, _head(f)) for f in files]
+
+
+def _head(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.sha256(handle.read(_HEADER_BYTES)).hexdigest()
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

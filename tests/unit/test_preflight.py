@@ -1,0 +1,58 @@
+"""Preflight names the node that differs or has too little."""
+
+import dataclasses
+
+from megaskip.parallel.preflight import Report, find_problems
+
+GIB = 2**30
+
+
+def report(rank: int, node: str, **changes: object) -> Report:
+    one = Report(
+        rank=rank,
+        node=node,
+        device="CPU",
+        visible_devices=0,
+        free_memory=10 * GIB,
+        free_disk=10 * GIB,
+        versions={"torch": "2.13.0", "transformers": "5.23.0"},
+        config="a",
+        data="b",
+        model="c",
+    )
+    return dataclasses.replace(one, **changes)  # type: ignore[arg-type]
+
+
+def four(**changes: object) -> list[Report]:
+    """Return two nodes of two ranks, of which the last rank has `changes`."""
+    return [report(0, "one"), report(1, "one"), report(2, "two"), report(3, "two", **changes)]
+
+
+def test_ranks_that_are_alike_pass() -> None:
+    assert find_problems(four(), 2 * GIB) == []
+
+
+def test_what_differs_is_named_with_its_node() -> None:
+    for changes, what in [
+        ({"versions": {"torch": "2.13.0", "transformers": "5.17.0"}}, "transformers"),
+        ({"config": "x"}, "settings"),
+        ({"data": "x"}, "training data"),
+        ({"model": "x"}, "model's files"),
+        ({"device": "H200"}, "device"),
+    ]:
+        (problem,) = find_problems(four(**changes), 0)
+        assert what in problem
+        assert "rank 3 on node two" in problem
+
+
+def test_ranks_of_a_node_share_its_memory() -> None:
+    (problem,) = find_problems(four(free_memory=GIB), GIB)
+    assert problem.startswith("node two: 1.00 GiB of memory free")
+    gpus = [dataclasses.replace(one, visible_devices=2) for one in four(free_memory=2 * GIB)]
+    assert find_problems(gpus, GIB) == []
+
+
+def test_a_full_disk_is_noticed_where_checkpoints_are_written() -> None:
+    reports = [report(0, "one", free_disk=1024), report(1, "two", free_disk=-1)]
+    (problem,) = find_problems(reports, 0)
+    assert problem.startswith("node one: 0.00 GiB of disk free for --output_dir")
