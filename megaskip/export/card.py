@@ -26,7 +26,9 @@ model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=Tr
 
 Needs torch and transformers; `modeling_megaskip.py` is all of the code. Pad on the left for batches
 and pass the attention mask. Decisions and what is saved live in the cache: the default
-`DynamicCache` saves, a static cache computes everything.""",
+`DynamicCache` saves, a static cache computes everything. A sequence is judged by the whole text of
+its first forward pass; to score an answer after a prompt, pass `prompt_mask` (true on the prompt).
+""",
 }
 
 

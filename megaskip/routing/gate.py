@@ -65,11 +65,12 @@ class Gate:
         # The score is taken relative to the steered threshold: units near it have the largest
         # gradient.
         keep = straight_through(logit - routers.budget.offset, routers.base_threshold_logit)
+        segments = pooling.unit_of_token
         return RoutingDecision(
             logit=logit,
             keep=routers.forced(self.layer, keep),
-            unit_mask=pooling.unit_mask,
-            unit_of_token=pooling.unit_of_token,
+            unit_mask=pooling.unit_mask.to(keep.device),
+            unit_of_token=None if segments is None else segments.to(keep.device),
         )
 
     def _decided(self) -> RoutingDecision:

@@ -56,4 +56,7 @@ class Pooling:
         """Return what the router reads, float32 [B, U, D], from hidden states [B, T, D] of any
         dtype."""
         hidden_states = hidden_states.float()
-        return hidden_states if self.weights is None else torch.bmm(self.weights, hidden_states)
+        if self.weights is None:
+            return hidden_states
+        # Layers may lie on another device than the masks (device_map).
+        return torch.bmm(self.weights.to(hidden_states.device), hidden_states)

@@ -29,8 +29,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return logits float32 [B, U] of features float32 [B, U, D]."""
-        return nn.functional.linear(features, self.weight.float()).squeeze(-1)
+        """Return logits float32 [B, U] of features float32 [B, U, D], on their device."""
+        weight = self.weight.to(device=features.device, dtype=torch.float32)
+        return nn.functional.linear(features, weight).squeeze(-1)
 
 
 class RouterSet(nn.Module):
