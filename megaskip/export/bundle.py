@@ -27,6 +27,7 @@ _MODULES = (
     "inference/kept",
     "inference/flow",
     "arch/wiring",
+    "inference/dropped",
     "inference/hf",
 )
 _HEADER = f'''"""Inference of routed models (Router-Tuning, arXiv 2410.13184) in transformers.

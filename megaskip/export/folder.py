@@ -32,7 +32,7 @@ MODES = ("overlay", "copy", "adapter")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ROUTER_SHARD = "skip_routers.safetensors"
-_RENAMED_SINGLE = "base.safetensors"
+RENAMED_SINGLE = "base.safetensors"
 """transformers takes a model.safetensors for the whole model, whatever an index says."""
 _NOT_CARRIED = {"config.json", "README.md", INDEX, SINGLE}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
@@ -71,7 +71,7 @@ def export_folder(
     if mode not in MODES:
         raise ConfigError(f"--mode {mode!r} is not one of {', '.join(MODES)}")
     config, layers, described = read_router_config(routers)
-    _require_new(output)
+    require_new(output)
     name = described.name if described is not None else ""
     done = Exported(folder=output, mode=mode)
     with new_folder(output) as folder:
@@ -85,7 +85,7 @@ def export_folder(
             named = {f"{PREFIX}.{name}": tensor for name, tensor in tensors.items()}
             write_tensors(folder / ROUTER_SHARD, named)
             _put_weights(folder, base, list(named), done, progress)
-            _put_rest(folder, base, done)
+            put_rest(folder, base, done)
             write_json(folder / "config.json", routed_config(base_config, config, layers, kv))
             (folder / CODE).write_text(bundled_code(), encoding="utf-8")
         family = str(base_config.get("model_type"))
@@ -104,6 +104,11 @@ def routed_config(
     names = ("granularity", "capacity", "threshold", "pool", "prompt_tokens", "budget")
     routing = {name: getattr(config, name) for name in names}
     routing |= {"penalty_weight": config.penalty_weight, "layers": list(layers), "kv": kv}
+    return {**own_config(base), "routing": routing}
+
+
+def own_config(base: dict[str, Any]) -> dict[str, Any]:
+    """Return the base's config.json with the names that lead to the folder's own code."""
     stem = CODE.removesuffix(".py")
     return {
         **base,
@@ -115,7 +120,6 @@ def routed_config(
         },
         "model_type": f"megaskip_{base['model_type']}",
         "base_model_type": base["model_type"],
-        "routing": routing,
     }
 
 
@@ -125,7 +129,8 @@ def base_name(recorded: str, base: Path) -> str:
     return recorded if is_hub_id else base.resolve().name
 
 
-def _require_new(output: Path) -> None:
+def require_new(output: Path) -> None:
+    """Raise ConfigError when there is something at --output."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists and is not empty; name a new folder")
 
@@ -154,12 +159,12 @@ def _put_weights(
     folder: Path, base: Path, added: list[str], done: Exported, progress: Callable[[int], None]
 ) -> None:
     """Link or copy the base's shards and write the index that names them and the routers."""
-    weight_map = _weight_map(base)
+    weight_map = weight_map_of(base)
     for name in sorted(set(weight_map.values())):
-        source = base / (SINGLE if name == _RENAMED_SINGLE else name)
+        source = base / (SINGLE if name == RENAMED_SINGLE else name)
         if not source.is_file():
             raise CheckpointError(f"--base {base}: its index names {name}, which is not there")
-        _put(source, folder / name, done)
+        link_or_copy(source, folder / name, done)
         progress(source.stat().st_size)
     total = sum((folder / name).stat().st_size for name in {*weight_map.values(), ROUTER_SHARD})
     whole = weight_map | dict.fromkeys(added, ROUTER_SHARD)
@@ -167,7 +172,7 @@ def _put_weights(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _weight_map(base: Path) -> dict[str, str]:
+def weight_map_of(base: Path) -> dict[str, str]:
     """Return the file of each stored tensor."""
     if (base / INDEX).is_file():
         return dict(read_json(base / INDEX)["weight_map"])
@@ -177,10 +182,10 @@ def _weight_map(base: Path) -> dict[str, str]:
             "and save_pretrained it once"
         )
     with safe_open(base / SINGLE, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), _RENAMED_SINGLE)
+        return dict.fromkeys(handle.keys(), RENAMED_SINGLE)
 
 
-def _put_rest(folder: Path, base: Path, done: Exported) -> None:
+def put_rest(folder: Path, base: Path, done: Exported) -> None:
     """Bring tokenizer, chat template, generation config and licence along."""
     for source in sorted(base.iterdir()):
         hidden = source.name.startswith(".") or source.name in _NOT_CARRIED
@@ -191,10 +196,10 @@ def _put_rest(folder: Path, base: Path, done: Exported) -> None:
         if source.stat().st_size <= _SMALL:
             shutil.copyfile(source, folder / source.name)
         else:
-            _put(source, folder / source.name, done)
+            link_or_copy(source, folder / source.name, done)
 
 
-def _put(source: Path, target: Path, done: Exported) -> None:
+def link_or_copy(source: Path, target: Path, done: Exported) -> None:
     """Hard-link a file for an overlay where the file system allows it, else copy it."""
     source = source.resolve()  # the hub's cache holds links to its blobs
     if done.mode == "overlay":

@@ -1,7 +1,7 @@
 """Routed models as transformers knows them: a config, a decoder and a causal LM, for any family.
 
-A config names its family in `base_model_type` and its routers in `routing`; the classes are made
-from the family's own, so nothing of it is repeated here.
+A config names its family in `base_model_type`, its routers in `routing` and sublayers that are gone
+in `dropped`; the classes are made from the family's own, so nothing of it is repeated here.
 """
 
 import functools
@@ -20,6 +20,7 @@ from transformers import conversion_mapping as conversions
 from megaskip.arch.anatomy import find_decoder
 from megaskip.arch.wiring import wire
 from megaskip.config.router import RouterConfig
+from megaskip.inference.dropped import drop_sublayers
 from megaskip.inference.flow import KV_CHOICES, InferenceFlow
 from megaskip.routing.routers import PREFIX, Router, RouterSet
 
@@ -27,7 +28,7 @@ MODEL_TYPE = "megaskip"
 
 
 class MegaskipConfig(PreTrainedConfig):
-    """The config of a family with two fields more: `base_model_type` and `routing`."""
+    """The config of a family with further fields: `base_model_type`, and `routing` or `dropped`."""
 
     model_type = MODEL_TYPE
 
@@ -57,7 +58,15 @@ class _RoutedModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        routing = dict(config.routing)
+        routing, dropped = getattr(config, "routing", None), getattr(config, "dropped", None)
+        if routing is None and dropped is None:
+            raise ValueError("config.json has neither routing nor dropped")
+        drop_sublayers(find_decoder(self), dropped or {})  # type: ignore[arg-type]
+        if routing is not None:
+            self._route(dict(routing))
+
+    def _route(self, routing: dict[str, Any]) -> None:
+        """Attach the routers that a config's `routing` describes."""
         kv = routing.pop("kv", "keep")
         if kv not in KV_CHOICES:
             raise ValueError(f"config.routing: kv is {kv!r}, expected one of {KV_CHOICES}")
@@ -96,17 +105,21 @@ class _RoutedModel:
 
     def capacity(self) -> float:
         """Return the share of routed units that ran in the last forward pass."""
+        if not self._is_routed():
+            raise RuntimeError("this model has no routers: its config has dropped, not routing")
         return self.get_submodule(PREFIX).capacity()  # type: ignore[attr-defined, no-any-return]
 
+    def _is_routed(self) -> bool:
+        return hasattr(self, PREFIX)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: requests share one flat row there, and a sequence's decision would mix them."""
-        raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
+        """Refuse for routers: requests share a flat row there, and decisions would mix them.
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse, as init_continuous_batching."""
-        raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
-
-    continuous_batching_context_manager = generate_batch
+        Every way into continuous batching comes through here.
+        """
+        if self._is_routed():
+            raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
 
 class MegaskipForCausalLM(_RoutedModel):

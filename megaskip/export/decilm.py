@@ -1,0 +1,111 @@
+"""A base with dropped layers as DeciLM ("nemotron-nas"), the one format of servers for such models.
+
+Written to the sources of vLLM (model_executor/models/nemotron_nas.py and
+transformers_utils/{config,model_arch_config_convertor}.py of 2026, transformers 5), read and not
+run. What they ask for:
+
+- `block_configs` of a config class that the folder brings along (`auto_map.AutoConfig`, so serve
+  with --trust-remote-code): vLLM has none of its own for this model type, and reads the blocks'
+  fields as attributes. The model itself is vLLM's, picked by `architectures`.
+- A layer without attention has no `input_layernorm`, one without MLP no `post_attention_layernorm`;
+  tensors of those names would not load. Layer 0 keeps its attention.
+- An MLP's size is int(2 * ffn_mult * hidden_size / 3), rounded up to a multiple of 256.
+"""
+
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megaskip.errors import UnsupportedModelError
+
+FAMILIES = ("llama", "mistral")
+NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+"""The norm that goes with a dropped sublayer."""
+CODE = "configuration_decilm.py"
+_MULTIPLE = 256
+_DIGITS = 6
+"""Decimals of ffn_mult that NVIDIA's config class keeps."""
+
+
+def require_decilm(hf_config: Any, names: Collection[str]) -> None:
+    """Raise UnsupportedModelError with every reason for which DeciLM cannot say what a base is.
+
+    `hf_config` is the base's config with its defaults, `names` are its stored tensors.
+    """
+    reasons = list(_obstacles(hf_config, names))
+    if reasons:
+        raise UnsupportedModelError(
+            f"--format decilm cannot express this base: {'; '.join(reasons)}. Use --format hf"
+        )
+
+
+def decilm_config(
+    hf_config: Any, base: Mapping[str, Any], dropped: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """Return the config.json of a DeciLM model from the base's config and its config.json.
+
+    `dropped` has the layers by attn or mlp.
+    """
+    stem = CODE.removesuffix(".py")
+    return {
+        **hf_config.to_dict(),  # Llama's defaults are not those of every family
+        **base,
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": f"{stem}.DeciLMConfig"},
+        "block_configs": _blocks(hf_config, dropped),
+    }
+
+
+def write_decilm_code(folder: Path) -> None:
+    """Put the config class into the folder."""
+    shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+
+
+def ffn_mult(intermediate_size: int, hidden_size: int) -> float | None:
+    """Return the multiplier that stands for an MLP's size; None when there is none."""
+    mult = round(3 * intermediate_size / (2 * hidden_size), _DIGITS)
+    return mult if intermediate_size_of(mult, hidden_size) == intermediate_size else None
+
+
+def intermediate_size_of(mult: float, hidden_size: int) -> int:
+    """Return the MLP's size that servers make of a multiplier."""
+    return -(-int(2 * mult * hidden_size / 3) // _MULTIPLE) * _MULTIPLE
+
+
+def _blocks(hf_config: Any, dropped: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    group = hf_config.num_attention_heads // hf_config.num_key_value_heads
+    mult = ffn_mult(hf_config.intermediate_size, hf_config.hidden_size)
+    return [
+        {
+            "attention": _block("n_heads_in_group", group, layer in dropped.get("attn", ())),
+            "ffn": _block("ffn_mult", mult, layer in dropped.get("mlp", ())),
+        }
+        for layer in range(hf_config.num_hidden_layers)
+    ]
+
+
+def _block(field: str, value: float | None, no_op: bool) -> dict[str, Any]:
+    return {field: None if no_op else value, "no_op": no_op, "replace_with_linear": False}
+
+
+def _obstacles(hf_config: Any, names: Collection[str]) -> Iterator[str]:
+    """Yield what of the base DeciLM has no field for."""
+    if hf_config.model_type not in FAMILIES:
+        yield f"its model_type is {hf_config.model_type}, expected {' or '.join(FAMILIES)}"
+        return
+    biases = sorted(name for name in names if name.endswith(".bias"))
+    if biases:
+        yield f"it has biases ({biases[0]})"
+    if hf_config.hidden_act != "silu":
+        yield f"its hidden_act is {hf_config.hidden_act}, expected silu"
+    if getattr(hf_config, "sliding_window", None) is not None:
+        yield f"its attention slides (sliding_window {hf_config.sliding_window})"
+    if getattr(hf_config, "quantization_config", None) is not None:
+        yield "it is quantised"
+    if ffn_mult(hf_config.intermediate_size, hf_config.hidden_size) is None:
+        yield (
+            f"its intermediate_size is {hf_config.intermediate_size}, and ffn_mult stands for "
+            f"multiples of {_MULTIPLE} alone"
+        )
