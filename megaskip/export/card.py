@@ -55,13 +55,14 @@ def write_card(
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     use = _USE["adapter" if mode == "adapter" else "folder"].replace("BASE", made_from)
-    head = yaml.safe_dump(_metadata(base, made_from), sort_keys=False)
+    head = yaml.safe_dump(card_metadata(base, made_from), sort_keys=False)
     title = f"# {Path(made_from).name}, routed\n\nA model that learnt which layers it can skip."
     text = f"---\n{head}---\n\n{title}\n\n| | |\n|---|---|\n{table}\n\n{use}\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _metadata(base: Path, name: str) -> dict[str, Any]:
+def card_metadata(base: Path, name: str) -> dict[str, Any]:
+    """Return the fields that hubs read at the head of a card."""
     card: dict[str, Any] = {
         "base_model": name,
         "base_model_relation": "finetune",

@@ -22,7 +22,7 @@ from megaskip.checkpoint.routers import save_routers
 from megaskip.config import ModelConfig, RouterConfig
 from megaskip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from megaskip.export.bundle import CODE, bundled_code
-from megaskip.export.card import _metadata
+from megaskip.export.card import card_metadata
 from megaskip.export.decilm import NORMS, decilm_config, require_decilm, write_decilm_code
 from megaskip.export.folder import (
     INDEX,
@@ -200,7 +200,7 @@ def _put_weights(
 
 
 def _write_card(folder: Path, base: Path, name: str, form: str, rows: Mapping[str, Any]) -> None:
-    head = yaml.safe_dump(_metadata(base, name), sort_keys=False)
+    head = yaml.safe_dump(card_metadata(base, name), sort_keys=False)
     facts = {"base model": f"{name}, frozen", **rows, "megaskip": __version__}
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     text = (
