@@ -273,7 +273,11 @@ class Trainer:
         (self.output_dir / "report.json").write_text(
             json.dumps(report, indent=2) + "\n", encoding="utf-8"
         )
-        for line in table(closing_rows(report), title=f"done: {self.output_dir}"):
+        rows = closing_rows(report)
+        if self.engine.routers is not None:
+            export = f"python tools/convert_to_hf.py --run {self.output_dir} --output exported"
+            rows.append(("next", f"{export} --verify"))
+        for line in table(rows, title=f"done: {self.output_dir}"):
             logger.info("%s", line)
         self._warn_if_off(report)
         return report
