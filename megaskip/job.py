@@ -62,7 +62,8 @@ def train(argv: Sequence[str]) -> None:
     config = parse_run_config(
         argv, description="Router-tune a frozen model, or train a small one whole."
     )
-    topology = read_topology(os.environ)
+    dry = config.dry_run
+    topology = read_topology(os.environ, num_stages=1 if dry else config.parallel.pipeline_stages)
     set_up_logging(rank=topology.rank)
     quiet_libraries()
     ds_content = read_ds_config(config)
@@ -74,7 +75,7 @@ def train(argv: Sequence[str]) -> None:
             print("\n".join(dry_run_lines(config, folder, world_size)))
         return
     data, pad_token_id = _read_data(config, folder)
-    if ds_content is not None:
+    if ds_content is not None and topology.num_stages == 1:
         from megaskip.parallel.zero3 import prepare_deepspeed
 
         prepare_deepspeed()
@@ -128,13 +129,13 @@ def _feed(
     pad_token_id: int,
     resume: Path | None,
 ) -> Feed:
-    optim, world = config.optim, topology.world_size
+    optim, world = config.optim, topology.num_replicas
     size = optim.micro_batch_size * optim.gradient_accumulation_steps * world
     if resume is not None:
         size = _same_global_batch(resume, config, world)
     return Feed(
         data=data,
-        rank=topology.rank,
+        rank=topology.replica,
         world_size=world,
         micro_batch_size=optim.micro_batch_size,
         global_batch_size=size,
@@ -152,8 +153,8 @@ def _same_global_batch(resume: Path, config: RunConfig, world: int) -> int:
     if size % share:
         raise ConfigError(
             f"--resume {resume}: its global batch of {size} rows cannot be split over {world} "
-            f"ranks with --micro_batch_size {config.optim.micro_batch_size}; choose one so that "
-            f"ranks x size divides {size}"
+            f"replicas with --micro_batch_size {config.optim.micro_batch_size}; choose one so that "
+            f"replicas x size divides {size}"
         )
     if size // share != config.optim.gradient_accumulation_steps:
         logger.info(
@@ -212,8 +213,8 @@ def _print_header(trainer: Trainer, folder: Path) -> None:
         ("trains", _trainable_text(engine, count)),
         (
             "engine",
-            f"{'ZeRO-3' if config.parallel.ds_config else 'replicas'} on {topology.world_size} "
-            f"rank(s), {topology.device.type}, {next(engine.module.parameters()).dtype}",
+            f"{_engine_name(config, topology)} on {topology.world_size} rank(s), "
+            f"{topology.device.type}, {next(engine.module.parameters()).dtype}",
         ),
         (
             "bytes on rank 0",
@@ -221,9 +222,9 @@ def _print_header(trainer: Trainer, folder: Path) -> None:
         ),
         (
             "batch",
-            f"{feed.global_batch_size} rows = {topology.world_size} rank(s) x "
+            f"{feed.global_batch_size} rows = {feed.world_size} replica(s) x "
             f"{optim.micro_batch_size} x "
-            f"{feed.global_batch_size // (topology.world_size * optim.micro_batch_size)}, "
+            f"{feed.global_batch_size // (feed.world_size * optim.micro_batch_size)}, "
             f"{trainer.total_steps} steps",
         ),
         *(("data", line) for line in feed.data.stats.lines()),
@@ -241,6 +242,12 @@ def _print_header(trainer: Trainer, folder: Path) -> None:
         )
     for line in table(rows, title="megaskip"):
         logger.info("%s", line)
+
+
+def _engine_name(config: RunConfig, topology: Topology) -> str:
+    if topology.num_stages > 1:
+        return f"pipeline of {topology.num_stages} stages"
+    return "ZeRO-3" if config.parallel.ds_config else "replicas"
 
 
 def _trainable_text(engine: Engine, count: int) -> str:

@@ -140,6 +140,9 @@ class Trainer:
     def _record(
         self, metrics: MetricsWriter | None, bar: Any, result: StepResult, seconds: float
     ) -> None:
+        routers, scores = self.engine.routers, {}
+        if routers is not None and self._due(self.config.log.log_every):
+            scores = self.engine.scores()
         if metrics is None:
             return
         values = {
@@ -154,11 +157,7 @@ class Trainer:
             "supervised_fraction": result.supervised_fraction,
         }
         metrics.record(self.step, values)
-        routers = self.engine.routers
-        if self.step % self.config.log.log_every == 0 and routers is not None:
-            metrics.histograms(
-                self.step, {k: d.logit.detach().sigmoid() for k, d in routers.decisions().items()}
-            )
+        metrics.histograms(self.step, scores)
         shown = {"loss": f"{result.loss_task:.3f}", "tok/s": f"{result.tokens / seconds:.0f}"}
         if routers is not None:
             shown["capacity"] = f"{result.capacity:.3f}"

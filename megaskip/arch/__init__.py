@@ -5,13 +5,14 @@ not the identity is refused with numbers.
 """
 
 from megaskip.arch.anatomy import Anatomy, find_decoder, freeze
-from megaskip.arch.attach import attach_routers, detach_routers
+from megaskip.arch.attach import attach_routers, attach_to_stage, detach_routers
 from megaskip.arch.probe import ProbeReport, probe_layer
 
 __all__ = [
     "Anatomy",
     "ProbeReport",
     "attach_routers",
+    "attach_to_stage",
     "detach_routers",
     "find_decoder",
     "freeze",

@@ -1,9 +1,13 @@
 """Attach routers to a model and take them off again. One place, one prefix, nothing left behind."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import nn
 
 from megaskip.arch.anatomy import find_decoder, freeze
 from megaskip.arch.probe import probe_layer
+from megaskip.arch.stage import DecoderStage
 from megaskip.arch.sublayer import is_routed, unroute
 from megaskip.arch.wiring import wire
 from megaskip.config import RouterConfig, resolve_layers
@@ -32,11 +36,7 @@ def attach_routers(
     if any(is_routed(module) for module in model.modules()):
         raise ConfigError("this model has routers already; call detach_routers(model) first")
     layers = resolve_layers(config.layers, len(anatomy.layers))
-    if 0 in layers and config.target != "mlp":
-        raise ConfigError(
-            f"layer 0 cannot be routed with --granularity {config.granularity}: the KV cache takes "
-            "its length from layer 0; leave it out of --layers"
-        )
+    _require_routable(layers, config)
     device = next(iter(anatomy.layers[layers[0]].parameters())).device
     if verify:
         report = probe_layer(model, layers[0])
@@ -48,6 +48,36 @@ def attach_routers(
         model.add_module(PREFIX, routers)
     freeze(model)
     return routers
+
+
+def attach_to_stage(stage: DecoderStage, config: RouterConfig) -> RouterSet:
+    """Give a pipeline stage's layers fresh routers; returns the routers of the whole model.
+
+    Every stage holds all of them, for they are kilobytes: only those of its own layers decide here
+    and have gradients. Skipping is proven on the stage's own weights, as in `attach_routers`.
+    """
+    layers = resolve_layers(config.layers, stage.part.depth)
+    _require_routable(layers, config)
+    weight = next(iter(stage.parameters()))
+    owned = stage.part.owned(layers)
+    if owned:
+        hidden = torch.zeros(1, 8, stage.hidden_size, dtype=weight.dtype, device=weight.device)
+        inputs = None if stage.part.is_first else {"inputs_embeds": hidden}
+        report = probe_layer(stage, owned[0] - stage.part.first, inputs=inputs)
+        if not report.passed:
+            raise UnsupportedModelError(report.explain(find_decoder(stage).model_type))
+    routers = RouterSet(config, layers, stage.hidden_size, device=weight.device)
+    wire(find_decoder(stage), routers, first_layer=stage.part.first)
+    stage.requires_grad_(False)
+    return routers
+
+
+def _require_routable(layers: Sequence[int], config: RouterConfig) -> None:
+    if 0 in layers and config.target != "mlp":
+        raise ConfigError(
+            f"layer 0 cannot be routed with --granularity {config.granularity}: the KV cache takes "
+            "its length from layer 0; leave it out of --layers"
+        )
 
 
 def detach_routers(model: nn.Module) -> None:

@@ -21,14 +21,8 @@ class TaskLoss(nn.Module):
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int) -> None:
         super().__init__()
-        anatomy = find_decoder(model)
-        if not isinstance(anatomy.head, nn.Linear):
-            raise UnsupportedModelError(
-                f"{anatomy.model_type}: its output embedding is {type(anatomy.head).__name__}, "
-                "expected nn.Linear"
-            )
         self.model = model
-        self.head = HeadLoss(anatomy.head, _logit_transform(model.config), chunk_tokens)
+        self.head = head_loss(model, chunk_tokens)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, labels: Tensor
@@ -42,9 +36,19 @@ class TaskLoss(nn.Module):
             position_ids=position_ids,
             use_cache=False,
         )[0]
-        targets = labels[:, 1:]
-        supervised = targets != IGNORED
-        return self.head(hidden_states[:, :-1][supervised], targets[supervised])
+        return self.head.of_batch(hidden_states, labels)
+
+
+def head_loss(model: nn.Module, chunk_tokens: int) -> "HeadLoss":
+    """Return the loss behind a model's decoder; raises UnsupportedModelError for other heads than
+    nn.Linear."""
+    anatomy = find_decoder(model)
+    if not isinstance(anatomy.head, nn.Linear):
+        raise UnsupportedModelError(
+            f"{anatomy.model_type}: its output embedding is {type(anatomy.head).__name__}, "
+            "expected nn.Linear"
+        )
+    return HeadLoss(anatomy.head, _logit_transform(model.config), chunk_tokens)
 
 
 class HeadLoss(nn.Module):
@@ -58,6 +62,13 @@ class HeadLoss(nn.Module):
         self.linear = head
         self._transform = transform
         self._chunk_tokens = chunk_tokens
+
+    def of_batch(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed loss, float32 [], of hidden states [B, T, D] and labels int64 [B, T],
+        not shifted; IGNORED has no loss."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORED
+        return self(hidden_states[:, :-1][supervised], targets[supervised])  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         """Return the summed loss, float32 [], of hidden states [N, D] and targets int64 [N]."""

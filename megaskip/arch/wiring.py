@@ -12,11 +12,14 @@ from megaskip.inference.held import HeldDecisions, held_by, hold
 from megaskip.routing import Pooling, RouterSet
 
 
-def wire(anatomy: Anatomy, routers: RouterSet) -> None:
-    """Let the routed layers ask the gates of `routers`, and plain calls announce themselves."""
-    for index, gate in routers.gates.items():
-        layer = anatomy.layers[index]
-        route_layer(layer, find_sites(layer, anatomy.model_type), gate)
+def wire(anatomy: Anatomy, routers: RouterSet, *, first_layer: int = 0) -> None:
+    """Let the routed layers ask the gates of `routers`, and plain calls announce themselves.
+
+    `first_layer` is the absolute index of the decoder's first layer, when it is a slice of a model.
+    """
+    for index, layer in enumerate(anatomy.layers, start=first_layer):
+        if index in routers.gates:
+            route_layer(layer, find_sites(layer, anatomy.model_type), routers.gates[index])
     _add_hooks(anatomy.decoder, routers)
 
 

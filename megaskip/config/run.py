@@ -146,6 +146,11 @@ class ParallelConfig(Checked):
     ds_config: str | None = None
     """DeepSpeed JSON that owns sharding, e.g. ds_configs/zero3.json; without it every rank holds
     the model."""
+    pipeline_stages: int = 1
+    """Stages of a pipeline (ds_configs/pipeline.json): each holds a slice of the layers; ranks =
+    stages x replicas, and the stages of a replica are neighbouring ranks."""
+    pipeline_partition: str | None = None
+    """First layer of every stage but the first, e.g. 12,18,25 [what balances the stages' work]."""
     train_execution: str = "dense"
     """"dense": every unit runs and the decision multiplies it (the published objective; skipped
     units keep their gradient). "sparse": skipped units are really not computed."""
@@ -163,11 +168,36 @@ class ParallelConfig(Checked):
 
     def _problems(self) -> Iterator[str]:
         yield from one_of("train_execution", self.train_execution, ("dense", "sparse"))
+        yield from at_least("pipeline_stages", self.pipeline_stages, 1)
+        yield from self._partition_problems()
         yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
         yield from at_least("dist_timeout", self.dist_timeout, 60)
         yield from at_least("heartbeat_timeout", self.heartbeat_timeout, 5)
         if self.world_size is not None:
             yield from at_least("world_size", self.world_size, 1)
+
+    def boundaries(self) -> tuple[int, ...] | None:
+        """Return --pipeline_partition as numbers, None when it is not given."""
+        if self.pipeline_partition is None:
+            return None
+        return tuple(int(part) for part in self.pipeline_partition.split(","))
+
+    def _partition_problems(self) -> Iterator[str]:
+        if self.pipeline_partition is None:
+            return
+        try:
+            found = self.boundaries() or ()
+        except ValueError:
+            yield f"--pipeline_partition {self.pipeline_partition!r} is not a list such as 12,18,25"
+            return
+        if len(found) != self.pipeline_stages - 1 or any(
+            a >= b for a, b in zip((0, *found), found, strict=False)
+        ):
+            yield (
+                f"--pipeline_partition {self.pipeline_partition} must be the first layers of all "
+                f"stages but the first: with --pipeline_stages {self.pipeline_stages}, "
+                f"{self.pipeline_stages - 1} rising numbers above 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,19 +5,23 @@ from typing import Any
 
 import torch
 
-from megaskip.arch import attach_routers, find_decoder, freeze
+from megaskip.arch import attach_routers, attach_to_stage, find_decoder, freeze
 from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.arch.stage import slices, verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.load import (
+    build_from_config,
     load_hf_config,
     load_partitioned,
     load_whole,
     skeleton,
     weight_dtype,
 )
+from megaskip.parallel.load_stage import load_stage
+from megaskip.parallel.partition import boundaries_of
 from megaskip.parallel.topology import Topology
 from megaskip.routing import SparseFlow
 
@@ -25,14 +29,16 @@ from megaskip.routing import SparseFlow
 def build_engine(
     config: RunConfig, topology: Topology, folder: Path, ds_content: dict[str, Any] | None
 ) -> Engine:
-    """Return the engine of a run: ZeRO-3 with `ds_content`, else a replica on every rank.
-    Collective.
+    """Return the engine of a run: a pipeline's stage, ZeRO-3 with `ds_content`, else a replica on
+    every rank. Collective.
 
     `folder` is the model's local folder. Raises MegaskipError for models that cannot be loaded or
     routed.
     """
     hf_config = load_hf_config(folder, config.model)
     dtype = weight_dtype(config.model, hf_config)
+    if topology.num_stages > 1:
+        return _pipeline(config, topology, folder, hf_config, dtype)
     if config.model.train == "full":
         model = load_whole(folder, hf_config, dtype, config.model, topology.device).train()
         loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
@@ -51,6 +57,34 @@ def build_engine(
     if config.parallel.activation_checkpointing:
         checkpoint_activations(loss.model, routers.layers[0])
     return Engine(loss, routers, config, topology, handle)
+
+
+def _pipeline(
+    config: RunConfig, topology: Topology, folder: Path, hf_config: Any, dtype: torch.dtype
+) -> Engine:
+    """Return the engine of one stage, once a tiny copy of the family has been cut and compared."""
+    # Only runs with stages pay for the import of DeepSpeed, which has the schedules.
+    from megaskip.parallel.pipeline import PipelineEngine
+
+    verify_stages(hf_config, lambda tiny: build_from_config(tiny, config.model, torch.float32))
+    shape = skeleton(hf_config, config.model)
+    depth = len(find_decoder(shape).layers)
+    cuts = boundaries_of(shape, config.router, config.parallel)
+    stage = load_stage(
+        folder,
+        hf_config,
+        dtype,
+        config.model,
+        slices(cuts, depth)[topology.stage],
+        chunk_tokens=config.parallel.loss_chunk_tokens,
+        device=topology.device,
+    )
+    routers = attach_to_stage(stage, config.router)
+    if config.parallel.train_execution == "sparse":
+        routers.flow = SparseFlow()
+    if config.parallel.activation_checkpointing:
+        checkpoint_activations(stage.decoder, max(routers.layers[0] - stage.part.first, 0))
+    return PipelineEngine(stage, routers, config, topology)
 
 
 def _sharded(

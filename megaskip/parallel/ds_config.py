@@ -30,6 +30,7 @@ def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
             "--train full trains every weight on every rank and does not shard yet; leave "
             f"--ds_config {path} out"
         )
+    problems += _pipeline_conflicts(path, content, config)
     if problems:
         raise ConfigError(*problems)
     return dict(content)
@@ -113,15 +114,44 @@ def _conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[st
     return problems
 
 
-def _unsupported(path: str, content: dict[str, Any]) -> list[str]:
+def _pipeline_conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[str]:
+    """Return where ZeRO stage, pipeline section and --pipeline_stages do not go together."""
     stage = content.get("zero_optimization", {}).get("stage")
-    problems = []
-    if stage != 3:
-        problems.append(
+    section, stages = content.get("pipeline", {}), config.parallel.pipeline_stages
+    if stages == 1 and section:
+        return [f"--ds_config {path} is for a pipeline; say of how many with --pipeline_stages"]
+    if stages == 1 and stage != 3:
+        return [
             f"--ds_config {path} has ZeRO stage {stage!r}, expected 3: with a frozen backbone, "
             "stages 1 and 2 have nothing to shard; leave --ds_config out to keep the whole model "
             "on every rank"
+        ]
+    if stages == 1:
+        return []
+    problems = []
+    if stage not in (0, None):
+        problems.append(
+            f"--ds_config {path} has ZeRO stage {stage!r}, but --pipeline_stages {stages} wants 0: "
+            "stages hold the backbone in slices, and the optimizer state of the routers is a few "
+            "kilobytes; take ds_configs/pipeline.json"
         )
+    owned = {"stages": stages, "partition": config.parallel.pipeline_partition}
+    for key, value in owned.items():
+        if section.get(key, "auto") not in ("auto", value):
+            problems.append(
+                f"--ds_config {path} sets pipeline.{key} to {section[key]!r}, but "
+                f'--pipeline_{key} is {value}; make them equal, or write "auto" in the JSON'
+            )
+    unknown = [f"pipeline.{key}" for key in section if key not in owned]
+    if unknown:
+        problems.append(
+            f"--ds_config {path} sets {', '.join(unknown)}, which has no effect; remove"
+        )
+    return problems
+
+
+def _unsupported(path: str, content: dict[str, Any]) -> list[str]:
+    problems = []
     if "offload_optimizer" in content.get("zero_optimization", {}):
         problems.append(
             f"--ds_config {path} has offload_optimizer; the optimizer state is a few kilobytes, "

@@ -6,7 +6,7 @@ batch, so that what micro-batches and ranks add up to does not depend on how the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.parallel.topology import Topology
-from megaskip.routing import Measured, RouterSet
+from megaskip.routing import Measured, RouterSet, RoutingDecision
 
 _CALIBRATED = 0.002
 """Distance from the asked capacity at which calibration stops."""
@@ -76,12 +76,8 @@ class Engine:
         """
         batches = [batch.to(self._topology.device) for batch in batches]
         totals = self._totals(batches)
-        sums = torch.zeros(
-            2 + 4 * self._num_routed, dtype=torch.float64, device=self._topology.device
-        )
         self.optimizer.zero_grad(set_to_none=False)
-        for batch in batches:
-            sums += self._micro_step(batch, totals, len(batches))
+        sums = self._micro_steps(batches, totals)
         grad_norm = self._reduce_gradients(sums)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -99,12 +95,11 @@ class Engine:
         routers = self.routers
         if routers is not None and not routed:
             routers.force(dict.fromkeys(routers.layers, 1.0))
-        sums = torch.zeros(
-            5 + 4 * self._num_routed, dtype=torch.float64, device=self._topology.device
-        )
+        sums = self._zeros(5)
         try:
-            for batch in batches:
-                sums += self._eval_step(batch)
+            for batch, loss in self._forwards(batches):
+                if batch is not None:
+                    sums += self._eval_sums(batch, loss)
         finally:
             if routers is not None:
                 routers.force({})
@@ -135,9 +130,8 @@ class Engine:
         ranks."""
         assert self.routers is not None
         kept, logits = [torch.zeros(0)], [torch.zeros(0)]
-        for batch in batches:
-            self._forward_or_fill(batch)
-            for one in self.routers.decisions().values() if batch is not None else ():
+        for batch, _ in self._forwards(batches):
+            for one in self._own_decisions().values() if batch is not None else ():
                 logits.append(one.logit[one.unit_mask].cpu())
                 kept.append(one.keep[one.unit_mask].cpu())
         everywhere: list[Any] = [None] * self._topology.world_size
@@ -145,25 +139,47 @@ class Engine:
         shares = torch.cat([k for k, _ in everywhere])
         return float(shares.double().mean()), torch.cat([z for _, z in everywhere])
 
-    def _eval_step(self, batch: Batch | None) -> Tensor:
+    def scores(self) -> dict[int, Tensor]:
+        """Return the router scores of this rank's last micro-batch, by layer; for histograms.
+        Collective; the first rank gets all layers'."""
+        return {k: d.logit.detach().sigmoid() for k, d in self._own_decisions().items()}
+
+    # -- what a pipeline does in its own way
+
+    def _micro_steps(self, batches: Sequence[Batch], totals: "Totals") -> Tensor:
+        """Add the gradients of all micro-batches; returns their [task loss, penalty, counts]."""
+        sums = self._zeros(2)
+        for batch in batches:
+            sums += self._micro_step(batch, totals, len(batches))
+        return sums
+
+    def _forwards(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch | None, Tensor]]:
+        """Yield each batch with its summed loss, right after its forward pass.
+
+        For None a batch that counts for nothing runs, so that this rank is in every collective.
+        """
+        for batch in batches:
+            mine = batch.to(self._topology.device) if batch is not None else self._filler()
+            yield batch, self._forward(mine)
+
+    def _own_decisions(self) -> dict[int, RoutingDecision]:
+        """Return the last forward pass's decisions that this rank made."""
+        return self.routers.decisions() if self.routers is not None else {}
+
+    def _counts(self) -> Tensor:
+        """Return RouterSet.counts() of this rank's decisions, flat, zero elsewhere."""
+        return self.routers.counts().flatten() if self.routers is not None else self._zeros(0)
+
+    def _eval_sums(self, batch: Batch, loss: Tensor) -> Tensor:
         """Return [loss, supervised tokens, rows, sums of their shares and squares, counts]."""
-        loss = self._forward_or_fill(batch)
-        if batch is None:
-            return torch.zeros(5 + 4 * self._num_routed, dtype=torch.float64, device=loss.device)
-        shares = torch.ones(0, device=loss.device)
-        counts = shares
-        if self.routers is not None:
-            shares, counts = self.routers.shares(), self.routers.counts().flatten()
+        shares = self.routers.shares() if self.routers is not None else self._zeros(0)
         head = torch.stack(
             [loss, loss.new_tensor(batch.num_supervised()), loss.new_tensor(len(shares))]
         )
-        return torch.cat([head.double(), shares.sum()[None], shares.square().sum()[None], counts])
+        sums = [head.double(), shares.sum()[None], shares.square().sum()[None], self._counts()]
+        return torch.cat(sums)
 
-    def _forward_or_fill(self, batch: Batch | None) -> Tensor:
-        """Run a batch, or one that counts for nothing, so that this rank is in every collective."""
-        return self._forward(
-            batch.to(self._topology.device) if batch is not None else self._filler()
-        )
+    # -- micro-batches
 
     def _filler(self) -> Batch:
         ids = torch.zeros(1, 8, dtype=torch.int64, device=self._topology.device)
@@ -176,40 +192,42 @@ class Engine:
             position_ids=ids + torch.arange(8, device=ids.device),
         )
 
-    def _micro_step(self, batch: Batch, totals: "_Totals", micro_batches: int) -> Tensor:
+    def _micro_step(self, batch: Batch, totals: "Totals", micro_batches: int) -> Tensor:
         """Add one micro-batch's gradient; returns its [task loss, penalty, kept per layer, units
         per layer]."""
         task = self._forward(batch) / totals.supervised
-        penalty, counts = self._penalty(totals, micro_batches, like=task)
+        penalty = self._penalty(totals, micro_batches, like=task)
+        counts = self._counts()
         (task + penalty).backward()
         if self._zero3 is not None:
             # Modules whose backward hooks never fire, such as the frozen lower layers, still hold
             # weights.
             self._zero3.release_backward_leftovers()
-        return torch.cat(
-            [torch.stack([task.detach(), penalty.detach()]).double(), counts.flatten().double()]
-        )
+        return torch.cat([torch.stack([task.detach(), penalty.detach()]).double(), counts])
 
     def _forward(self, batch: Batch) -> Tensor:
-        if self.routers is not None:
-            self.routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        self._announce(batch)
         loss: Tensor = self.module(
             batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels
         )
         return loss
 
-    def _penalty(
-        self, totals: "_Totals", micro_batches: int, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _announce(self, batch: Batch) -> None:
+        if self.routers is not None:
+            self.routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+
+    def _penalty(self, totals: "Totals", micro_batches: int, like: Tensor) -> Tensor:
         routers = self.routers
         if routers is None:
-            return like.new_zeros(()), like.new_zeros(0)
+            return like.new_zeros(())
         if routers.config.budget == "global":
-            return routers.penalty(totals.units), routers.counts()
-        return routers.penalty() / (micro_batches * self._topology.world_size), routers.counts()
+            return routers.penalty(totals.units)
+        return routers.penalty() / (micro_batches * self._topology.num_replicas)
 
-    def _totals(self, batches: Sequence[Batch]) -> "_Totals":
+    def _totals(self, batches: Sequence[Batch]) -> "Totals":
         """Return what the global batch holds. Collective."""
+        # The stages of a pipeline see the same rows; they count once.
+        batches = batches if self._topology.is_last_stage else ()
         local = torch.tensor(
             [
                 sum(batch.num_supervised() for batch in batches),
@@ -221,7 +239,7 @@ class Engine:
         )
         dist.all_reduce(local)
         supervised, units, tokens = local.tolist()
-        return _Totals(supervised=max(supervised, 1.0), units=max(units, 1.0), tokens=tokens)
+        return Totals(supervised=max(supervised, 1.0), units=max(units, 1.0), tokens=tokens)
 
     def _units(self, batch: Batch) -> int:
         if self.routers is None:
@@ -251,7 +269,7 @@ class Engine:
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
     def _result(
-        self, sums: list[float], totals: "_Totals", grad_norm: float, progress: float | None
+        self, sums: list[float], totals: "Totals", grad_norm: float, progress: float | None
     ) -> StepResult:
         kept, units, logits, squares = _quarters(sums[2:])
         if self.routers is not None:
@@ -270,6 +288,11 @@ class Engine:
     @property
     def _num_routed(self) -> int:
         return len(self.routers.layers) if self.routers is not None else 0
+
+    def _zeros(self, head: int) -> Tensor:
+        """Return float64 zeros for `head` sums and the counts of the routed layers."""
+        size = head + 4 * self._num_routed
+        return torch.zeros(size, dtype=torch.float64, device=self._topology.device)
 
 
 def _materialise(optimizer: torch.optim.Optimizer) -> None:
@@ -297,7 +320,7 @@ class EvalResult:
 
     @classmethod
     def of(cls, sums: Sequence[float]) -> "EvalResult":
-        """Return the result of summed Engine._eval_step."""
+        """Return the result of summed Engine._eval_sums."""
         kept, units, *_ = _quarters(sums[5:])
         rows = max(sums[2], 1.0)
         variance = max(sums[4] / rows - (sums[3] / rows) ** 2, 0.0)
@@ -328,7 +351,7 @@ def _share(kept: float, units: float) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Totals:
+class Totals:
     """What the global batch holds, over all micro-batches and ranks."""
 
     supervised: float

@@ -108,7 +108,7 @@ def load_partitioned(
     import deepspeed
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-    shards = _tensor_files(folder)
+    shards = tensor_files(folder)
     offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
     names = _parameter_names(hf_config, config)
     if not shards or offload == "nvme" or not names <= shards.keys():
@@ -186,7 +186,7 @@ def _with_dtype(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, A
     return {**ds_config, "bf16": {"enabled": dtype == torch.bfloat16}}
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """Return the file of each stored tensor; empty when there are no safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():

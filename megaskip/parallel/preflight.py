@@ -77,8 +77,10 @@ def preflight(
     everyone: list[Any] = [None] * topology.world_size
     dist.all_gather_object(everyone, mine)
     weights = _weight_bytes(model_folder)
-    sharded = config.parallel.ds_config is not None
-    problems = find_problems(everyone, weights // topology.world_size if sharded else weights)
+    parts = topology.num_stages
+    if parts == 1 and config.parallel.ds_config is not None:
+        parts = topology.world_size
+    problems = find_problems(everyone, weights // parts)
     if problems:
         raise RankError("before loading weights: " + "\n  ".join(problems))
     return [(node, _node_line(reports)) for node, reports in _by_node(everyone).items()]

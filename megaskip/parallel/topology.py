@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megaskip.errors import RankError
+from megaskip.errors import ConfigError, RankError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,23 +21,53 @@ class Topology:
     world_size: int
     local_rank: int
     device: torch.device
+    num_stages: int = 1
+    """Pipeline stages; the stages of a replica are neighbouring ranks, so that hidden states stay
+    inside a node where they can. What replicas exchange is kilobytes."""
 
     @property
     def is_first(self) -> bool:
         """Return whether this rank writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def stage(self) -> int:
+        """Return which slice of the layers this rank holds."""
+        return self.rank % self.num_stages
 
-def read_topology(environment: Mapping[str, str]) -> Topology:
+    @property
+    def is_last_stage(self) -> bool:
+        """Return whether this rank computes losses."""
+        return self.stage == self.num_stages - 1
+
+    @property
+    def replica(self) -> int:
+        """Return which share of the data this rank sees."""
+        return self.rank // self.num_stages
+
+    @property
+    def num_replicas(self) -> int:
+        """Return how many shares the data are split into."""
+        return self.world_size // self.num_stages
+
+
+def read_topology(environment: Mapping[str, str], *, num_stages: int = 1) -> Topology:
     """Return this process's place, as torchrun and the deepspeed launcher tell it; alone without
-    them."""
+    them. Raises ConfigError when the ranks cannot form replicas of `num_stages` stages."""
     local_rank = int(environment.get("LOCAL_RANK", 0))
+    world_size = int(environment.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if world_size % num_stages:
+        raise ConfigError(
+            f"--pipeline_stages {num_stages} does not divide the {world_size} rank(s) of this "
+            f"job; start a multiple of {num_stages}, or choose another number of stages"
+        )
     return Topology(
         rank=int(environment.get("RANK", 0)),
-        world_size=int(environment.get("WORLD_SIZE", 1)),
+        world_size=world_size,
         local_rank=local_rank,
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+        num_stages=num_stages,
     )
 
 

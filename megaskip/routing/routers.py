@@ -81,22 +81,30 @@ class RouterSet(nn.Module):
         is judged by under pool="prompt" (all real ones without it); `segment_ids` int64 [B, T] the
         segments of packed rows (padding -1). The announcement holds for one forward pass.
         """
+        self.begin(self.pooling(token_mask, prompt_mask, segment_ids), announced=True)
+
+    def pooling(
+        self, token_mask: Tensor, prompt_mask: Tensor | None, segment_ids: Tensor | None
+    ) -> Pooling:
+        """Return what each decision about such a batch looks at; arguments as in `announce`."""
         if self.config.unit == "token":
-            pooling = Pooling.tokens(token_mask)
-        else:
-            pooled = token_mask if prompt_mask is None or self.config.pool == "all" else prompt_mask
-            pooling = Pooling.sequences(pooled, token_mask, segment_ids)
-        self.begin(pooling)
-        self._announced = True
+            return Pooling.tokens(token_mask)
+        pooled = token_mask if prompt_mask is None or self.config.pool == "all" else prompt_mask
+        return Pooling.sequences(pooled, token_mask, segment_ids)
 
     def begin(
-        self, pooling: Pooling | None, held: Mapping[int, RoutingDecision] | None = None
+        self,
+        pooling: Pooling | None,
+        held: Mapping[int, RoutingDecision] | None = None,
+        *,
+        announced: bool = False,
     ) -> None:
-        """Start a forward pass: forget the last one's decisions; `held` ones are used instead of
-        new ones."""
+        """Start a forward pass, or its recomputation: forget the last one's decisions; `held` ones
+        are used instead of new ones. An `announced` pass is not described again by its inputs."""
         self._pooling = pooling
         self._decisions = {}
         self.held = dict(held or {})
+        self._announced = announced
 
     def take_announcement(self) -> bool:
         """Return whether the coming forward pass was announced, and use the announcement up."""
@@ -150,17 +158,47 @@ class RouterSet(nn.Module):
         units = torch.stack([d.unit_mask.sum(1) for d in decisions]).sum(0)
         return kept.double() / units.clamp(min=1)
 
-    def counts(self) -> Tensor:
+    def counts(self, layers: Sequence[int] | None = None) -> Tensor:
         """Return float64 [4, R] sums over the last forward pass's units, by routed layer.
 
-        Units kept, units seen, logits, squared logits. Sums of ranks and micro-batches add up.
+        Units kept, units seen, logits, squared logits, of `layers` (all routed ones without it).
+        Sums of ranks and micro-batches add up.
         """
         columns = []
-        for decision in self._require_decisions():
+        for decision in self._require_decisions(layers):
             logit = decision.logit.detach().double() * decision.unit_mask
             kept, units = decision.kept().detach(), decision.units()
             columns.append(torch.stack([kept.double(), units, logit.sum(), logit.square().sum()]))
         return torch.stack(columns, dim=1)
+
+    # -- between the stages of a pipeline
+
+    def carry(self) -> Tensor | None:
+        """Return all decisions so far, float32 [n, B, U] in the order of the layers, with gradient.
+
+        What a stage hands on with its hidden states: n layers up to and with its own; None
+        without any.
+        """
+        keeps = [decision.keep for decision in self.decisions().values()]
+        return torch.stack(keeps) if keeps else None
+
+    def receive(self, keep: Tensor) -> None:
+        """Take over what the stages below decided, float32 [n, B, U]: the first n routed layers'.
+
+        Call it between `announce` and the forward pass. Their penalty and shares are then computed
+        here, and the penalty's gradient returns through `keep`; their logits stay where they were
+        made.
+        """
+        pooling = self._pooling
+        assert pooling is not None, "announce() comes before receive()"
+        for layer, one in zip(self.layers, keep, strict=False):
+            decision = RoutingDecision(
+                logit=one.detach(),
+                keep=one,
+                unit_mask=pooling.unit_mask,
+                unit_of_token=pooling.unit_of_token,
+            )
+            self.record(layer, decision)
 
     def steer(self, measured: Measured | None = None, *, progress: float | None = None) -> None:
         """Steer towards the asked capacity after an optimizer step (budget="global").
@@ -213,8 +251,9 @@ class RouterSet(nn.Module):
         """Note a layer's decision; a recomputation in the backward pass does not overwrite it."""
         self._decisions.setdefault(layer, decision)
 
-    def _require_decisions(self) -> list[RoutingDecision]:
-        missing = [layer for layer in self.layers if layer not in self._decisions]
+    def _require_decisions(self, layers: Sequence[int] | None = None) -> list[RoutingDecision]:
+        layers = self.layers if layers is None else layers
+        missing = [layer for layer in layers if layer not in self._decisions]
         if missing:
             raise RuntimeError(f"no forward pass has gone through the routed layers {missing} yet")
-        return [self._decisions[layer] for layer in self.layers]
+        return [self._decisions[layer] for layer in layers]

@@ -25,18 +25,18 @@ ROWS, TOKENS = 2, 24
 
 def gradients(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return losses, capacities and router gradients of one step for each case."""
-    return [_one_step(model, case, _topology()) for case in cases]
+    return [_one_step(model, case) for case in cases]
 
 
-def _one_step(model: str, case: dict[str, Any], topology: Topology) -> dict[str, Any]:
-    with built(model, case["flags"], topology) as engine:
+def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
+    with built(model, case["flags"]) as (engine, topology):
         routers = engine.routers
         assert routers is not None
         _randomise(routers)
         everywhere = case["parts"]
         batches = [_batch(part, case.get("packed", False)) for part in everywhere]
-        share = len(batches) // topology.world_size
-        mine = batches[topology.rank * share : (topology.rank + 1) * share]
+        share = len(batches) // topology.num_replicas
+        mine = batches[topology.replica * share : (topology.replica + 1) * share]
         result = engine.train_step(mine, 0.0)
         return {
             "loss_task": result.loss_task,
@@ -50,11 +50,11 @@ def _one_step(model: str, case: dict[str, Any], topology: Topology) -> dict[str,
 
 def forced_divergence(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
     """Return gradients of a step in which rank 0 runs every routed sublayer and the others none."""
-    return [_diverge(model, flags, _topology()) for flags in cases]
+    return [_diverge(model, flags) for flags in cases]
 
 
-def _diverge(model: str, flags: list[str], topology: Topology) -> dict[str, Any]:
-    with built(model, flags, topology) as engine:
+def _diverge(model: str, flags: list[str]) -> dict[str, Any]:
+    with built(model, flags) as (engine, topology):
         assert engine.routers is not None
         _randomise(engine.routers)
         keep = 1.0 if topology.is_first else 0.0
@@ -78,7 +78,7 @@ def _gathered_numel(engine: Engine) -> int:
 
 def engine_bytes(model: str, flags: list[str]) -> dict[str, int]:
     """Return what a rank holds by kind, measured."""
-    with built(model, flags, _topology()) as engine:
+    with built(model, flags) as (engine, _):
         return bytes_by_kind(engine)
 
 
@@ -94,7 +94,7 @@ def _peak_of_a_step(model: str, flags: list[str]) -> int:
     ids = torch.randint(3, 97, shape)
     places = torch.arange(shape[1]).expand(shape)
     batch = Batch(input_ids=ids, labels=ids, token_mask=real, prompt_mask=real, position_ids=places)
-    with built(model, flags, _topology()) as engine:
+    with built(model, flags) as (engine, _):
         for _ in range(2):  # the first step still learns DeepSpeed's prefetch order
             engine.train_step([batch], 0.0)
         held = sum(bytes_by_kind(engine).values())
@@ -114,7 +114,7 @@ def whole_weights(model: str, cases: list[list[str]]) -> list[dict[str, torch.Te
 def _gather_all(model: str, flags: list[str]) -> dict[str, torch.Tensor]:
     import deepspeed
 
-    with built(model, flags, _topology()) as engine:
+    with built(model, flags) as (engine, _):
         found = {}
         for name, parameter in engine.module.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -123,10 +123,11 @@ def _gather_all(model: str, flags: list[str]) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def built(model: str, flags: list[str], topology: Topology) -> Iterator[Engine]:
-    """Yield the engine of a run on a tiny model folder."""
+def built(model: str, flags: list[str]) -> Iterator[tuple[Engine, Topology]]:
+    """Yield the engine of a run on a tiny model folder, and this rank's place in it."""
     config = parse_run_config(["--model", model, "--max_grad_norm", "0", *flags])
-    yield build_engine(config, topology, Path(model), read_ds_config(config))
+    topology = read_topology(os.environ, num_stages=config.parallel.pipeline_stages)
+    yield build_engine(config, topology, Path(model), read_ds_config(config)), topology
 
 
 def _randomise(routers: Any) -> None:
@@ -163,17 +164,13 @@ def _batch(seed: int, packed: bool) -> Batch:
     )
 
 
-def _topology() -> Topology:
-    return read_topology(os.environ)
-
-
 def main() -> None:
     """Run one worker in its process group."""
     name, folder = sys.argv[1], Path(sys.argv[2])
     arguments = json.loads((folder / "arguments.json").read_text())
     torch.set_num_threads(1)
     prepare_deepspeed()
-    topology = _topology()
+    topology = read_topology(os.environ)
     with process_group(topology, timeout=120):
         torch.save(globals()[name](**arguments), folder / f"{topology.rank}.pt")
 

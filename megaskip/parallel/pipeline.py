@@ -1,0 +1,224 @@
+"""The stages of a pipeline as one engine: 1F1B, with the routing masks carried from stage to stage.
+
+What crosses a boundary is the hidden states [B, T, D] and what all routed layers so far decided,
+keep [n, B, U] float32; their gradients come back. So the last stage has the penalty of the whole
+model, and the routers of every stage learn from it. What else a stage needs of a batch (ids, masks,
+positions, labels) it reads itself, for all stages of a replica are fed the same rows; so shapes are
+known, and may differ from batch to batch.
+
+DeepSpeed's schedules say who does what when. Its executor is not used: it runs one backward pass
+for every carried tensor, wants a trainable parameter and a gradient on every stage, and sends
+gradients to stages of a frozen model that have no use for them.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from torch import Tensor
+
+from megaskip.arch.stage import DecoderStage
+from megaskip.config import RunConfig
+from megaskip.data import Batch
+from megaskip.parallel.engine import Engine, Totals
+from megaskip.parallel.topology import Topology
+from megaskip.routing import Pooling, RouterSet, RoutingDecision
+
+
+class PipelineEngine(Engine):
+    """An Engine whose module is one stage; the stages of a replica are neighbouring ranks."""
+
+    routers: RouterSet
+    module: DecoderStage
+
+    def __init__(
+        self, stage: DecoderStage, routers: RouterSet, config: RunConfig, topology: Topology
+    ) -> None:
+        super().__init__(stage, routers, config, topology)
+        self._own = stage.part.owned(routers.layers)
+        self._below = sum(layer < stage.part.first for layer in routers.layers)
+        """Routed layers of the stages before this one; without any, nothing is learnt there."""
+        self._learns = bool(self._below or self._own)
+        self._dtype = next(stage.parameters()).dtype
+        self._previous, self._next = _Link(topology.rank - 1), _Link(topology.rank + 1)
+        self._logits: dict[int, Tensor] = {}
+
+    @property
+    def bytes_sent(self) -> list[int]:
+        """Return the bytes sent to the next stage so far: of hidden states, and of keep if any."""
+        return self._next.bytes_sent
+
+    def scores(self) -> dict[int, Tensor]:
+        """Return the router scores of the first replica's last micro-batch, by layer, on the first
+        rank. Collective."""
+        everyone: list[Any] = [{}] * self._topology.world_size
+        dist.gather_object(self._logits, everyone if self._topology.is_first else None)
+        stages = everyone[: self._topology.num_stages]
+        return {layer: one.sigmoid() for stage in stages for layer, one in stage.items()}
+
+    # -- the two schedules
+
+    def _micro_steps(self, batches: Sequence[Batch], totals: Totals) -> Tensor:
+        sums = self._zeros(2)
+        poolings = [self._pooling(batch) for batch in batches]
+        entered: dict[int, list[Tensor]] = {}
+        left: dict[int, list[Tensor]] = {}
+        gradients: dict[int, list[Tensor]] = {}
+        for task, n in self._tasks(schedule.TrainSchedule, len(batches)):
+            if task is schedule.RecvActivation:
+                entered[n] = self._receive(batches[n], poolings[n])
+            elif task is schedule.ForwardPass:
+                left[n] = self._run_stage(batches[n], poolings[n], entered.get(n))
+                if self._topology.is_last_stage:
+                    left[n] = self._losses(left[n][0], totals, len(batches))
+                sums += self._step_sums(left[n])
+            elif task is schedule.SendActivation:
+                self._next.send(left[n])
+            elif task is schedule.RecvGrad and self._learns:
+                gradients[n] = self._next.receive([_empty_like(one) for one in left[n]])
+            elif task is schedule.BackwardPass and self._learns:
+                # Layers whose activations were not kept decide again, on this batch's masks.
+                self.routers.begin(poolings[n])
+                torch.autograd.backward(left.pop(n), gradients.pop(n, None))
+            elif task is schedule.SendGrad and self._below:
+                self._previous.send([one.grad for one in entered.pop(n)])
+        self._finish()
+        return sums
+
+    def _forwards(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch | None, Tensor]]:
+        """Yield each batch with its summed loss (on the last stage; zero before it), right after its
+        forward pass here. Replicas do not wait for each other, so None is passed over."""
+        real = [batch.to(self._topology.device) for batch in batches if batch is not None]
+        poolings = [self._pooling(batch) for batch in real]
+        entered: dict[int, list[Tensor]] = {}
+        left: dict[int, list[Tensor]] = {}
+        for task, n in self._tasks(schedule.InferenceSchedule, len(real)):
+            if task is schedule.RecvActivation:
+                entered[n] = self._receive(real[n], poolings[n])
+            elif task is schedule.ForwardPass:
+                left[n] = self._run_stage(real[n], poolings[n], entered.pop(n, None))
+                is_loss = self._topology.is_last_stage
+                yield real[n], left[n][0] if is_loss else torch.zeros(())
+            elif task is schedule.SendActivation:
+                self._next.send(left.pop(n))
+        self._finish()
+
+    def _tasks(self, kind: Any, micro_batches: int) -> Iterator[tuple[type, int]]:
+        """Yield what this stage does: the kind of instruction and the number of its micro-batch.
+
+        Schedules name buffers; every kind of instruction meets the micro-batches in order.
+        """
+        place = {"stages": self._topology.num_stages, "stage_id": self._topology.stage}
+        turns: Counter[type] = Counter()
+        for instructions in kind(micro_batches=micro_batches, **place):
+            for instruction in instructions:
+                task = type(instruction)
+                yield task, turns[task]
+                turns[task] += 1
+
+    # -- one micro-batch
+
+    def _run_stage(
+        self, batch: Batch, pooling: Pooling, entered: list[Tensor] | None
+    ) -> list[Tensor]:
+        """Return what leaves this stage: hidden states and keep; on the last stage the summed
+        loss."""
+        routers, stage = self.routers, self.module
+        routers.begin(pooling, announced=True)
+        hidden_states, *keep = entered or [batch.input_ids]
+        if keep:
+            routers.receive(keep[0])
+        hidden_states = stage(hidden_states, batch.attention_mask, batch.position_ids)
+        self._logits = {k: d.logit.detach() for k, d in self._own_decisions().items()}
+        if stage.head is not None:
+            return [stage.head.of_batch(hidden_states, batch.labels)]
+        return [hidden_states, routers.carry()] if self._learns else [hidden_states]
+
+    def _losses(self, loss: Tensor, totals: Totals, micro_batches: int) -> list[Tensor]:
+        task = loss / totals.supervised
+        return [task, self._penalty(totals, micro_batches, like=task)]
+
+    def _step_sums(self, left: Sequence[Tensor]) -> Tensor:
+        """Return [task loss, penalty, counts]; losses are the last stage's, counts each stage's
+        own."""
+        losses = torch.stack(list(left)).detach() if self._topology.is_last_stage else [0.0, 0.0]
+        head = torch.as_tensor(losses, dtype=torch.float64, device=self._topology.device)
+        return torch.cat([head, self._counts()])
+
+    def _eval_sums(self, batch: Batch, loss: Tensor) -> Tensor:
+        if self._topology.is_last_stage:
+            return super()._eval_sums(batch, loss)
+        sums = self._zeros(5)
+        sums[5:] = self._counts()
+        return sums
+
+    def _own_decisions(self) -> dict[int, RoutingDecision]:
+        return {k: d for k, d in self.routers.decisions().items() if k in self._own}
+
+    def _counts(self) -> Tensor:
+        counts = self._zeros(0).view(4, -1)
+        if self._own:
+            counts[:, self._below : self._below + len(self._own)] = self.routers.counts(self._own)
+        return counts.flatten()
+
+    def _pooling(self, batch: Batch) -> Pooling:
+        return self.routers.pooling(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+
+    # -- across the boundaries
+
+    def _receive(self, batch: Batch, pooling: Pooling) -> list[Tensor]:
+        """Return what the stage before sent: hidden states, and keep if it lies above a router."""
+        rows, tokens = batch.input_ids.shape
+        shapes = [((rows, tokens, self.module.hidden_size), self._dtype)]
+        if self._below:
+            shapes.append(((self._below, *pooling.unit_mask.shape), torch.float32))
+        device = self._topology.device
+        received = self._previous.receive(
+            [torch.empty(s, dtype=d, device=device) for s, d in shapes]
+        )
+        learns = bool(self._below) and torch.is_grad_enabled()
+        return [one.requires_grad_(learns) for one in received]
+
+    def _finish(self) -> None:
+        self._previous.wait()
+        self._next.wait()
+
+
+class _Link:
+    """The way to a neighbouring stage. Sends do not wait for their receiver, but for the last
+    send."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._pending: list[tuple[Any, Tensor]] = []
+        self.bytes_sent: list[int] = [0, 0]
+
+    def send(self, tensors: Sequence[Tensor | None]) -> None:
+        """Start sending tensors, one after the other."""
+        self.wait()
+        for place, tensor in enumerate(tensors):
+            assert tensor is not None, "what crossed a boundary has a gradient"
+            data = tensor.detach().contiguous()
+            self.bytes_sent[place] += data.nbytes
+            # The tensor has to live until it has arrived.
+            self._pending.append((dist.isend(data, self._rank), data))
+
+    def receive(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Fill tensors with what the neighbour sends, and return them."""
+        for tensor in tensors:
+            dist.recv(tensor, self._rank)
+        return tensors
+
+    def wait(self) -> None:
+        """Return when everything sent has arrived."""
+        for work, _ in self._pending:
+            work.wait()
+        self._pending = []
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """Return memory for the gradient of a tensor, contiguous whatever the tensor's strides are."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
