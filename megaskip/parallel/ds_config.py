@@ -142,11 +142,9 @@ def _pipeline_conflicts(path: str, content: dict[str, Any], config: RunConfig) -
                 f"--ds_config {path} sets pipeline.{key} to {section[key]!r}, but "
                 f'--pipeline_{key} is {value}; make them equal, or write "auto" in the JSON'
             )
-    unknown = [f"pipeline.{key}" for key in section if key not in owned]
+    unknown = ", ".join(f"pipeline.{key}" for key in section if key not in owned)
     if unknown:
-        problems.append(
-            f"--ds_config {path} sets {', '.join(unknown)}, which has no effect; remove"
-        )
+        problems.append(f"--ds_config {path} sets {unknown}, which has no effect here; remove it")
     return problems
 
 

@@ -1,5 +1,4 @@
-"""Weights of one pipeline stage: each rank reads its own tensors from the safetensors shards, and no
-others."""
+"""Weights of one pipeline stage: each rank reads its own tensors from the safetensors shards."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -34,7 +33,7 @@ def load_stage(
     """Return a stage with its weights on `device`. Every rank calls it by itself.
 
     Models whose stored names are not those of the module (MoE experts that transformers fuses on
-    loading) are read whole by transformers, one rank after the other's memory allowing, and cut.
+    loading) are read whole by every rank, into the node's memory, and then cut.
     """
     shards = tensor_files(folder)
     model = _without_weights(hf_config, config, dtype)

@@ -89,8 +89,10 @@ class PipelineEngine(Engine):
         return sums
 
     def _forwards(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch | None, Tensor]]:
-        """Yield each batch with its summed loss (on the last stage; zero before it), right after its
-        forward pass here. Replicas do not wait for each other, so None is passed over."""
+        """Yield each batch with its summed loss (zero before the last stage), once it has run.
+
+        Replicas do not wait for each other, so None is passed over.
+        """
         real = [batch.to(self._topology.device) for batch in batches if batch is not None]
         poolings = [self._pooling(batch) for batch in real]
         entered: dict[int, list[Tensor]] = {}
@@ -176,9 +178,8 @@ class PipelineEngine(Engine):
         if self._below:
             shapes.append(((self._below, *pooling.unit_mask.shape), torch.float32))
         device = self._topology.device
-        received = self._previous.receive(
-            [torch.empty(s, dtype=d, device=device) for s, d in shapes]
-        )
+        memory = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+        received = self._previous.receive(memory)
         learns = bool(self._below) and torch.is_grad_enabled()
         return [one.requires_grad_(learns) for one in received]
 

@@ -33,6 +33,9 @@ def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
         routers = engine.routers
         assert routers is not None
         _randomise(routers)
+        if case.get("cut_off_keep"):
+            carry = routers.carry
+            routers.carry = lambda: carry().detach().requires_grad_()
         everywhere = case["parts"]
         batches = [_batch(part, case.get("packed", False)) for part in everywhere]
         share = len(batches) // topology.num_replicas
@@ -45,6 +48,34 @@ def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
             "gradients": {n: p.grad.clone() for n, p in engine.parameters.items()},
             "kept": {k: d.keep.detach().clone() for k, d in routers.decisions().items()},
             "bytes": bytes_by_kind(engine),
+            "bytes_sent": getattr(engine, "bytes_sent", [0, 0]),
+        }
+
+
+def held_out(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """Return what evaluation and calibration find on seven batches, for each case."""
+    return [_evaluate(model, flags) for flags in cases]
+
+
+def _evaluate(model: str, flags: list[str]) -> dict[str, Any]:
+    with built(model, flags) as (engine, topology):
+        assert engine.routers is not None
+        _randomise(engine.routers)
+        batches = [_batch(part, packed=False) for part in range(7)]
+        mine: list[Batch | None] = list(batches[topology.replica :: topology.num_replicas])
+        mine += [None] * (-(-len(batches) // topology.num_replicas) - len(mine))
+        dense = engine.evaluate(mine, routed=False)
+        routed = engine.evaluate(mine, routed=True)
+        scores = sorted(engine.scores())
+        return {
+            "dense": dense.loss,
+            "loss": routed.loss,
+            "capacity": routed.capacity,
+            "capacity_error": routed.capacity_error,
+            "capacity_per_layer": list(routed.capacity_per_layer),
+            "calibrated": engine.calibrate(mine),
+            "offset": engine.routers.budget.offset,
+            "scores": scores,
         }
 
 
