@@ -19,8 +19,8 @@ TASKS = make_demo.ROOT / "megaskip" / "evaluation" / "tasks"
 SEED = 2007
 CHOICE_ROWS, ANSWER_ROWS, TEXT_ROWS = 240, 240, 48
 CHOICES = 4
-CHOICE_TASKS = ("capital", "kind", "opposite", "pick", "plural")
-"""Tasks whose answers are one of a set, so that wrong ones look like right ones."""
+CHOICE_TASKS = ("copy", "count", "kind", "next", "pick", "plural", "reverse", "sort")
+"""Tasks with wrong answers that look like right ones."""
 ANSWER_TASKS = ("add", "copy", "count", "member", "next", "pick", "reverse", "sort")
 
 
@@ -80,13 +80,17 @@ def _prompts(
 
 
 def _wrong(rng: Random, task: str, prompt: str, answer: str) -> list[str]:
-    """Return wrong answers to a prompt: other words of its list, or other prompts' answers."""
-    if task == "pick":
-        pool = set(prompt.split("? ")[1].split()) | set(demo_tasks.WORDS)
-        return rng.sample(sorted(pool - {answer}), CHOICES - 1)
-    wrong: set[str] = set()
+    """Return wrong answers to a prompt: the words in another order, other words of its list, or
+    other prompts' answers."""
+    words, wrong = answer.split(), set()
+    listed = prompt.split("? ")[-1].split()
     while len(wrong) < CHOICES - 1:
-        other = demo_tasks.TASKS[task](rng)[1]
+        if task in ("copy", "reverse", "sort") and len(set(words)) > 2:
+            other = " ".join(rng.sample(words, len(words)))
+        elif task == "pick" and len(set(listed)) >= CHOICES:
+            other = rng.choice(listed)
+        else:
+            other = demo_tasks.TASKS[task](rng)[1]
         if other != answer:
             wrong.add(other)
     return sorted(wrong)

@@ -85,27 +85,15 @@ def evaluate_lm(
 
 def _answers(lm: MegaskipLM, tasks: dict[str, Any], settings: EvalSettings) -> Outcome:
     lm.spent = defaultdict(Cost)
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=list(tasks.values()),
-        task_manager=_NoTasks(),
-        num_fewshot=settings.num_fewshot,
+    results = lm_eval.evaluate(
+        lm=lm,
+        task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
         limit=settings.limit,
         apply_chat_template=settings.apply_chat_template,
+        fewshot_as_multiturn=settings.apply_chat_template,
         bootstrap_iters=0,  # errors and intervals are ours, paired by document
     )
-    assert results is not None, "the first rank evaluates"
     return outcome_of(results, tasks, lm.spent)
-
-
-class _NoTasks:
-    """Stands for a TaskManager where all tasks are loaded already."""
-
-    task_index: dict[str, Any] = {}
-
-    def load(self, tasks: list[Any]) -> dict[str, Any]:
-        """Return the tasks as lm-eval's evaluator takes them."""
-        return {"tasks": {task.task_name: task for task in tasks}, "groups": {}, "group_map": {}}
 
 
 def quiet_lm_eval() -> None:

@@ -36,7 +36,7 @@ def load_tasks(
         raise DataError(f"--tasks {','.join(names)}: cannot be loaded ({reason})") from None
     for name, task in loaded.items():
         _check_gold(name, task, limit)
-        _check_fewshot(name, task, num_fewshot)
+        _set_fewshot(name, task, num_fewshot)
     return dict(loaded)
 
 
@@ -121,7 +121,8 @@ def _check_gold(name: str, task: Any, limit: int | None) -> None:
                 )
 
 
-def _check_fewshot(name: str, task: Any, num_fewshot: int | None) -> None:
+def _set_fewshot(name: str, task: Any, num_fewshot: int | None) -> None:
+    """Set a task's number of examples; a task whose own number is 0 keeps it, as in lm-eval."""
     own = task.get_config("num_fewshot")
     count = own if num_fewshot is None or own == 0 else num_fewshot
     pool = len(getattr(getattr(task, "sampler", None), "df", ()) or ())
@@ -130,3 +131,4 @@ def _check_fewshot(name: str, task: Any, num_fewshot: int | None) -> None:
             f"--num_fewshot {count}: task {name} has {pool} documents to draw examples from; it "
             "needs more than it draws"
         )
+    task.set_config("num_fewshot", count or 0)
