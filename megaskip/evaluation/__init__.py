@@ -3,7 +3,7 @@
 Promise: the same requests, prompts and decisions for any number of processes and any batch size.
 """
 
-from megaskip.evaluation.evaluate import EvalSettings, evaluate_model
+from megaskip.evaluation.evaluate import EvalSettings, evaluate_model, quick_table
 from megaskip.evaluation.report import EvalReport, Outcome, TaskOutcome
 
-__all__ = ["EvalReport", "EvalSettings", "Outcome", "TaskOutcome", "evaluate_model"]
+__all__ = ["EvalReport", "EvalSettings", "Outcome", "TaskOutcome", "evaluate_model", "quick_table"]

@@ -12,11 +12,12 @@ from megaskip.checkpoint.atomic import write_json
 from megaskip.config import ParallelConfig, RunConfig
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, MegaskipError
-from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm, quiet_lm_eval
+from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm, find_tasks, quiet_lm_eval
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport
 from megaskip.evaluation.runner import LocalRunner
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
+from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.inference import load_for_inference
 from megaskip.parallel.topology import Topology, process_group, read_topology
@@ -52,13 +53,10 @@ def evaluate(argv: Sequence[str]) -> None:
     quiet_libraries()
     quiet_lm_eval()
     transformers.utils.logging.disable_progress_bar()
-    if topology.world_size == 1 and options.ds_config is None:
-        _report(_evaluate(options, topology), options)
-        return
     with process_group(topology, timeout=_PATIENCE), Watch(topology, silence=_SILENCE):
         report = _evaluate(options, topology)
         if report is not None:
-            _report(report, options)
+            _write(report, options)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -103,10 +101,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _evaluate(options: argparse.Namespace, topology: Topology) -> EvalReport | None:
     """Return the report on the first rank, None elsewhere. Collective."""
-    lm = _lm(options, topology)
-    if not topology.is_first:
-        lm.team.serve()
-        return None
     settings = EvalSettings(
         tasks=tuple(name.strip() for name in options.tasks.split(",") if name.strip()),
         include_path=options.include_path,
@@ -115,8 +109,15 @@ def _evaluate(options: argparse.Namespace, topology: Topology) -> EvalReport | N
         limit=options.limit,
         apply_chat_template=options.apply_chat_template,
     )
+    tasks: dict[str, Any] = {}
+    # Before weights are read: a misspelt name should not cost minutes.
+    on_first_rank(topology, lambda: tasks.update(find_tasks(settings)))
+    lm = _lm(options, topology)
+    if not topology.is_first:
+        lm.team.serve()
+        return None
     try:
-        report = evaluate_lm(lm, settings, paired=not options.unpaired)
+        report = evaluate_lm(lm, tasks, settings, paired=not options.unpaired)
     except MegaskipError as error:
         lm.team.dismiss(error)
         raise
@@ -165,8 +166,7 @@ def _ds_content(options: argparse.Namespace) -> dict[str, Any] | None:
     return content
 
 
-def _report(report: EvalReport | None, options: argparse.Namespace) -> None:
-    assert report is not None, "the first rank reports"
+def _write(report: EvalReport, options: argparse.Namespace) -> None:
     write_json(
         Path(options.output), {"model": options.model, **report.to_json(records=options.records)}
     )

@@ -54,22 +54,41 @@ def evaluate_model(
     of EvalSettings.
     """
     quiet_lm_eval()
+    asked = EvalSettings(tasks=tuple(tasks), **settings)
+    found = find_tasks(asked)
     runner = None if routers is None else LocalRunner(model, routers)
     lm = MegaskipLM(model, tokenizer, runner=runner, batch_size=batch_size)
-    return evaluate_lm(lm, EvalSettings(tasks=tuple(tasks), **settings), dense=dense, paired=paired)
+    return evaluate_lm(lm, found, asked, dense=dense, paired=paired)
 
 
-def evaluate_lm(
-    lm: MegaskipLM, settings: EvalSettings, *, dense: Outcome | None = None, paired: bool = True
-) -> EvalReport:
-    """Evaluate what `lm` holds. The first rank calls it; the others serve."""
-    tasks = load_tasks(
+def quick_table(model: Any, tokenizer: Any, *, limit: int | None = None) -> list[str]:
+    """Return the lines of a table of the tasks made for the embedded demo."""
+    report = evaluate_model(
+        model, tokenizer, ["demo"], limit=limit, apply_chat_template=True, batch_size=16
+    )
+    return report.lines()
+
+
+def find_tasks(settings: EvalSettings) -> dict[str, Any]:
+    """Return the tasks that are asked for, checked; raises ConfigError or DataError."""
+    return load_tasks(
         settings.tasks,
         include_path=settings.include_path,
         data_dir=settings.data_dir,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
     )
+
+
+def evaluate_lm(
+    lm: MegaskipLM,
+    tasks: dict[str, Any],
+    settings: EvalSettings,
+    *,
+    dense: Outcome | None = None,
+    paired: bool = True,
+) -> EvalReport:
+    """Evaluate what `lm` holds on `tasks`. The first rank calls it; the others serve."""
     outcome = _answers(lm, tasks, settings)
     if dense is None and paired and lm.runner.routers is not None:
         lm.keep_everything(on=True)

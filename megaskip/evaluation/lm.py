@@ -19,6 +19,7 @@ from megaskip.evaluation.costs import Cost, CostModel
 from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows, TokenBatch
 from megaskip.evaluation.team import Team
 from megaskip.parallel.inference import load_for_inference
+from megaskip.routing import PREFIX
 
 Document = tuple[str, int]
 """Task and index."""
@@ -59,7 +60,8 @@ class MegaskipLM(HFLM):
         if not str(batch_size).isdigit() or not int(batch_size):
             raise ConfigError(f"--batch_size {batch_size!r} must be a number from 1 on")
         if isinstance(pretrained, str):
-            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            # lm-eval's command line asks for "cuda:0" on machines without one, too.
+            place = (device or "cuda") if torch.cuda.is_available() else "cpu"
             loaded = load_for_inference(
                 pretrained, dtype=dtype, base=base, device=torch.device(place)
             )
@@ -277,8 +279,6 @@ class MegaskipLM(HFLM):
 
 def routers_of(model: Any) -> Any:
     """Return the RouterSet that is registered on a model, or None."""
-    from megaskip.routing import PREFIX
-
     return dict(model.named_children()).get(PREFIX)
 
 
