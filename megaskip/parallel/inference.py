@@ -104,7 +104,8 @@ def _exported(
     if ds_content is None:
         kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
         # The package's own code, the same that the folder carries.
-        model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto").eval().to(device)
+        model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto").to(device)
+        model.eval().requires_grad_(False)
         routers = model.get_submodule(PREFIX) if routing is not None else None
         what = "sublayers dropped" if routing is None else routing["granularity"]
         return InferenceModel(
@@ -151,6 +152,6 @@ def _backbone(
 ) -> nn.Module:
     dtype = weight_dtype(backbone, hf_config)
     if ds_content is None:
-        return load_whole(folder, hf_config, dtype, backbone, device).eval()
+        return load_whole(folder, hf_config, dtype, backbone, device).eval().requires_grad_(False)
     loss, _ = shard_backbone(RunConfig(model=backbone), folder, hf_config, dtype, ds_content)
     return loss.model.eval()
