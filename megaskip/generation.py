@@ -15,16 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
 from megaskip.arch import find_decoder
-from megaskip.checkpoint import load_routers
-from megaskip.checkpoint.atomic import read_json
-from megaskip.checkpoint.routers import CONFIG
-from megaskip.config import ModelConfig
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
-from megaskip.inference.flow import InferenceFlow
-from megaskip.inference.hf import MODEL_TYPE, MegaskipForCausalLM
 from megaskip.log import quiet_libraries
-from megaskip.parallel.load import find_model_folder
+from megaskip.parallel.inference import load_for_inference
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import PREFIX
 
@@ -85,28 +79,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:
     """Return (model in evaluation mode, folder of its tokenizer) of an exported or a run folder."""
-    folder = Path(name)
-    kind = None if dtype == "auto" else getattr(torch, dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (folder / "config.json").is_file():
-        if not str(read_json(folder / "config.json").get("model_type")).startswith(MODEL_TYPE):
-            raise ConfigError(f"--model {folder} is a model without routers; export a run first")
-        # The package's own code, the same that the folder carries.
-        model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto")
-        return model.eval().to(device), folder
-    routers = folder if (folder / CONFIG).is_file() else folder / "routers"
-    if not (routers / CONFIG).is_file():
-        raise ConfigError(
-            f"--model {folder}: found neither config.json (exported) nor {CONFIG} (routers) there"
-        )
-    named = base or (read_json(routers / CONFIG).get("base_model") or {}).get("name")
-    if not named:
-        raise ConfigError(f"--model {folder} does not name its base model; give --base")
-    source = find_model_folder(ModelConfig(model=named))
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=kind or "auto")
-    attached = load_routers(model, routers)
-    attached.flow = InferenceFlow(unit=attached.config.unit)
-    return model.eval().to(device), source
+    loaded = load_for_inference(name, dtype=dtype, base=base, device=device)
+    if loaded.routers is None:
+        raise ConfigError(f"--model {name} is a model without routers; export a run first")
+    return loaded.model, loaded.folder
 
 
 def read_prompts(path: Path) -> Iterator[Messages]:

@@ -36,6 +36,11 @@ class InferenceFlow(SparseFlow):
         self._unit = unit
         self._drop = kv == "drop"
 
+    @property
+    def drops_tokens(self) -> bool:
+        """Return whether tokens that skip an attention hold no keys and values in it."""
+        return self._drop
+
     def attention(
         self,
         run: Callable[..., Any],

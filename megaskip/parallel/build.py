@@ -49,7 +49,7 @@ def build_engine(
         model = load_whole(folder, hf_config, dtype, config.model, topology.device).eval()
         loss, handle = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), None
     else:
-        loss, handle = _sharded(config, folder, hf_config, dtype, ds_content)
+        loss, handle = shard_backbone(config, folder, hf_config, dtype, ds_content)
     verify_task_loss(loss)
     routers = attach_routers(loss.model, config.router, register=False)
     if config.parallel.train_execution == "sparse":
@@ -87,9 +87,11 @@ def _pipeline(
     return PipelineEngine(stage, routers, config, topology)
 
 
-def _sharded(
+def shard_backbone(
     config: RunConfig, folder: Path, hf_config: Any, dtype: torch.dtype, ds_content: dict[str, Any]
 ) -> tuple[TaskLoss, Any]:
+    """Return (the frozen backbone in its task loss, handle of ZeRO-3's hooks), partitioned over
+    the ranks. Collective."""
     # DeepSpeed reads its environment on import, and takes seconds; only runs that shard pay for it.
     from megaskip.parallel.zero3 import shard
 

@@ -3,9 +3,10 @@
 Shapes: B rows, T tokens, D hidden, U units of decision in a row.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,17 @@ class RouterSet(nn.Module):
         For probes, benchmarks and baselines. The router still has its straight-through gradient.
         """
         self._forced = keep
+
+    @contextlib.contextmanager
+    def every_gate_open(self) -> Iterator[None]:
+        """Hold a context in which everything runs: the unrouted base model. What was forced before
+        holds again after it."""
+        before = self._forced
+        self.force(dict.fromkeys(self.layers, 1.0))
+        try:
+            yield
+        finally:
+            self.force(before)
 
     # -- after it
 

@@ -1,0 +1,175 @@
+"""What a text costs in a routed model and in its base: FLOPs, keys and values, skipped units.
+
+Counted from what was decided, not timed; padding and what a batch adds are left out, so the numbers
+do not depend on how texts were batched.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from megaskip.arch import find_decoder
+from megaskip.arch.sites import find_sites
+from megaskip.inference.dropped import NoAttention, NoMlp
+from megaskip.routing import RouterSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Sums over texts; ratios of sums are what is reported."""
+
+    kept: float = 0.0
+    """Routed units (sequences or tokens, in each routed layer) that ran."""
+    units: float = 0.0
+    """Routed units there were."""
+    flops: float = 0.0
+    dense_flops: float = 0.0
+    kv: float = 0.0
+    """Keys and values held, in (layer, token) pairs."""
+    dense_kv: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        names = [field.name for field in dataclasses.fields(Cost)]
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    @property
+    def skip_ratio(self) -> float | None:
+        """Return the share of routed units that were skipped; None for a model without routers."""
+        return 1 - self.kept / self.units if self.units else None
+
+    @property
+    def flop_ratio(self) -> float:
+        """Return FLOPs over those of the base."""
+        return self.flops / max(self.dense_flops, 1.0)
+
+    @property
+    def kv_ratio(self) -> float:
+        """Return the memory of keys and values over that of the base."""
+        return self.kv / max(self.dense_kv, 1.0)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Return the sum of costs."""
+    return sum(costs, Cost())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    attention: float
+    """FLOPs of a token in the attention's projections."""
+    mlp: float
+    has_attention: bool
+    has_mlp: bool
+    window: int | None
+    """Tokens that a token sees, itself included; None for all before it."""
+
+    def pairs(self, tokens: float) -> float:
+        """Return how many (query, key) pairs `tokens` causal tokens make."""
+        seen = min(tokens, self.window or tokens)
+        return seen * (seen + 1) / 2 + (tokens - seen) * seen
+
+
+class CostModel:
+    """Prices texts by the shape of a model and by what its routers kept."""
+
+    def __init__(self, model: Any, routers: RouterSet | None) -> None:
+        anatomy = find_decoder(model)
+        config = model.config.get_text_config(decoder=True)
+        self._layers = _layers(model)
+        self._pair = _flops_of_a_pair(config)
+        self._head = 2.0 * config.vocab_size * anatomy.hidden_size
+        self._routed = {} if routers is None else {one: i for i, one in enumerate(routers.layers)}
+        self._target = "" if routers is None else routers.config.target
+        self._unit = "" if routers is None else routers.config.unit
+        # Skipped tokens are attended to unless the cache drops them, so attention runs in full.
+        self._drops = routers is not None and getattr(routers.flow, "drops_tokens", False)
+
+    def price(
+        self, tokens: int, predicted: int, kept: Sequence[float], units: Sequence[float]
+    ) -> Cost:
+        """Return the cost of a text: `tokens` read, `predicted` of them with logits.
+
+        `kept` and `units` are by routed layer, in the order of RouterSet.layers.
+        """
+        flops = dense = predicted * self._head
+        held = dense_held = 0.0
+        for index, layer in enumerate(self._layers):
+            place = self._routed.get(index)
+            share = 1.0 if place is None else kept[place] / max(units[place], 1.0)
+            attended = tokens * self._attended(share)
+            ran = tokens * (share if self._target in ("mlp", "block") else 1.0)
+            attention = attended * layer.attention + layer.pairs(attended) * self._pair
+            flops += attention * layer.has_attention + ran * layer.mlp * layer.has_mlp
+            dense += tokens * (layer.attention + layer.mlp) + layer.pairs(tokens) * self._pair
+            held += min(attended, layer.window or attended) * layer.has_attention
+            dense_held += min(tokens, layer.window or tokens)
+        return Cost(
+            kept=sum(kept),
+            units=sum(units),
+            flops=flops,
+            dense_flops=dense,
+            kv=held,
+            dense_kv=dense_held,
+        )
+
+    def _attended(self, share: float) -> float:
+        """Return the share of a layer's tokens whose attention is computed and held."""
+        if self._target == "mlp" or (self._unit == "token" and not self._drops):
+            return 1.0
+        return share
+
+
+def _layers(model: Any) -> list[_Layer]:
+    anatomy, config = find_decoder(model), model.config.get_text_config(decoder=True)
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    found = []
+    for index, layer in enumerate(anatomy.layers):
+        sites = find_sites(layer, anatomy.model_type)
+        attention, mlp = getattr(layer, sites.attention), getattr(layer, sites.mlp)
+        slides = kinds is None or kinds[index] == "sliding_attention"
+        found.append(
+            _Layer(
+                attention=2.0 * _active(attention, config),
+                mlp=2.0 * _active(mlp, config),
+                has_attention=not isinstance(attention, NoAttention),
+                has_mlp=not isinstance(mlp, NoMlp),
+                window=window if slides else None,
+            )
+        )
+    # What was dropped for good has no weights left to count: the base's layers are alike.
+    most = max(layer.attention for layer in found), max(layer.mlp for layer in found)
+    return [
+        dataclasses.replace(
+            layer,
+            attention=layer.attention if layer.has_attention else most[0],
+            mlp=layer.mlp if layer.has_mlp else most[1],
+        )
+        for layer in found
+    ]
+
+
+def _active(module: nn.Module, config: Any) -> float:
+    """Return the weights of matrices that a token meets: all, but of experts the chosen ones."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = experts or getattr(config, "n_routed_experts", None)
+    share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
+    active = 0.0
+    for name, parameter in module.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # partitioned by ZeRO-3
+        if len(shape) > 1:
+            active += shape.numel() * (
+                share if "experts." in f"{name}." and "shared" not in name else 1
+            )
+    return active
+
+
+def _flops_of_a_pair(config: Any) -> float:
+    """Return the FLOPs of one query with one key and its value, over all heads."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(config, "qk_nope_head_dim", None):  # latent attention names its widths
+        return 2.0 * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    return 4.0 * heads * width

@@ -1,0 +1,291 @@
+"""The model that lm-eval asks: HFLM with token masks, decisions on the context, and an account of
+what was skipped for each document.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import ConfigError
+from megaskip.evaluation.costs import Cost, CostModel
+from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows, TokenBatch
+from megaskip.evaluation.team import Team
+from megaskip.parallel.inference import load_for_inference
+from megaskip.routing import PREFIX
+
+Document = tuple[str, int]
+"""Task and index."""
+_DENSE_PROMPT = 32
+_SEED = 1234
+
+
+class _Row:
+    """One text for the model and the continuations that are asked about it."""
+
+    def __init__(self, tokens: tuple[int, ...], prompt: int, length: int) -> None:
+        self.tokens = tokens
+        self.prompt = prompt
+        """Its first so many tokens are what a sequence is judged by."""
+        self.length = length
+        """Tokens of each continuation: the last so many positions predict it."""
+        self.asked: list[tuple[int, tuple[int, ...]]] = []
+        """(number of the request, its continuation)."""
+
+
+@register_model("megaskip")
+class MegaskipLM(HFLM):
+    """lm-eval's HFLM for a routed or a dense model, on one rank or many."""
+
+    def __init__(
+        self,
+        pretrained: Any,
+        tokenizer: Any = None,
+        *,
+        runner: Runner | None = None,
+        base: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        if not str(batch_size).isdigit() or not int(batch_size):
+            raise ConfigError(f"--batch_size {batch_size!r} must be a number from 1 on")
+        if isinstance(pretrained, str):
+            # lm-eval's command line asks for "cuda:0" on machines without one, too.
+            place = (device or "cuda") if torch.cuda.is_available() else "cpu"
+            loaded = load_for_inference(
+                pretrained, dtype=dtype, base=base, device=torch.device(place)
+            )
+            tokenizer = load_tokenizer(tokenizer or loaded.folder)
+            pretrained = loaded.model
+            runner = LocalRunner(loaded.model, loaded.routers)
+        super().__init__(
+            pretrained=pretrained,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=int(batch_size),
+            max_length=max_length,
+        )
+        self.runner: Runner = runner or LocalRunner(pretrained, routers_of(pretrained))
+        self._costs = CostModel(pretrained, self.runner.routers)
+        self.spent: defaultdict[Document, Cost] = defaultdict(Cost)
+        self._last_call: list[Cost] = []
+        self._generated: list[Cost] = []
+        self.team = Team(
+            self.runner,
+            {"scoring": self._score, "generating": self._generate, "gates": self._set_gates},
+        )
+
+    def keep_everything(self, *, on: bool) -> None:
+        """Open every gate, or let the routers decide again, on all ranks."""
+        self.team.run("gates", [on] * self.runner.shares)
+
+    def _set_gates(self, on: bool) -> None:
+        if self.runner.routers is None:
+            return
+        if on:
+            self._open = self.runner.routers.every_gate_open()
+            self._open.__enter__()
+        else:
+            self._open.__exit__(None, None, None)
+
+    # -- what lm-eval calls, on the first rank
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """Return (log-probability, is greedy) of each continuation; contexts are what is pooled."""
+        answers = super().loglikelihood(requests, disable_tqdm=True)
+        self._note(requests)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """Return the log-probability of each text; decisions are made on its first tokens."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            for window in self._windows(request.args[0]):
+                windows.append((None, *window))
+                owners.append(number)
+        answers = self._loglikelihood_tokens(windows)
+        sums, costs = [0.0] * len(requests), [Cost()] * len(requests)
+        for owner, (logprob, _), cost in zip(owners, answers, self._last_call, strict=True):
+            sums[owner] += logprob
+            costs[owner] += cost
+        self._last_call = costs
+        self._note(requests)
+        return sums
+
+    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
+        rolling = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return map(make_disjoint_window, rolling)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """Return the text generated for each prompt; the prompt is what is pooled."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[repr(request.args[1])].append(number)
+        order: list[list[int]] = []
+        for numbers in groups.values():
+            numbers.sort(key=lambda number: self._generation_key(requests[number].args[0]))
+            order += _chunks(numbers, self.batch_size)
+        batches = [[requests[number].args for number in chunk] for chunk in order]
+        answers = self.team.run("generating", batches, sizes=[len(chunk) for chunk in order])
+        found = {
+            n: a
+            for c, part in zip(order, answers, strict=True)
+            for n, a in zip(c, part, strict=True)
+        }
+        self._last_call = [found[number][1] for number in range(len(requests))]
+        self._note(requests)
+        return [found[number][0] for number in range(len(requests))]
+
+    def _generation_key(self, context: str) -> tuple[int, str]:
+        # As HFLM sorts a batch, so that its rows come back in the order they were given.
+        return -len(self.tok_encode(context)), context
+
+    def _note(self, requests: Any) -> None:
+        for request, cost in zip(requests, self._last_call, strict=True):
+            self.spent[request.task_name, request.doc_id] += cost
+
+    # -- scoring
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Any:
+        """Return (log-probability, is greedy) of (text, context, continuation) token lists."""
+        rows: dict[Any, _Row] = {}
+        for number, (text, context, continuation) in enumerate(requests):
+            row = self._row(text, context, continuation)
+            # Choices of one token share their row.
+            row = rows.setdefault((row.tokens, row.prompt, row.length), row)
+            row.asked.append((number, tuple(continuation)))
+        ordered = sorted(rows.values(), key=lambda row: (-len(row.tokens), row.tokens, row.prompt))
+        batches = list(_chunks(ordered, self.batch_size))
+        sizes = [sum(len(row.asked) for row in batch) for batch in batches]
+        answers: dict[int, tuple[tuple[float, bool], Cost]] = {}
+        for part in self.team.run("scoring", batches, sizes=sizes):
+            answers |= part
+        self._last_call = [answers[number][1] for number in range(len(requests))]
+        return [answers[number][0] for number in range(len(requests))]
+
+    def _row(self, text: Any, context: Sequence[int], continuation: Sequence[int]) -> _Row:
+        tokens = tuple([*context, *continuation][-(self.max_length + 1) :][:-1])
+        length = len(continuation)
+        is_plain = text is None or text[0] == ""
+        prompt = self._prompt_tokens if is_plain else len(tokens) + 1 - length
+        return _Row(tokens, max(min(prompt, len(tokens)), 1), length)
+
+    @property
+    def _prompt_tokens(self) -> int:
+        routers = self.runner.routers
+        return _DENSE_PROMPT if routers is None else routers.config.prompt_tokens
+
+    def _score(self, rows: list[_Row]) -> dict[int, tuple[tuple[float, bool], Cost]]:
+        batch = self._batch(rows)
+        logits, kept = self.runner.logits(batch)
+        answers = {}
+        width = batch.input_ids.shape[1]
+        for place, row in enumerate(rows):
+            end = batch.last - (width - len(row.tokens))
+            scores = logits[place, end - row.length : end].float().log_softmax(-1)
+            greedy = scores.argmax(-1)
+            cost = self._costs.price(len(row.tokens), row.length, *_of_row(kept, place))
+            for number, continuation in row.asked:
+                wanted = torch.tensor(continuation, device=scores.device)
+                logprob = scores.gather(1, wanted[:, None]).sum()
+                answers[number] = (float(logprob), bool((greedy == wanted).all())), cost
+                cost = Cost()  # the row was computed once
+        return answers
+
+    def _batch(self, rows: list[_Row]) -> TokenBatch:
+        width = max(len(row.tokens) for row in rows)
+        position = torch.arange(width)
+        lengths = torch.tensor([[len(row.tokens)] for row in rows])
+        prompts = torch.tensor([[row.prompt] for row in rows])
+        ids = [
+            [*row.tokens, *[self.tokenizer.pad_token_id] * (width - len(row.tokens))]
+            for row in rows
+        ]
+        device = self.runner.device
+        return TokenBatch(
+            input_ids=torch.tensor(ids, device=device),
+            token_mask=(position < lengths).to(device),
+            prompt_mask=(position < prompts).to(device),
+            last=width - min(len(row.tokens) - row.length for row in rows),
+        )
+
+    # -- generation
+
+    def _generate(self, batch: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, Cost]]:
+        asked = [SimpleNamespace(args=(text, copy.deepcopy(options))) for text, options in batch]
+        texts = super().generate_until(asked, disable_tqdm=True)
+        return list(zip(texts, self._generated, strict=True))
+
+    def _model_generate(
+        self, context: Any, max_length: int, stop: list[str], **options: Any
+    ) -> Any:
+        """Return ids [B, T + new] of prompts [B, T], padded on the left."""
+        mask = options.pop("attention_mask")
+        if not options.get("do_sample"):
+            options = {
+                k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")
+            }
+            options["do_sample"] = False
+        else:
+            torch.manual_seed(_SEED)  # a batch's sample does not depend on who draws it
+        ends = self.model.generation_config.eos_token_id
+        known = {*(ends if isinstance(ends, list) else [ends]), self.eot_token_id}
+        criterion = StopRows(self.tokenizer, stop, context.shape[1], known)
+        ids, calls = self.runner.generate(
+            context,
+            mask,
+            criterion,
+            max_length=max_length,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        lengths = [criterion.length(row) for row in ids[:, context.shape[1] :].tolist()]
+        self._generated = [
+            self._generation_cost(place, int(mask[place].sum()), length, calls)
+            for place, length in enumerate(lengths)
+        ]
+        return ids
+
+    def _generation_cost(self, place: int, prompt: int, length: int, calls: list[Kept]) -> Cost:
+        """Return the cost of a row as if it had been alone: `length` new tokens, the last not
+        read."""
+        steps = max(length - 1, 0)
+        routers = self.runner.routers
+        tokenwise = routers is not None and routers.config.unit == "token"
+        counted = calls[: 1 + steps] if tokenwise else calls[:1]
+        if counted and counted[0].kept.shape[1] <= place:
+            raise ConfigError("num_beams > 1 changes the rows; it is not supported here")
+        kept = torch.stack([call.kept[:, place] for call in counted]).sum(0).tolist()
+        units = torch.stack([call.units[:, place] for call in counted]).sum(0).tolist()
+        return self._costs.price(prompt + steps, max(length, 1), kept, units)
+
+
+def routers_of(model: Any) -> Any:
+    """Return the RouterSet that is registered on a model, or None."""
+    return dict(model.named_children()).get(PREFIX)
+
+
+def _of_row(kept: Kept, place: int) -> tuple[list[float], list[float]]:
+    return kept.kept[:, place].tolist(), kept.units[:, place].tolist()
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,53 @@
+"""Data of the tasks in this folder: JSON lines on disk. Called by their YAML files."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from megaskip.errors import DataError
+
+_HERE = Path(__file__).parent
+
+
+def bundled(file: str, **_: Any) -> dict[str, Dataset]:
+    """Return the rows of a file in this folder as the split "test"."""
+    return {"test": Dataset.from_list(_rows(_HERE / file, ()))}
+
+
+def local(
+    files: str, fields: list[str], data_dir: str | None = None, **_: Any
+) -> dict[str, Dataset]:
+    """Return the rows of a user's files as the split "test".
+
+    `files` is a pattern under --data_dir. Rows of several files take turns, so that --limit has
+    some of each.
+    """
+    if data_dir is None:
+        raise DataError(f"this task reads {files} of your own: say where with --data_dir DIR")
+    found = sorted(Path(data_dir).glob(files))
+    if not found:
+        raise DataError(f"--data_dir {data_dir}: there is no {files} in it")
+    turns = itertools.zip_longest(*(_rows(file, fields) for file in found))
+    return {"test": Dataset.from_list([row for turn in turns for row in turn if row is not None])}
+
+
+def _rows(file: Path, fields: Any) -> list[dict[str, Any]]:
+    """Return the rows of a file, of each the `fields` (all without any)."""
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{file}, line {number}: not valid JSON ({error})") from None
+        missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise DataError(f"{file}, line {number}: lacks {', '.join(missing)}")
+        rows.append({name: row[name] for name in fields} if fields else row)
+    if not rows:
+        raise DataError(f"{file} has no rows")
+    return rows
