@@ -19,6 +19,8 @@ from megaskip.routing import PREFIX, RouterSet
 WEIGHTS = "routers.safetensors"
 CONFIG = "router_config.json"
 FORMAT = 1
+_ADDED = {"capacity_low", "calibrated"}
+"""Fields that folders from before them lack; their defaults are what those folders meant."""
 
 
 def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None = None) -> Path:
@@ -69,15 +71,30 @@ def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseM
             f"{file}: format {content.get('format')!r}; this version of megaskip reads {FORMAT}"
         )
     names = [field.name for field in dataclasses.fields(RouterConfig)]
-    missing = [name for name in names if name not in content]
+    missing = [name for name in names if name not in content and name not in _ADDED]
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}")
     try:
-        config = RouterConfig(**{name: content[name] for name in names})
+        config = RouterConfig(**{name: content[name] for name in names if name in content})
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
     base = content.get("base_model")
     return config, tuple(content["layers"]), BaseModel.from_json(base, file) if base else None
+
+
+def update_router_config(path: Path, config: RouterConfig) -> None:
+    """Rewrite the settings in a router folder's configuration; its weights stay as they are."""
+    content = read_json(path / CONFIG)
+    settings = {**dataclasses.asdict(config), "layers": content["layers"]}
+    draft = path / f".{CONFIG}.tmp"
+    write_json(draft, content | settings)
+    draft.replace(path / CONFIG)
+
+
+def load_router_tensors(path: Path, routers: RouterSet) -> dict[str, Tensor]:
+    """Return a router folder's weights as the state dict of `routers`, checked against it."""
+    hidden_size = next(routers.parameters()).shape[-1]
+    return read_router_weights(path, routers.layers, routers.config.target, hidden_size)
 
 
 def read_router_weights(

@@ -103,6 +103,8 @@ def routed_config(
     """Return the config.json of a routed model from that of its base."""
     names = ("granularity", "capacity", "threshold", "pool", "prompt_tokens", "budget")
     routing = {name: getattr(config, name) for name in names}
+    if config.calibrated:
+        routing["calibrated"] = [list(pair) for pair in config.calibrated]
     routing |= {"penalty_weight": config.penalty_weight, "layers": list(layers), "kv": kv}
     return {**own_config(base), "routing": routing}
 

@@ -112,14 +112,21 @@ class Engine:
         return EvalResult.of(sums.tolist())
 
     @torch.no_grad()
-    def calibrate(self, batches: Sequence[Batch | None], *, rounds: int = 4) -> float:
-        """Put the threshold where `batches` of all ranks keep the asked capacity; returns what they
-        keep.
+    def calibrate(
+        self,
+        batches: Sequence[Batch | None],
+        *,
+        capacity: float | None = None,
+        rounds: int = 4,
+    ) -> float:
+        """Put the threshold where `batches` of all ranks keep `capacity` (the asked one without
+        it); returns what they keep.
 
         Repeated, because a layer's decision changes what the layers above it read.
         """
         assert self.routers is not None
-        budget, target, best = self.routers.budget, self.routers.config.capacity, (2.0, 0.0)
+        budget, best = self.routers.budget, (2.0, 0.0)
+        target = self.routers.config.capacity if capacity is None else capacity
         for last in [False] * rounds + [True]:
             if last:
                 budget.place(best[1])

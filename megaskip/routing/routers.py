@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.config import RouterConfig
+from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget, Measured, layer_hinge
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.flow import DenseFlow, Flow
@@ -54,8 +55,8 @@ class RouterSet(nn.Module):
         super().__init__()
         self.config = config
         self.layers = tuple(layers)
-        self.base_threshold_logit = math.log(config.threshold / (1 - config.threshold))
-        self.budget = Budget(target=config.capacity, gain=config.penalty_weight)
+        self.base_threshold_logit = _logit(config.threshold)
+        self.budget = _budget(config)
         self.flow: Flow = DenseFlow()
         self.held: dict[int, RoutingDecision] = {}
         self.gates = {layer: Gate(self, layer) for layer in self.layers}
@@ -174,10 +175,20 @@ class RouterSet(nn.Module):
 
     def settled_config(self) -> RouterConfig:
         """Return the configuration with the threshold where steering has put it."""
-        if not self.budget.offset:
+        offset = self.budget.settled_offset()
+        if not offset:
             return self.config
-        logit = self.base_threshold_logit + self.budget.offset
-        return dataclasses.replace(self.config, threshold=1 / (1 + math.exp(-logit)))
+        threshold = 1 / (1 + math.exp(-(self.base_threshold_logit + offset)))
+        return dataclasses.replace(self.config, threshold=threshold)
+
+    def set_capacity(self, capacity: float) -> None:
+        """Move the threshold to where calibration text kept `capacity`, one of config.calibrated.
+
+        For inference; raises ConfigError for a capacity that was not calibrated.
+        """
+        self.config = self.config.at_capacity(capacity)
+        self.base_threshold_logit = _logit(self.config.threshold)
+        self.budget = _budget(self.config)
 
     # -- for gates
 
@@ -218,3 +229,13 @@ class RouterSet(nn.Module):
         if missing:
             raise RuntimeError(f"no forward pass has gone through the routed layers {missing} yet")
         return [self._decisions[layer] for layer in self.layers]
+
+
+def _budget(config: RouterConfig) -> Budget:
+    if config.capacity_low is None:
+        return Budget(target=config.capacity, gain=config.penalty_weight)
+    return AnyBudget(asked=config.capacity, low=config.capacity_low, gain=config.penalty_weight)
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
