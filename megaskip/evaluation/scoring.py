@@ -26,7 +26,7 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """One value a document, in the order of the documents."""
+    """One value a row, in the order of the rows."""
 
     nll: Numbers
     """Summed negative log-likelihood of the supervised tokens, nats."""
@@ -44,15 +44,24 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, routers: RouterSet, batches: Sequence[Batch], policy: Policy | None = None
+    model: nn.Module,
+    routers: RouterSet,
+    batches: Sequence[Batch],
+    policy: Policy | None = None,
+    *,
+    rows_per_document: int = 1,
 ) -> Scores:
-    """Score every row of `batches` as one document; the routers decide where there is no policy."""
+    """Score every row of `batches`; the routers decide where there is no policy.
+
+    So many neighbouring rows are one document to a policy: it treats the sentences of a pair alike.
+    """
     columns: list[Tensor] = []
     first = 0
     try:
         for batch in batches:
             rows = len(batch.input_ids)
-            routers.force({} if policy is None else policy(range(first, first + rows)))
+            documents = [row // rows_per_document for row in range(first, first + rows)]
+            routers.force({} if policy is None else policy(documents))
             columns.append(_score_batch(model, routers, batch))
             first += rows
     finally:
@@ -97,7 +106,7 @@ def text_batches(
 
 
 def pair_accuracy(scores: Scores) -> Numbers:
-    """Return 1 for each pair whose good sentence is likelier; documents are good, bad, good, ..."""
+    """Return 1 for each pair whose good sentence is likelier; rows are good, bad, good, ..."""
     return (scores.nll[0::2] < scores.nll[1::2]).astype(np.float64)
 
 
