@@ -31,10 +31,22 @@ class TaskLoss(nn.Module):
         self.head = HeadLoss(anatomy.head, _logit_transform(model.config), chunk_tokens)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        labels: Tensor,
+        *,
+        teacher: Tensor | None = None,
+        share: float = 0.0,
+        states_only: bool = False,
     ) -> Tensor:
         """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED
-        has no loss."""
+        has no loss.
+
+        With `states_only` return the hidden states [N, D] that predict them instead. Given back as
+        `teacher`, they predict `share` of each label.
+        """
         decoder = find_decoder(self.model).decoder
         hidden_states = decoder(
             input_ids=input_ids,
@@ -44,7 +56,10 @@ class TaskLoss(nn.Module):
         )[0]
         targets = labels[:, 1:]
         supervised = targets != IGNORED
-        return self.head(hidden_states[:, :-1][supervised], targets[supervised])
+        states = hidden_states[:, :-1][supervised]
+        if states_only:
+            return states
+        return self.head(states, targets[supervised], teacher, share)
 
 
 class HeadLoss(nn.Module):
@@ -59,8 +74,13 @@ class HeadLoss(nn.Module):
         self._transform = transform
         self._chunk_tokens = chunk_tokens
 
-    def forward(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed loss, float32 [], of hidden states [N, D] and targets int64 [N]."""
+    def forward(
+        self, hidden_states: Tensor, targets: Tensor, teacher: Tensor | None, share: float
+    ) -> Tensor:
+        """Return the summed loss, float32 [], of hidden states [N, D] and targets int64 [N].
+
+        `share` of each target is what the hidden states `teacher` [N, D] predict.
+        """
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
             hidden_states,
             self.linear.weight,
@@ -68,6 +88,8 @@ class HeadLoss(nn.Module):
             targets,
             self._transform,
             self._chunk_tokens,
+            teacher,
+            share,
         )
 
 
@@ -87,6 +109,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         transform: Callable[[Tensor], Tensor],
         chunk_tokens: int,
+        teacher: Tensor | None,
+        share: float,
     ) -> Tensor:
         learns_hidden, learns_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
@@ -96,8 +120,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk_tokens)
             hidden = hidden_states[part]
             logits = nn.functional.linear(hidden, weight, bias)
+            wanted = targets[part]
+            if teacher is not None:
+                said = nn.functional.linear(teacher[part], weight, bias)
+                wanted = _mixed(wanted, transform(said.float()), share)
             loss, logits_grad = _loss_and_gradient(
-                logits, targets[part], transform, learns_hidden or learns_weight
+                logits, wanted, transform, learns_hidden or learns_weight
             )
             total += loss
             if hidden_grad is not None:
@@ -114,11 +142,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad * grad.to(hidden_grad.dtype),
             None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 6,
         )
+
+
+def _mixed(targets: Tensor, said: Tensor, share: float) -> Tensor:
+    """Return targets as probabilities [n, V]: `share` of them as the logits `said` [n, V] have
+    it."""
+    mixed = said.softmax(-1) * share
+    return mixed.scatter_add_(1, targets[:, None], torch.full_like(mixed[:, :1], 1 - share))
 
 
 def _loss_and_gradient(

@@ -14,12 +14,12 @@ from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_
 from megaskip.checkpoint.base import BaseModel, describe_base
 from megaskip.config import RouterConfig
 from megaskip.errors import CheckpointError, ConfigError
-from megaskip.routing import PREFIX, RouterSet
+from megaskip.routing import PREFIX, RouterSet, make_router
 
 WEIGHTS = "routers.safetensors"
 CONFIG = "router_config.json"
 FORMAT = 1
-_ADDED = {"capacity_low", "calibrated"}
+_ADDED = {"capacity_low", "calibrated", "router"}
 """Fields that folders from before them lack; their defaults are what those folders meant."""
 
 
@@ -42,7 +42,7 @@ def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -
     anatomy = find_decoder(model)
     if base is not None:
         base.require(describe_base(model.config), f"the router folder {path}")
-    tensors = read_router_weights(path, layers, config.target, anatomy.hidden_size)
+    tensors = read_router_weights(path, layers, config, anatomy.hidden_size)
     routers = attach_routers(model, dataclasses.replace(config, layers=layers), register=register)
     routers.load_state_dict(tensors)
     return routers
@@ -93,17 +93,24 @@ def update_router_config(path: Path, config: RouterConfig) -> None:
 
 def load_router_tensors(path: Path, routers: RouterSet) -> dict[str, Tensor]:
     """Return a router folder's weights as the state dict of `routers`, checked against it."""
-    hidden_size = next(routers.parameters()).shape[-1]
-    return read_router_weights(path, routers.layers, routers.config.target, hidden_size)
+    hidden_size = routers.hidden_size
+    return read_router_weights(path, routers.layers, routers.config, hidden_size)
 
 
 def read_router_weights(
-    path: Path, layers: tuple[int, ...], target: str, hidden_size: int
+    path: Path, layers: tuple[int, ...], config: RouterConfig, hidden_size: int
 ) -> dict[str, Tensor]:
     """Return the routers' state dict from a router folder, checked against what it must hold."""
     file = path / WEIGHTS
     tensors = read_tensors(file)
-    expected = {f"{PREFIX}.{layer}.{target}.weight": (1, hidden_size) for layer in layers}
+    shapes = {
+        k: tuple(p.shape) for k, p in make_router(config.router, hidden_size).named_parameters()
+    }
+    expected = {
+        f"{PREFIX}.{layer}.{config.target}.{name}": shape
+        for layer in layers
+        for name, shape in shapes.items()
+    }
     missing, extra = (
         sorted(expected.keys() - tensors.keys()),
         sorted(tensors.keys() - expected.keys()),

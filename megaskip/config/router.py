@@ -19,6 +19,7 @@ GRANULARITIES = (
 )
 POOLS = ("prompt", "all")
 BUDGETS = ("global", "layer")
+ROUTERS = ("linear", "affine", "mlp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,9 @@ class RouterConfig:
     granularity: str = "attn_sequence"
     """What one decision covers: {attn,mlp,block} of a layer, for a whole {sequence} or for each
     {token}."""
+    router: str = "linear"
+    """What scores a unit: "linear" (as published), "affine" (with a bias, so that a layer can be
+    worth little for all), or "mlp" (one hidden layer of 16)."""
     layers: int | str | Sequence[int] = "half"
     """Routed layers: "half" (the deepest half except the last, as published), a count of deepest
     layers (the last excluded), or a list such as 8-14,16 (one layer alone is written 12-12)."""
@@ -102,6 +106,7 @@ class RouterConfig:
         for threshold in (self.threshold, *(one for _, one in self.calibrated)):
             if not 0.0 < threshold < 1.0:
                 yield f"--threshold {threshold:g} must lie inside (0, 1): scores are sigmoids"
+        yield from one_of("router", self.router, ROUTERS)
         yield from one_of("pool", self.pool, POOLS)
         yield from one_of("budget", self.budget, BUDGETS)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)

@@ -5,8 +5,9 @@ Task loss and penalty are divided by the supervised tokens and routed units of t
 batch, so that what micro-batches and ranks add up to does not depend on how the batch was split.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class Engine:
         self._topology = topology
         self._zero3 = zero3
         self._max_grad_norm = config.optim.max_grad_norm
+        self._distill, self._noise = config.optim.distill, config.optim.noise
         source: nn.Module = module.model if routers is None else routers  # type: ignore[assignment]
         self.parameters = {name: p for name, p in source.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -80,8 +82,9 @@ class Engine:
             2 + 4 * self._num_routed, dtype=torch.float64, device=self._topology.device
         )
         self.optimizer.zero_grad(set_to_none=False)
-        for batch in batches:
-            sums += self._micro_step(batch, totals, len(batches))
+        with self._noisy():
+            for batch in batches:
+                sums += self._micro_step(batch, totals, len(batches))
         grad_norm = self._reduce_gradients(sums)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -186,7 +189,7 @@ class Engine:
     def _micro_step(self, batch: Batch, totals: "_Totals", micro_batches: int) -> Tensor:
         """Add one micro-batch's gradient; returns its [task loss, penalty, kept per layer, units
         per layer]."""
-        task = self._forward(batch) / totals.supervised
+        task = self._learn(batch) / totals.supervised
         penalty, counts = self._penalty(totals, micro_batches, like=task)
         (task + penalty).backward()
         if self._zero3 is not None:
@@ -197,11 +200,35 @@ class Engine:
             [torch.stack([task.detach(), penalty.detach()]).double(), counts.flatten().double()]
         )
 
-    def _forward(self, batch: Batch) -> Tensor:
+    @contextlib.contextmanager
+    def _noisy(self) -> Iterator[None]:
+        """Disturb decisions in here: also in the backward pass, which may compute them again."""
+        if self.routers is not None:
+            self.routers.noise = self._noise
+        try:
+            yield
+        finally:
+            if self.routers is not None:
+                self.routers.noise = 0.0
+
+    def _learn(self, batch: Batch) -> Tensor:
+        """Return the loss to train on: of the text, and of what the unrouted model says of it."""
+        if self.routers is None:
+            return self._forward(batch)
+        taught: dict[str, Any] = {}
+        if self._distill:
+            self.routers.force(dict.fromkeys(self.routers.layers, 1.0))
+            with torch.no_grad():
+                taught["teacher"] = self._forward(batch, states_only=True)
+            taught["share"] = self._distill
+            self.routers.force({})
+        return self._forward(batch, **taught)
+
+    def _forward(self, batch: Batch, **how: Any) -> Tensor:
         if self.routers is not None:
             self.routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
         loss: Tensor = self.module(
-            batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels
+            batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels, **how
         )
         return loss
 
