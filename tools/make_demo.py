@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +116,24 @@ def make_corpus(work: Path, demo: Path) -> None:
 
 def make_tokenizer(work: Path, demo: Path) -> None:
     """Train the SentencePiece model and write the tokenizer folder to demo/backbone/."""
-    from sentencepiece import SentencePieceTrainer
-
     folder = demo / "backbone"
     folder.mkdir(parents=True, exist_ok=True)
+    train_sentencepiece(_tokenizer_lines(), VOCAB, folder / "tokenizer.model")
+    config = tokenizer_config(MODEL["max_position_embeddings"])
+    (folder / "tokenizer_config.json").write_text(config)
+    _check_tokenizer(folder)
+
+
+def train_sentencepiece(lines: Iterable[str], pieces: int, path: Path) -> None:
+    """Write a BPE model of `pieces` pieces with byte fallback that learned from `lines`."""
+    from sentencepiece import SentencePieceTrainer
+
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=_tokenizer_lines(),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
-        vocab_size=VOCAB,
+        vocab_size=pieces,
         byte_fallback=True,
         # Identity, no dummy prefix: decode(encode(text)) is the text, spaces and all.
         normalization_rule_name="identity",
@@ -141,7 +149,11 @@ def make_tokenizer(work: Path, demo: Path) -> None:
         max_sentence_length=8192,
         minloglevel=1,
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    path.write_bytes(model.getvalue())
+
+
+def tokenizer_config(max_length: int) -> str:
+    """Return tokenizer_config.json for a model that train_sentencepiece wrote."""
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
@@ -154,11 +166,10 @@ def make_tokenizer(work: Path, demo: Path) -> None:
         "unk_token": "<unk>",
         "pad_token": "<pad>",
         "padding_side": "left",
-        "model_max_length": MODEL["max_position_embeddings"],
+        "model_max_length": max_length,
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _check_tokenizer(folder)
+    return json.dumps(config, indent=2) + "\n"
 
 
 def train_backbone(work: Path, demo: Path) -> None:

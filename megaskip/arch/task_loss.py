@@ -25,10 +25,22 @@ class TaskLoss(nn.Module):
         self.head = head_loss(model, chunk_tokens)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        labels: Tensor,
+        *,
+        teacher: Tensor | None = None,
+        share: float = 0.0,
+        states_only: bool = False,
     ) -> Tensor:
         """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED
-        has no loss."""
+        has no loss.
+
+        With `states_only` return the hidden states [N, D] that predict them instead. Given back as
+        `teacher`, they predict `share` of each label.
+        """
         decoder = find_decoder(self.model).decoder
         hidden_states = decoder(
             input_ids=input_ids,
@@ -36,7 +48,9 @@ class TaskLoss(nn.Module):
             position_ids=position_ids,
             use_cache=False,
         )[0]
-        return self.head.of_batch(hidden_states, labels)
+        if states_only:
+            return hidden_states[:, :-1][labels[:, 1:] != IGNORED]
+        return self.head.of_batch(hidden_states, labels, teacher, share)
 
 
 def head_loss(model: nn.Module, chunk_tokens: int) -> "HeadLoss":
@@ -63,15 +77,31 @@ class HeadLoss(nn.Module):
         self._transform = transform
         self._chunk_tokens = chunk_tokens
 
-    def of_batch(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+    def of_batch(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        teacher: Tensor | None = None,
+        share: float = 0.0,
+    ) -> Tensor:
         """Return the summed loss, float32 [], of hidden states [B, T, D] and labels int64 [B, T],
-        not shifted; IGNORED has no loss."""
+        not shifted; IGNORED has no loss. `teacher` and `share` as in `forward`."""
         targets = labels[:, 1:]
         supervised = targets != IGNORED
-        return self(hidden_states[:, :-1][supervised], targets[supervised])  # type: ignore[no-any-return]
+        states = hidden_states[:, :-1][supervised]
+        return self(states, targets[supervised], teacher, share)  # type: ignore[no-any-return]
 
-    def forward(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed loss, float32 [], of hidden states [N, D] and targets int64 [N]."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        targets: Tensor,
+        teacher: Tensor | None = None,
+        share: float = 0.0,
+    ) -> Tensor:
+        """Return the summed loss, float32 [], of hidden states [N, D] and targets int64 [N].
+
+        `share` of each target is what the hidden states `teacher` [N, D] predict.
+        """
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
             hidden_states,
             self.linear.weight,
@@ -79,6 +109,8 @@ class HeadLoss(nn.Module):
             targets,
             self._transform,
             self._chunk_tokens,
+            teacher,
+            share,
         )
 
 
@@ -98,6 +130,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         transform: Callable[[Tensor], Tensor],
         chunk_tokens: int,
+        teacher: Tensor | None,
+        share: float,
     ) -> Tensor:
         learns_hidden, learns_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
@@ -107,8 +141,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk_tokens)
             hidden = hidden_states[part]
             logits = nn.functional.linear(hidden, weight, bias)
+            wanted = targets[part]
+            if teacher is not None:
+                said = nn.functional.linear(teacher[part], weight, bias)
+                wanted = _mixed(wanted, transform(said.float()), share)
             loss, logits_grad = _loss_and_gradient(
-                logits, targets[part], transform, learns_hidden or learns_weight
+                logits, wanted, transform, learns_hidden or learns_weight
             )
             total += loss
             if hidden_grad is not None:
@@ -125,11 +163,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad * grad.to(hidden_grad.dtype),
             None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 6,
         )
+
+
+def _mixed(targets: Tensor, said: Tensor, share: float) -> Tensor:
+    """Return targets as probabilities [n, V]: `share` of them as the logits `said` [n, V] have
+    it."""
+    mixed = said.softmax(-1) * share
+    return mixed.scatter_add_(1, targets[:, None], torch.full_like(mixed[:, :1], 1 - share))
 
 
 def _loss_and_gradient(

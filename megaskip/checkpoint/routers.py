@@ -14,11 +14,13 @@ from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_
 from megaskip.checkpoint.base import BaseModel, describe_base
 from megaskip.config import RouterConfig
 from megaskip.errors import CheckpointError, ConfigError
-from megaskip.routing import PREFIX, RouterSet
+from megaskip.routing import PREFIX, RouterSet, make_router
 
 WEIGHTS = "routers.safetensors"
 CONFIG = "router_config.json"
 FORMAT = 1
+_ADDED = {"capacity_low", "calibrated", "router"}
+"""Fields that folders from before them lack; their defaults are what those folders meant."""
 
 
 def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None = None) -> Path:
@@ -40,7 +42,7 @@ def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -
     anatomy = find_decoder(model)
     if base is not None:
         base.require(describe_base(model.config), f"the router folder {path}")
-    tensors = read_router_weights(path, layers, config.target, anatomy.hidden_size)
+    tensors = read_router_weights(path, layers, config, anatomy.hidden_size)
     routers = attach_routers(model, dataclasses.replace(config, layers=layers), register=register)
     routers.load_state_dict(tensors)
     return routers
@@ -69,24 +71,46 @@ def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseM
             f"{file}: format {content.get('format')!r}; this version of megaskip reads {FORMAT}"
         )
     names = [field.name for field in dataclasses.fields(RouterConfig)]
-    missing = [name for name in names if name not in content]
+    missing = [name for name in names if name not in content and name not in _ADDED]
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}")
     try:
-        config = RouterConfig(**{name: content[name] for name in names})
+        config = RouterConfig(**{name: content[name] for name in names if name in content})
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
     base = content.get("base_model")
     return config, tuple(content["layers"]), BaseModel.from_json(base, file) if base else None
 
 
+def update_router_config(path: Path, config: RouterConfig) -> None:
+    """Rewrite the settings in a router folder's configuration; its weights stay as they are."""
+    content = read_json(path / CONFIG)
+    settings = {**dataclasses.asdict(config), "layers": content["layers"]}
+    draft = path / f".{CONFIG}.tmp"
+    write_json(draft, content | settings)
+    draft.replace(path / CONFIG)
+
+
+def load_router_tensors(path: Path, routers: RouterSet) -> dict[str, Tensor]:
+    """Return a router folder's weights as the state dict of `routers`, checked against it."""
+    hidden_size = routers.hidden_size
+    return read_router_weights(path, routers.layers, routers.config, hidden_size)
+
+
 def read_router_weights(
-    path: Path, layers: tuple[int, ...], target: str, hidden_size: int
+    path: Path, layers: tuple[int, ...], config: RouterConfig, hidden_size: int
 ) -> dict[str, Tensor]:
     """Return the routers' state dict from a router folder, checked against what it must hold."""
     file = path / WEIGHTS
     tensors = read_tensors(file)
-    expected = {f"{PREFIX}.{layer}.{target}.weight": (1, hidden_size) for layer in layers}
+    shapes = {
+        k: tuple(p.shape) for k, p in make_router(config.router, hidden_size).named_parameters()
+    }
+    expected = {
+        f"{PREFIX}.{layer}.{config.target}.{name}": shape
+        for layer in layers
+        for name, shape in shapes.items()
+    }
     missing, extra = (
         sorted(expected.keys() - tensors.keys()),
         sorted(tensors.keys() - expected.keys()),

@@ -1,8 +1,10 @@
 """What the routers decide about, and what capacity they are asked to end at. No defaults hidden
 elsewhere."""
 
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megaskip.config.checks import at_least, one_of, within
 from megaskip.errors import ConfigError
@@ -17,6 +19,7 @@ GRANULARITIES = (
 )
 POOLS = ("prompt", "all")
 BUDGETS = ("global", "layer")
+ROUTERS = ("linear", "affine", "mlp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +29,18 @@ class RouterConfig:
     granularity: str = "attn_sequence"
     """What one decision covers: {attn,mlp,block} of a layer, for a whole {sequence} or for each
     {token}."""
+    router: str = "linear"
+    """What scores a unit: "linear" (as published), "affine" (with a bias, so that a layer can be
+    worth little for all), or "mlp" (one hidden layer of 16)."""
     layers: int | str | Sequence[int] = "half"
     """Routed layers: "half" (the deepest half except the last, as published), a count of deepest
     layers (the last excluded), or a list such as 8-14,16 (one layer alone is written 12-12)."""
     capacity: float = 0.5
     """Fraction of sequences (or tokens) that the routed sublayers keep, averaged over layers and
     batch."""
+    capacity_low: float | None = None
+    """Train one set of routers for every capacity from this to 1: each step asks for another one.
+    Then tools/calibrate.py finds the thresholds [off: for --capacity alone]."""
     threshold: float = 0.5
     """A unit runs when its score (a sigmoid) is at least this."""
     pool: str = "prompt"
@@ -46,11 +55,31 @@ class RouterConfig:
     penalty_weight: float = 0.1
     """Strength of the capacity penalty: gain of the steering (global) or factor of the hinge
     (layer)."""
+    calibrated: tuple[tuple[float, float], ...] = field(default=(), metadata={"flag": False})
+    """(capacity, threshold) pairs, ascending: where calibration text kept which capacity."""
 
     def __post_init__(self) -> None:
+        pairs = tuple(sorted((float(c), float(t)) for c, t in self.calibrated))
+        object.__setattr__(self, "calibrated", pairs)
         problems = tuple(self._problems())
         if problems:
             raise ConfigError(*problems)
+
+    def at_capacity(self, capacity: float) -> "RouterConfig":
+        """Return this configuration with the threshold at which calibration text kept `capacity`.
+
+        Raises ConfigError, with those that are calibrated, for another one.
+        """
+        for known, threshold in self.calibrated:
+            if math.isclose(known, capacity, abs_tol=1e-6):
+                return dataclasses.replace(
+                    self, capacity=known, threshold=threshold, capacity_low=None
+                )
+        listed = ", ".join(f"{one:g}" for one, _ in self.calibrated) or "none"
+        raise ConfigError(
+            f"capacity {capacity:g} is not calibrated (calibrated: {listed}); add it with "
+            f"tools/calibrate.py --capacity {capacity:g}, or choose one of these"
+        )
 
     @property
     def target(self) -> str:
@@ -65,8 +94,19 @@ class RouterConfig:
     def _problems(self) -> Iterator[str]:
         yield from one_of("granularity", self.granularity, GRANULARITIES)
         yield from within("capacity", self.capacity, 0.0, 1.0)
-        if not 0.0 < self.threshold < 1.0:
-            yield f"--threshold {self.threshold:g} must lie inside (0, 1): scores are sigmoids"
+        if self.capacity_low is not None:
+            yield from within("capacity_low", self.capacity_low, 0.0, 1.0)
+            if self.capacity_low > self.capacity:
+                yield (
+                    f"--capacity_low {self.capacity_low:g} is above --capacity {self.capacity:g}: "
+                    "lower it, or leave it out to train for one capacity"
+                )
+            if self.budget != "global":
+                yield "--capacity_low needs --budget global: the hinge has no threshold to move"
+        for threshold in (self.threshold, *(one for _, one in self.calibrated)):
+            if not 0.0 < threshold < 1.0:
+                yield f"--threshold {threshold:g} must lie inside (0, 1): scores are sigmoids"
+        yield from one_of("router", self.router, ROUTERS)
         yield from one_of("pool", self.pool, POOLS)
         yield from one_of("budget", self.budget, BUDGETS)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)

@@ -121,6 +121,12 @@ class OptimConfig(Checked):
     calibration_rows: int = 4096
     """Rows of training data on which the threshold is put where the asked capacity is kept, after
     the last step (budget=global; forward passes only); 0 leaves it where training ended."""
+    distill: float = 0.0
+    """Share of each label that is the unrouted model's own prediction (a second, dense forward
+    pass); 0 learns from the text alone, as published."""
+    noise: float = 0.0
+    """Logistic noise on the scores while training, in standard deviations of theirs: units near the
+    threshold are tried both ways; 0 as published."""
     seed: int = 0
     """Seed of data order, sampling and initialisation."""
 
@@ -137,6 +143,8 @@ class OptimConfig(Checked):
         yield from at_least("weight_decay", self.weight_decay, 0.0)
         yield from at_least("max_grad_norm", self.max_grad_norm, 0.0)
         yield from at_least("calibration_rows", self.calibration_rows, 0)
+        yield from within("distill", self.distill, 0.0, 1.0)
+        yield from at_least("noise", self.noise, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

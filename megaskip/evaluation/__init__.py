@@ -1,6 +1,8 @@
-"""Does it pay? Quality by lm-eval, beside what was skipped for it and beside the unrouted base.
+"""Does it pay? Quality beside what was skipped for it, beside the unrouted base and what else one
+could do.
 
-Promise: the same requests, prompts and decisions for any number of processes and any batch size.
+Promise: the same requests, prompts and decisions for any number of processes and any batch size;
+differences are paired by document and come with their intervals.
 """
 
 from megaskip.evaluation.evaluate import EvalSettings, evaluate_model, quick_table

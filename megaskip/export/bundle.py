@@ -17,6 +17,7 @@ _MODULES = (
     "routing/decision",
     "routing/pooling",
     "routing/budget",
+    "routing/any_budget",
     "routing/flow",
     "routing/gate",
     "routing/routers",

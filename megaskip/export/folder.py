@@ -81,7 +81,7 @@ def export_folder(
         else:
             base_config = _require_own(base, described)
             hidden_size = _hidden_size(base_config)
-            tensors = read_router_weights(routers, layers, config.target, hidden_size)
+            tensors = read_router_weights(routers, layers, config, hidden_size)
             named = {f"{PREFIX}.{name}": tensor for name, tensor in tensors.items()}
             write_tensors(folder / ROUTER_SHARD, named)
             _put_weights(folder, base, list(named), done, progress)
@@ -103,6 +103,10 @@ def routed_config(
     """Return the config.json of a routed model from that of its base."""
     names = ("granularity", "capacity", "threshold", "pool", "prompt_tokens", "budget")
     routing = {name: getattr(config, name) for name in names}
+    if config.router != "linear":
+        routing["router"] = config.router
+    if config.calibrated:
+        routing["calibrated"] = [list(pair) for pair in config.calibrated]
     routing |= {"penalty_weight": config.penalty_weight, "layers": list(layers), "kv": kv}
     return {**own_config(base), "routing": routing}
 

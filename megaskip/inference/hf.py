@@ -109,6 +109,15 @@ class _RoutedModel:
             raise RuntimeError("this model has no routers: its config has dropped, not routing")
         return self.get_submodule(PREFIX).capacity()  # type: ignore[attr-defined, no-any-return]
 
+    def set_capacity(self, capacity: float) -> None:
+        """Skip more or less from now on: `capacity` is one that tools/calibrate.py calibrated."""
+        if not self._is_routed():
+            raise RuntimeError("this model has no routers: its config has dropped, not routing")
+        routers: Any = self.get_submodule(PREFIX)  # type: ignore[attr-defined]
+        routers.set_capacity(capacity)
+        chosen = {"capacity": routers.config.capacity, "threshold": routers.config.threshold}
+        self.config.routing = {**self.config.routing, **chosen}  # type: ignore[attr-defined]
+
     def _is_routed(self) -> bool:
         return hasattr(self, PREFIX)
 

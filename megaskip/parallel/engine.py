@@ -5,6 +5,7 @@ Task loss and penalty are divided by the supervised tokens and routed units of t
 batch, so that what micro-batches and ranks add up to does not depend on how the batch was split.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Engine:
         self._topology = topology
         self._zero3 = zero3
         self._max_grad_norm = config.optim.max_grad_norm
+        self._distill, self._noise = config.optim.distill, config.optim.noise
         source: nn.Module = module.model if routers is None else routers  # type: ignore[assignment]
         self.parameters = {name: p for name, p in source.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -77,7 +79,8 @@ class Engine:
         batches = [batch.to(self._topology.device) for batch in batches]
         totals = self._totals(batches)
         self.optimizer.zero_grad(set_to_none=False)
-        sums = self._micro_steps(batches, totals)
+        with self._noisy():
+            sums = self._micro_steps(batches, totals)
         grad_norm = self._reduce_gradients(sums)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -107,14 +110,21 @@ class Engine:
         return EvalResult.of(sums.tolist())
 
     @torch.no_grad()
-    def calibrate(self, batches: Sequence[Batch | None], *, rounds: int = 4) -> float:
-        """Put the threshold where `batches` of all ranks keep the asked capacity; returns what they
-        keep.
+    def calibrate(
+        self,
+        batches: Sequence[Batch | None],
+        *,
+        capacity: float | None = None,
+        rounds: int = 4,
+    ) -> float:
+        """Put the threshold where `batches` of all ranks keep `capacity` (the asked one without
+        it); returns what they keep.
 
         Repeated, because a layer's decision changes what the layers above it read.
         """
         assert self.routers is not None
-        budget, target, best = self.routers.budget, self.routers.config.capacity, (2.0, 0.0)
+        budget, best = self.routers.budget, (2.0, 0.0)
+        target = self.routers.config.capacity if capacity is None else capacity
         for last in [False] * rounds + [True]:
             if last:
                 budget.place(best[1])
@@ -195,7 +205,7 @@ class Engine:
     def _micro_step(self, batch: Batch, totals: "Totals", micro_batches: int) -> Tensor:
         """Add one micro-batch's gradient; returns its [task loss, penalty, kept per layer, units
         per layer]."""
-        task = self._forward(batch) / totals.supervised
+        task = self._learn(batch) / totals.supervised
         penalty = self._penalty(totals, micro_batches, like=task)
         counts = self._counts()
         (task + penalty).backward()
@@ -205,10 +215,34 @@ class Engine:
             self._zero3.release_backward_leftovers()
         return torch.cat([torch.stack([task.detach(), penalty.detach()]).double(), counts])
 
-    def _forward(self, batch: Batch) -> Tensor:
+    @contextlib.contextmanager
+    def _noisy(self) -> Iterator[None]:
+        """Disturb decisions in here: also in the backward pass, which may compute them again."""
+        if self.routers is not None:
+            self.routers.noise = self._noise
+        try:
+            yield
+        finally:
+            if self.routers is not None:
+                self.routers.noise = 0.0
+
+    def _learn(self, batch: Batch) -> Tensor:
+        """Return the loss to train on: of the text, and of what the unrouted model says of it."""
+        if self.routers is None:
+            return self._forward(batch)
+        taught: dict[str, Any] = {}
+        if self._distill:
+            self.routers.force(dict.fromkeys(self.routers.layers, 1.0))
+            with torch.no_grad():
+                taught["teacher"] = self._forward(batch, states_only=True)
+            taught["share"] = self._distill
+            self.routers.force({})
+        return self._forward(batch, **taught)
+
+    def _forward(self, batch: Batch, **how: Any) -> Tensor:
         self._announce(batch)
         loss: Tensor = self.module(
-            batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels
+            batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels, **how
         )
         return loss
 

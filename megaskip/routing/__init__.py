@@ -8,7 +8,7 @@ from megaskip.routing.decision import RoutingDecision, straight_through
 from megaskip.routing.flow import DenseFlow, Flow, SparseFlow
 from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
-from megaskip.routing.routers import PREFIX, Router, RouterSet
+from megaskip.routing.routers import PREFIX, Router, RouterSet, make_router
 
 __all__ = [
     "PREFIX",
@@ -22,5 +22,6 @@ __all__ = [
     "RouterSet",
     "RoutingDecision",
     "SparseFlow",
+    "make_router",
     "straight_through",
 ]

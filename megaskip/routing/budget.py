@@ -44,6 +44,11 @@ class Measured:
         return cls(capacity=kept / units, units=units, spread=math.sqrt(variance))
 
 
+def ramped(target: float, progress: float) -> float:
+    """Return the target at `progress`, the share of a run that is done."""
+    return 1 - (1 - target) * min(progress / _RAMP, 1.0)
+
+
 class Budget:
     """Holds the whole model to one capacity, by a threshold that moves and a price that follows it.
 
@@ -81,15 +86,21 @@ class Budget:
     def steer(self, measured: Measured, progress: float | None) -> None:
         """Take in a global batch. `progress` is the share of the run that is done, None if
         unknown."""
-        target, gain = self.target, 1.0
+        target, gain = self._target_at(progress), 1.0
         if progress is not None:
-            target = 1 - (1 - self.target) * min(progress / _RAMP, 1.0)
             gain = max(1 - progress, _LAST_GAIN)
         memory = _SPREAD_MEMORY if self.spread > 0 else 0.0
         variance = memory * self.spread**2 + (1 - memory) * measured.spread**2
         self.spread = math.sqrt(variance)
         self.error = measured.capacity - target
         self.position += gain * min(measured.units / _FULL_GAIN_UNITS, 1.0) * self.error
+
+    def settled_offset(self) -> float:
+        """Return where the threshold of the asked capacity is, in logits."""
+        return self.offset
+
+    def _target_at(self, progress: float | None) -> float:
+        return self.target if progress is None else ramped(self.target, progress)
 
     def place(self, offset: float) -> None:
         """Put the threshold at `offset`, in logits; the price stays what it is."""

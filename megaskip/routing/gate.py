@@ -64,7 +64,9 @@ class Gate:
         logit = routers.router(self.layer)(pooling.features(hidden_states))
         # The score is taken relative to the steered threshold: units near it have the largest
         # gradient.
-        keep = straight_through(logit - routers.budget.offset, routers.base_threshold_logit)
+        keep = straight_through(
+            routers.disturbed(logit) - routers.budget.offset, routers.base_threshold_logit
+        )
         segments = pooling.unit_of_token
         return RoutingDecision(
             logit=logit,

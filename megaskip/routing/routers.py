@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.config import RouterConfig
+from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget, Measured, layer_hinge
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.flow import DenseFlow, Flow
@@ -19,6 +20,7 @@ from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
 
 PREFIX = "skip_routers"
+_MLP_WIDTH = 16
 
 
 class Router(nn.Module):
@@ -33,6 +35,40 @@ class Router(nn.Module):
         """Return logits float32 [B, U] of features float32 [B, U, D], on their device."""
         weight = self.weight.to(device=features.device, dtype=torch.float32)
         return nn.functional.linear(features, weight).squeeze(-1)
+
+
+class AffineRouter(Router):
+    """A linear router with a bias, float32 [1], zero at the start."""
+
+    def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
+        super().__init__(hidden_size, device=device)
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits float32 [B, U] of features float32 [B, U, D], on their device."""
+        return super().forward(features) + self.bias.to(features.device, torch.float32)
+
+
+class MlpRouter(Router):
+    """A router with one hidden layer: `inner` float32 [16, D], and on top the weight, [1, 16]."""
+
+    def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
+        super().__init__(_MLP_WIDTH, device=device)
+        # The same on every rank, whatever its random state is.
+        generator = torch.Generator().manual_seed(0)
+        inner = torch.randn(_MLP_WIDTH, hidden_size, generator=generator) / math.sqrt(hidden_size)
+        self.inner = nn.Parameter(inner.to(device=device, dtype=torch.float32))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits float32 [B, U] of features float32 [B, U, D], on their device."""
+        inner = self.inner.to(features.device, torch.float32)
+        return super().forward(nn.functional.silu(nn.functional.linear(features, inner)))
+
+
+def make_router(kind: str, hidden_size: int, *, device: torch.device | None = None) -> Router:
+    """Return a fresh router of a kind of RouterConfig.router."""
+    kinds = {"linear": Router, "affine": AffineRouter, "mlp": MlpRouter}
+    return kinds[kind](hidden_size, device=device)
 
 
 class RouterSet(nn.Module):
@@ -55,8 +91,10 @@ class RouterSet(nn.Module):
         super().__init__()
         self.config = config
         self.layers = tuple(layers)
-        self.base_threshold_logit = math.log(config.threshold / (1 - config.threshold))
-        self.budget = Budget(target=config.capacity, gain=config.penalty_weight)
+        self.hidden_size = hidden_size
+        self.noise = 0.0
+        self.base_threshold_logit = _logit(config.threshold)
+        self.budget = _budget(config)
         self.flow: Flow = DenseFlow()
         self.held: dict[int, RoutingDecision] = {}
         self.gates = {layer: Gate(self, layer) for layer in self.layers}
@@ -65,7 +103,7 @@ class RouterSet(nn.Module):
         self._decisions: dict[int, RoutingDecision] = {}
         self._forced: Mapping[int, Tensor | float] = {}
         for layer in self.layers:
-            router = Router(hidden_size, device=device)
+            router = make_router(config.router, hidden_size, device=device)
             self.add_module(str(layer), nn.ModuleDict({config.target: router}))
 
     # -- before the forward pass
@@ -224,10 +262,20 @@ class RouterSet(nn.Module):
 
     def settled_config(self) -> RouterConfig:
         """Return the configuration with the threshold where steering has put it."""
-        if not self.budget.offset:
+        offset = self.budget.settled_offset()
+        if not offset:
             return self.config
-        logit = self.base_threshold_logit + self.budget.offset
-        return dataclasses.replace(self.config, threshold=1 / (1 + math.exp(-logit)))
+        threshold = 1 / (1 + math.exp(-(self.base_threshold_logit + offset)))
+        return dataclasses.replace(self.config, threshold=threshold)
+
+    def set_capacity(self, capacity: float) -> None:
+        """Move the threshold to where calibration text kept `capacity`, one of config.calibrated.
+
+        For inference; raises ConfigError for a capacity that was not calibrated.
+        """
+        self.config = self.config.at_capacity(capacity)
+        self.base_threshold_logit = _logit(self.config.threshold)
+        self.budget = _budget(self.config)
 
     # -- for gates
 
@@ -259,6 +307,16 @@ class RouterSet(nn.Module):
         value = torch.as_tensor(self._forced[layer], dtype=torch.float32, device=keep.device)
         return value.expand_as(keep) + (keep - keep.detach())
 
+    def disturbed(self, logit: Tensor) -> Tensor:
+        """Return the logits [B, U] with logistic noise, `noise` spreads wide, as training may
+        ask."""
+        if not self.noise:
+            return logit
+        uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
+        # A logistic variable has a standard deviation of pi / sqrt(3).
+        scale = self.noise * self.budget.spread * math.sqrt(3) / math.pi
+        return logit + scale * torch.logit(uniform)
+
     def record(self, layer: int, decision: RoutingDecision) -> None:
         """Note a layer's decision; a recomputation in the backward pass does not overwrite it."""
         self._decisions.setdefault(layer, decision)
@@ -269,3 +327,13 @@ class RouterSet(nn.Module):
         if missing:
             raise RuntimeError(f"no forward pass has gone through the routed layers {missing} yet")
         return [self._decisions[layer] for layer in layers]
+
+
+def _budget(config: RouterConfig) -> Budget:
+    if config.capacity_low is None:
+        return Budget(target=config.capacity, gain=config.penalty_weight)
+    return AnyBudget(asked=config.capacity, low=config.capacity_low, gain=config.penalty_weight)
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))

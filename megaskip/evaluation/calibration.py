@@ -1,0 +1,105 @@
+"""Thresholds of trained routers for any capacity: found on calibration text, checked on text held
+out."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaskip.checkpoint.routers import load_router_tensors, read_router_config
+from megaskip.config import RouterConfig, RunConfig
+from megaskip.data import Batch
+from megaskip.errors import ConfigError
+from megaskip.parallel.build import build_engine
+from megaskip.parallel.ds_config import read_ds_config
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.topology import Topology
+
+TOLERANCE = 0.01
+"""How far the capacity may be from the asked one."""
+_ROUNDS = 8
+
+Batches = Sequence[Batch | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One calibrated capacity, and what it comes to on other text."""
+
+    capacity: float
+    threshold: float
+    kept: float
+    """Of the calibration text."""
+    held_out: float
+    held_out_error: float
+    """Standard error of `held_out`: these are only so many rows."""
+    loss: float
+    """Held out, nats a supervised token."""
+
+
+def routed_engine(config: RunConfig, topology: Topology, folder: Path, routers: Path) -> Engine:
+    """Return an engine with the routers of a router folder on the model in `folder`. Collective."""
+    stored, layers, _ = read_router_config(routers)
+    # Its own threshold is where every search begins; capacity_low matters to training alone.
+    stored = dataclasses.replace(stored, layers=layers, capacity_low=None)
+    config = dataclasses.replace(config, router=stored)
+    engine = build_engine(config, topology, folder, read_ds_config(config))
+    assert engine.routers is not None
+    engine.routers.load_state_dict(load_router_tensors(routers, engine.routers))
+    return engine
+
+
+def calibrate_all(
+    engine: Engine,
+    calibration: Batches,
+    held_out: Batches,
+    capacities: Sequence[float],
+    *,
+    progress: Callable[[Point], None] = lambda point: None,
+) -> list[Point]:
+    """Return the thresholds of `capacities`. Collective.
+
+    Raises ConfigError for one that the routers cannot realise, on either text.
+    """
+    points = []
+    for capacity in capacities:
+        points.append(_calibrate(engine, calibration, held_out, capacity))
+        progress(points[-1])
+    return points
+
+
+def with_points(config: RouterConfig, points: Sequence[Point]) -> RouterConfig:
+    """Return the configuration with these thresholds in its table; others of it stay."""
+    table = dict(config.calibrated) | {point.capacity: point.threshold for point in points}
+    return dataclasses.replace(config, calibrated=tuple(table.items()))
+
+
+def _calibrate(engine: Engine, calibration: Batches, held_out: Batches, capacity: float) -> Point:
+    routers = engine.routers
+    assert routers is not None
+    kept = engine.calibrate(calibration, capacity=capacity, rounds=_ROUNDS)
+    if not abs(kept - capacity) <= TOLERANCE:
+        raise ConfigError(
+            f"--capacity {capacity:g} cannot be reached: the nearest that these routers keep of "
+            f"the calibration text is {kept:.3f}, because too many of their scores are equal. "
+            "Train them longer, or choose another capacity"
+        )
+    found = engine.evaluate(held_out, routed=True)
+    off = abs(found.capacity - capacity)
+    if off > TOLERANCE + 2 * found.capacity_error:
+        raise ConfigError(
+            f"--capacity {capacity:g} does not hold on other text: calibrated to {kept:.3f}, held "
+            f"out it is {found.capacity:.3f} (standard error {found.capacity_error:.3f}). "
+            "Calibrate on more text (--rows), or on text like that which the model will read "
+            "(--data)"
+        )
+    logit = routers.base_threshold_logit + routers.budget.offset
+    return Point(
+        capacity=capacity,
+        threshold=1 / (1 + math.exp(-logit)),
+        kept=kept,
+        held_out=found.capacity,
+        held_out_error=found.capacity_error,
+        loss=found.loss,
+    )

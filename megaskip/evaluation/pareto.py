@@ -1,0 +1,113 @@
+"""The table and the figure of a comparison: quality against what is spent. Knows points, not
+models."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megaskip.evaluation.intervals import Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One method at one share of all attention that it skips, over its seeds."""
+
+    method: str
+    asked: float
+    """Share of all attention that was to be skipped."""
+    skipped: float
+    """Share that was, on the held-out text."""
+    seeds: int
+    loss: float
+    """Held out, nats a token."""
+    loss_gap: Interval
+    """To the dense model, paired by document."""
+    pairs: float | None
+    """Accuracy on minimal pairs."""
+    pairs_gap: Interval | None
+    exact: float
+    """Share of held-out documents whose every supervised token greedy decoding would produce."""
+    flops: float
+    """Of a forward pass, over those of the dense model."""
+    latency: float
+    """Of a prefill, measured, over that of the dense model."""
+
+
+HEADER = ("method", "asked", "skipped", "loss", "to dense", "pairs", "to dense", "exact")
+
+
+def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """Return the comparison as rows of text, below HEADER."""
+    return [
+        (
+            f"{point.method} ({point.seeds})" if point.seeds > 1 else point.method,
+            f"{point.asked:.1%}",
+            f"{point.skipped:.1%}",
+            f"{point.loss:.4f}",
+            _interval(point.loss_gap, "+.4f"),
+            "-" if point.pairs is None else f"{point.pairs:.2%}",
+            "-" if point.pairs_gap is None else _interval(point.pairs_gap, "+.2%"),
+            f"{point.exact:.3f}",
+        )
+        for point in points
+    ]
+
+
+def markdown(points: Sequence[Point]) -> str:
+    """Return the comparison as a Markdown table."""
+    rows = [HEADER, tuple("---" for _ in HEADER), *table_rows(points)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def draw(points: Sequence[Point], path: Path, *, title: str) -> None:
+    """Write the figure to `path` (PNG), and beside it an HTML page that holds it and the table."""
+    figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _curves(left, points, [point.flops for point in points])
+    _curves(right, points, [point.latency for point in points])
+    left.set(xlabel="FLOPs, of the dense model's", ylabel="held-out loss, nats a token")
+    right.set(xlabel="prefill time, of the dense model's (measured)")
+    left.legend()
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    path.write_bytes(buffer.getvalue())
+    path.with_suffix(".html").write_text(_page(points, buffer.getvalue(), title), encoding="utf-8")
+
+
+def _curves(axes: Axes, points: Sequence[Point], spent: Sequence[float]) -> None:
+    for method in dict.fromkeys(point.method for point in points):
+        mine = [(x, p) for x, p in zip(spent, points, strict=True) if p.method == method]
+        gaps = [p.loss_gap for _, p in mine]
+        losses = [p.loss for _, p in mine]
+        low = [gap.value - gap.low for gap in gaps]
+        high = [gap.high - gap.value for gap in gaps]
+        axes.errorbar(
+            [x for x, _ in mine], losses, yerr=[low, high], marker="o", capsize=3, label=method
+        )
+    axes.grid(alpha=0.3)
+
+
+def _page(points: Sequence[Point], image: bytes, title: str) -> str:
+    picture = base64.b64encode(image).decode("ascii")
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in (HEADER, *table_rows(points))
+    )
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title>'
+        "<style>body{font:14px sans-serif}td{padding:2px 10px;text-align:right}</style>"
+        f'<h1>{escape(title)}</h1><img src="data:image/png;base64,{picture}" alt="">'
+        f"<table>{rows}</table>\n"
+    )
+
+
+def _interval(gap: Interval, form: str) -> str:
+    return f"{gap.value:{form}} [{gap.low:{form}}, {gap.high:{form}}]"

@@ -1,0 +1,113 @@
+"""Baselines skip what they say, exactly as much as they are asked to."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+from routed_models import VOCABULARY
+
+from megaskip import RouterConfig, attach_routers
+from megaskip.data import Batch
+from megaskip.errors import DataError
+from megaskip.evaluation.baselines import (
+    random_order,
+    skipping,
+    static_order,
+    uniform_order,
+    update_similarity,
+)
+from megaskip.evaluation.intervals import ratio_difference
+from megaskip.evaluation.scoring import read_pairs, score
+
+LAYERS = (1, 2, 3, 4)
+
+
+def batch(rows: int = 6) -> Batch:
+    ids = torch.randint(3, VOCABULARY, (rows, 8), generator=torch.Generator().manual_seed(3))
+    real = torch.ones_like(ids, dtype=torch.bool)
+    return Batch(
+        input_ids=ids,
+        labels=ids,
+        token_mask=real,
+        prompt_mask=real,
+        position_ids=torch.arange(8).expand_as(ids),
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_similarity_is_that_of_the_residual_before_and_after_the_attention(family: str) -> None:
+    model = tiny_model(family)
+    with torch.no_grad():
+        found = update_similarity(model, [batch()])
+        routers = attach_routers(model, RouterConfig(layers="1-3", granularity="attn_sequence"))
+        states: dict[int, list[torch.Tensor]] = {2: []}
+        mlp_input = model.model.layers[2]
+
+        def note(_: object, args: tuple[torch.Tensor, ...]) -> None:
+            states[2].append(args[0])
+
+        handle = mlp_input.register_forward_pre_hook(note)
+        # The block's input, and what its attention adds: the block with and without it, MLP zeroed.
+        for name, parameter in mlp_input.named_parameters():
+            if name.startswith("mlp."):
+                parameter.zero_()
+        kept = model(batch().input_ids, output_hidden_states=True).hidden_states[3]
+        handle.remove()
+    assert routers.layers == (1, 2, 3)
+    direct = torch.nn.functional.cosine_similarity(states[2][0], kept, dim=-1).mean()
+    assert found[2] == pytest.approx(float(direct), abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [1.0, 1.5, 2.75])
+def test_orders_skip_the_exact_share_on_average(count: float) -> None:
+    similarity = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.6}
+    orders = [static_order(similarity, LAYERS), random_order(LAYERS, 0), uniform_order(LAYERS)]
+    for order in orders:
+        keep = skipping(order, LAYERS, count)(range(1000))
+        skipped = sum(float((1 - one).sum()) for one in keep.values()) / 1000
+        assert skipped == pytest.approx(count, abs=0.003)
+
+
+def test_static_drops_the_most_similar_and_uniform_spreads() -> None:
+    similarity = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.6}
+    keep = skipping(static_order(similarity, LAYERS), LAYERS, 2.0)([0])
+    assert {layer for layer, one in keep.items() if not one.any()} == {2, 3}
+    keep = skipping(uniform_order(LAYERS), LAYERS, 2.0)([0])
+    assert {layer for layer, one in keep.items() if not one.any()} == {2, 4}
+
+
+def test_a_policy_that_skips_nothing_scores_the_dense_model() -> None:
+    dense = tiny_model()
+    with torch.no_grad():
+        logits = dense(batch().input_ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch().labels[:, 1:], reduction="none"
+    )
+    model = tiny_model()
+    routers = attach_routers(model, RouterConfig(layers="1-4"))
+    nothing = skipping(static_order({}, ()), LAYERS, 0.0)
+    scores = score(model, routers, [batch()], nothing)
+    np.testing.assert_allclose(scores.nll, expected.sum(1).numpy(), rtol=1e-5)
+    assert not scores.skipped.any()
+    policy = skipping(random_order(LAYERS, 1), LAYERS, 2.0)
+    pairs = score(model, routers, [batch()], policy, rows_per_document=2)
+    np.testing.assert_allclose(pairs.skipped, 0.5)
+
+
+def test_an_interval_covers_a_difference_that_is_there() -> None:
+    rng = np.random.default_rng(0)
+    theirs = rng.normal(size=400)
+    ours = theirs + 0.1 + 0.2 * rng.normal(size=400)
+    gap = ratio_difference(ours, theirs, np.ones(400))
+    assert gap.low < 0.1 < gap.high
+    assert gap.low > 0
+
+
+def test_a_line_that_is_no_pair_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text('{"sentence_good": "a b"}\n')
+    with pytest.raises(DataError, match=r"set.jsonl, line 1: expected .* sentence_bad"):
+        read_pairs(tmp_path, 5)
+    with pytest.raises(DataError, match="no .jsonl file"):
+        read_pairs(tmp_path / "none", 5)

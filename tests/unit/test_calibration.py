@@ -1,0 +1,135 @@
+"""One set of routers serves many capacities: calibrated on text, stored, carried, chosen."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from routed_models import VOCABULARY, as_exported, randomise
+
+from megaskip import RouterConfig, attach_routers, load_routers, save_routers
+from megaskip.checkpoint import describe_base
+from megaskip.checkpoint.routers import read_router_config, update_router_config
+from megaskip.config import RunConfig
+from megaskip.data import Batch
+from megaskip.errors import ConfigError
+from megaskip.evaluation.calibration import calibrate_all, with_points
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.topology import process_group, read_topology
+from megaskip.routing import Measured, RouterSet
+from megaskip.routing.any_budget import AnyBudget
+
+
+def batches(seed: int, count: int = 10) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(3, VOCABULARY, (64, 8), generator=generator)
+        real = torch.ones_like(ids, dtype=torch.bool)
+        positions = torch.arange(8).expand_as(ids)
+        made.append(
+            Batch(
+                input_ids=ids,
+                labels=ids,
+                token_mask=real,
+                prompt_mask=real,
+                position_ids=positions,
+            )
+        )
+    return made
+
+
+@pytest.fixture
+def engine() -> Any:
+    from megaskip.arch.task_loss import TaskLoss
+
+    topology = read_topology({})
+    with process_group(topology, timeout=60):
+        model = tiny_model()
+        routers = attach_routers(model, RouterConfig(layers="1-4"), register=False)
+        yield Engine(TaskLoss(model, chunk_tokens=64), routers, RunConfig(), topology)
+
+
+@pytest.mark.parametrize("capacity", [0.3, 0.7])
+def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, capacity: float) -> None:
+    assert engine.routers is not None
+    randomise(engine.routers)
+    (point,) = calibrate_all(engine, batches(1), batches(2), [capacity])
+    assert point.kept == pytest.approx(capacity, abs=0.01)
+    assert point.held_out == pytest.approx(capacity, abs=0.01 + 2 * point.held_out_error)
+    engine.routers.config = with_points(engine.routers.config, [point])
+    engine.routers.set_capacity(capacity)
+    again = engine.evaluate(batches(2), routed=True)
+    assert again.capacity == pytest.approx(point.held_out, abs=1e-3)
+
+
+def test_a_capacity_that_equal_scores_cannot_reach_is_refused(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match=r"0.5 cannot be reached: the nearest .* 1.000"):
+        calibrate_all(engine, batches(1), batches(2), [0.5])
+
+
+def test_text_of_another_kind_is_refused(engine: Engine) -> None:
+    assert engine.routers is not None
+    randomise(engine.routers)
+    other = [dataclasses.replace(b, input_ids=torch.full_like(b.input_ids, 5)) for b in batches(2)]
+    with pytest.raises(ConfigError, match="does not hold on other text"):
+        calibrate_all(engine, batches(1), other, [0.45])
+
+
+def calibrated() -> tuple[Any, RouterSet]:
+    model = tiny_model()
+    table = ((0.7, 0.4), (0.3, 0.6))
+    routers = attach_routers(model, RouterConfig(layers="1-4", calibrated=table))
+    randomise(routers)
+    return model, routers
+
+
+def test_the_table_survives_saving_and_old_folders_load(tmp_path: Path) -> None:
+    model, routers = calibrated()
+    folder = save_routers(tmp_path / "routers", routers, base=describe_base(model.config))
+    assert read_router_config(folder)[0].calibrated == ((0.3, 0.6), (0.7, 0.4))
+    update_router_config(folder, routers.config.at_capacity(0.3))
+    loaded = load_routers(tiny_model(), folder)
+    assert (loaded.config.capacity, loaded.config.threshold) == (0.3, 0.6)
+    content = json.loads((folder / "router_config.json").read_text())
+    for name in ("calibrated", "capacity_low"):
+        del content[name]
+    (folder / "router_config.json").write_text(json.dumps(content))
+    assert read_router_config(folder)[0].calibrated == ()
+
+
+def test_an_exported_model_changes_its_capacity_and_names_those_it_knows() -> None:
+    model, routers = calibrated()
+    exported = as_exported(model, routers)
+    ids = torch.randint(3, VOCABULARY, (32, 8), generator=torch.Generator().manual_seed(0))
+    realised = []
+    for capacity in (0.7, 0.3):
+        exported.set_capacity(capacity)
+        exported(ids)
+        realised.append(exported.capacity())
+        routers.set_capacity(capacity)
+        model(ids)
+        assert routers.capacity() == realised[-1]
+    assert realised[0] > realised[1]
+    assert exported.config.routing["capacity"] == 0.3
+    with pytest.raises(ConfigError, match=r"0.5 is not calibrated \(calibrated: 0.3, 0.7\)"):
+        exported.set_capacity(0.5)
+
+
+def test_one_budget_follows_every_capacity_it_asks_for() -> None:
+    budget = AnyBudget(asked=0.5, low=0.25, gain=0.1)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for _ in range(600):
+        kept = float(1 - normal.cdf(torch.tensor(budget.offset)))
+        budget.steer(Measured(capacity=kept, units=64.0, spread=1.0), None)
+    for target in (0.3, 0.5, 0.75, 0.9):
+        budget._aim(target)
+        kept = float(1 - normal.cdf(torch.tensor(budget.offset)))
+        assert kept == pytest.approx(target, abs=0.03)
+    other = AnyBudget(asked=0.5, low=0.25, gain=0.1)
+    other.restore(budget.state())
+    assert other.settled_offset() == budget.settled_offset()
+    assert other.state() == budget.state()

@@ -1,0 +1,164 @@
+"""Let one set of routers serve many capacities: find the threshold of each on calibration text.
+
+    python tools/calibrate.py --run runs/demo-attn_sequence-001 --capacity 0.8,0.6,0.4
+    deepspeed tools/calibrate.py --routers my_routers --base path/to/base --data text.jsonl \\
+        --capacity 0.75,0.5 --ds_config ds_configs/zero3.json --output calibrated
+
+The table goes into router_config.json, and with it into what tools/convert_to_hf.py writes; then
+model.set_capacity(0.6) chooses. Routers that were trained with --capacity_low do this best.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
+
+from convert_to_hf import sources
+from export_static import read_as, with_demo
+from tqdm import tqdm
+
+from megaskip.checkpoint.atomic import new_folder
+from megaskip.checkpoint.base import describe_folder
+from megaskip.checkpoint.routers import read_router_config, update_router_config
+from megaskip.config import OptimConfig, ParallelConfig, RunConfig
+from megaskip.data import build_dataset
+from megaskip.data.feed import Feed
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import ConfigError
+from megaskip.evaluation.calibration import Point, calibrate_all, routed_engine, with_points
+from megaskip.job import run_cli
+from megaskip.log import quiet_libraries, set_up_logging
+from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.topology import process_group, read_topology
+from megaskip.reporting.summary import table
+
+
+def main(argv: Sequence[str]) -> None:
+    """Calibrate, write the table and print it. Every rank calls it."""
+    options = parse(argv)
+    capacities = listed(options.capacity)
+    topology = read_topology(os.environ)
+    set_up_logging(rank=topology.rank)
+    quiet_libraries()
+    routers, base, _ = sources(options)
+    stored, _, described = read_router_config(routers)
+    if described is not None:
+        described.require(describe_folder(base), "the router folder")
+    if options.ds_config is not None:
+        from megaskip.parallel.zero3 import prepare_deepspeed
+
+        prepare_deepspeed()
+    data, model = read_as(options, base)
+    if options.eval_data:
+        data = dataclasses.replace(data, eval_data=tuple(options.eval_data))
+    config = RunConfig(
+        model=model,
+        data=data,
+        optim=OptimConfig(micro_batch_size=options.micro_batch_size),
+        parallel=ParallelConfig(ds_config=options.ds_config),
+    )
+    tokenizer = load_tokenizer(model.tokenizer or base)
+    feed = Feed(
+        data=build_dataset(with_demo(data), tokenizer),
+        rank=topology.rank,
+        world_size=topology.world_size,
+        micro_batch_size=options.micro_batch_size,
+        global_batch_size=options.micro_batch_size * topology.world_size,
+        seed=data.seed,
+        pad_token_id=tokenizer.pad_token_id,
+        prompt_tokens=data.prompt_tokens,
+    )
+    held_out = feed.held_out()
+    if not held_out:
+        raise ConfigError(
+            "no text is held out to check the capacities on; give --eval_data, or more --data"
+        )
+    with (
+        process_group(topology, timeout=config.parallel.dist_timeout),
+        tqdm(total=len(capacities), desc="capacities", disable=None) as bar,
+    ):
+        engine = routed_engine(config, topology, base, routers)
+        points = calibrate_all(
+            engine,
+            feed.calibration(options.rows),
+            held_out,
+            capacities,
+            progress=lambda _: bar.update() and None,
+        )
+        dense = engine.evaluate(held_out, routed=False).loss
+        output = Path(options.output) if options.output else routers
+        on_first_rank(topology, lambda: write(routers, output, with_points(stored, points)))
+    if topology.is_first:
+        title = f"calibrated: {output} (held-out loss, dense: {dense:.4f})"
+        print("\n".join(table(map(row, points), title=title)))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder of launch/train.py; it knows its base and data")
+    source.add_argument("--routers", help="router folder (routers.safetensors, router_config.json)")
+    parser.add_argument("--base", help="base model, folder or hub id [what the routers name]")
+    parser.add_argument("--capacity", required=True, help="shares to keep, such as 0.8,0.6,0.4")
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="PATH",
+        help="calibration text, as --data of launch/train.py [that of --run]",
+    )
+    parser.add_argument(
+        "--eval_data",
+        action="append",
+        metavar="PATH",
+        help="text on which the capacities are checked [carved off the calibration text]",
+    )
+    parser.add_argument("--rows", type=int, default=4096, help="rows to calibrate on [4096]")
+    parser.add_argument("--micro_batch_size", type=int, default=4, help="as in training [4]")
+    parser.add_argument("--ds_config", help="DeepSpeed JSON that owns sharding, as in training")
+    parser.add_argument("--output", help="folder to write [the router folder itself]")
+    # The deepspeed launcher adds it; the rank itself comes from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def listed(text: str) -> list[float]:
+    """Return the capacities in `text`; raises ConfigError unless all are shares."""
+    try:
+        capacities = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--capacity {text!r}: expected shares such as 0.8,0.6,0.4") from None
+    outside = [capacity for capacity in capacities if not 0 < capacity < 1]
+    if outside:
+        raise ConfigError(f"--capacity {outside[0]:g} must lie inside (0, 1): 1 is the base model")
+    return sorted(set(capacities))
+
+
+def write(routers: Path, output: Path, config: object) -> Path:
+    """Put the calibrated settings where they are asked for."""
+    if output.resolve() != routers.resolve():
+        with new_folder(output) as folder:
+            shutil.copytree(routers, folder, dirs_exist_ok=True)
+    update_router_config(output, config)  # type: ignore[arg-type]
+    return output
+
+
+def row(point: Point) -> tuple[str, str]:
+    """Return a row of the closing table."""
+    realised = f"{point.held_out:.4f} held out (standard error {point.held_out_error:.4f})"
+    return (
+        f"capacity {point.capacity:g}",
+        f"{realised}, {point.kept:.4f} calibrated, loss {point.loss:.4f}, "
+        f"threshold {point.threshold:.6f}",
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)
