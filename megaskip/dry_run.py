@@ -11,6 +11,7 @@ from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.estimate import Estimate, estimate
+from megaskip.parallel.estimate_stages import estimate_stages
 from megaskip.parallel.load import load_hf_config, weight_dtype
 from megaskip.reporting.summary import human_bytes, table
 
@@ -20,12 +21,24 @@ def dry_run_lines(config: RunConfig, folder: Path, world_size: int) -> list[str]
     hf_config = load_hf_config(folder, config.model)
     dtype = weight_dtype(config.model, hf_config)
     ds_content = read_ds_config(config)
-    needs = estimate(config, hf_config, dtype, world_size=world_size, ds_content=ds_content)
-    size = config.optim.micro_batch_size * config.optim.gradient_accumulation_steps * world_size
+    num_stages = config.parallel.pipeline_stages
+    if world_size % num_stages:
+        raise ConfigError(
+            f"--world_size {world_size} is not a multiple of --pipeline_stages {num_stages}"
+        )
+    if num_stages > 1:
+        stages = estimate_stages(config, hf_config, dtype)
+        needs = max(stages, key=lambda one: one.total)
+    else:
+        stages = []
+        needs = estimate(config, hf_config, dtype, world_size=world_size, ds_content=ds_content)
+    size = config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
+    size *= world_size // num_stages
     rows = [
         ("model", f"{folder} ({hf_config.model_type}), {needs.parameters:,} parameters, {dtype}"),
         *_trainable(config, hf_config, needs),
-        ("ranks", f"{world_size}, {'ZeRO-3' if ds_content else 'the whole model on each'}"),
+        ("ranks", f"{world_size}, {_engine_name(num_stages, ds_content is not None)}"),
+        *((f"bytes on stage {n}", human_bytes(one.total)) for n, one in enumerate(stages)),
         ("bytes on a rank", human_bytes(needs.total)),
         ("  weights", human_bytes(needs.weights)),
         ("  gathered weights", human_bytes(needs.gathers)),
@@ -36,6 +49,12 @@ def dry_run_lines(config: RunConfig, folder: Path, world_size: int) -> list[str]
         *_length(config, folder, size),
     ]
     return table(rows, title="dry run: nothing is loaded, nothing is started")
+
+
+def _engine_name(num_stages: int, sharded: bool) -> str:
+    if num_stages > 1:
+        return f"{num_stages} stages; below, the stage that needs most"
+    return "ZeRO-3" if sharded else "the whole model on each"
 
 
 def _trainable(config: RunConfig, hf_config: object, needs: Estimate) -> Iterator[tuple[str, str]]:

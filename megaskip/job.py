@@ -71,7 +71,8 @@ def train(argv: Sequence[str]) -> None:
     if config.dry_run:
         if topology.is_first:
             config = dataclasses.replace(config, data=_with_demo(config.data))
-            world_size = config.parallel.world_size or topology.world_size
+            stages = config.parallel.pipeline_stages
+            world_size = config.parallel.world_size or max(topology.world_size, stages)
             print("\n".join(dry_run_lines(config, folder, world_size)))
         return
     data, pad_token_id = _read_data(config, folder)

@@ -19,7 +19,7 @@ from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.load import build_from_config
 
-_ADAM_BYTES = 16
+TRAINED_BYTES = 16
 """float32 weight, gradient and two moments of a trained parameter."""
 
 
@@ -69,7 +69,7 @@ def estimate(
     return Estimate(
         weights=weights,
         gathers=gathers,
-        trained=trained * (_ADAM_BYTES if config.model.train == "routers" else _ADAM_BYTES - 4),
+        trained=trained * (TRAINED_BYTES if config.model.train == "routers" else TRAINED_BYTES - 4),
         activations=activations,
         workspace=workspace,
         parameters=sum(n for n, _ in parameters),

@@ -12,6 +12,7 @@ import pytest
 from spawn import Ranks, start, train
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
+STAGES = ["--ds_config", "ds_configs/pipeline.json", "--pipeline_stages", "2"]
 STEPS = 10
 NOISE = {"tokens_per_second", "peak_memory_gib"}
 
@@ -130,6 +131,43 @@ def test_replicas_continue_a_zero3_run(data: Path, uninterrupted: Path, tmp_path
     for mine, truth in zip(metrics(folder), metrics(uninterrupted)[first:], strict=True):
         assert mine["loss_task"] == pytest.approx(truth["loss_task"], rel=1e-3)
         assert mine["capacity"] == pytest.approx(truth["capacity"])
+
+
+def test_run_moves_between_zero3_stages_and_one_process(
+    data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """ZeRO-3 on 2 ranks, two stages, one process, ZeRO-3 on 4 ranks: one run, without a jump."""
+    folder = tmp_path / "run"
+    common = flags(data, folder, "--keep_last", "9", "--save_every", "2")
+    last = 0
+    for number, (engine, ranks) in enumerate(((ZERO3, 2), (STAGES, 2), ([], 1))):
+        resume = ["--resume", "auto"] if number else []
+        done = start(
+            ["launch/train.py", *common, *engine, *resume], ranks, tmp_path / f"log{number}"
+        )
+        wait_for(folder / f"step_{last + 2:06d}" / "COMPLETE", done)
+        done.kill()
+        last = max(int(p.name.removeprefix("step_")) for p in folder.glob("step_*/COMPLETE/.."))
+    done = train(tmp_path / "last", *common, *ZERO3, "--resume", "auto", ranks=4)
+    assert [p.returncode for p in done.processes] == [0] * 4, done.tails()
+    for mine, truth in zip(metrics(folder), metrics(uninterrupted), strict=True):
+        for key in ("step", "loss_task", "loss_penalty", "capacity", "lr"):
+            assert mine[key] == pytest.approx(truth[key], rel=1e-3, abs=1e-5), (key, mine["step"])
+
+
+def test_sigterm_on_one_stage_saves_on_all_and_resume_is_exact(data: Path, tmp_path: Path) -> None:
+    whole = train(tmp_path / "log", *flags(data, tmp_path / "whole", *STAGES))
+    assert [p.returncode for p in whole.processes] == [0, 0], whole.tails()
+    folder = tmp_path / "run"
+    settings = flags(data, folder, *STAGES)
+    ranks = start(["launch/train.py", *settings], 2, tmp_path / "first")
+    wait_for(folder / "step_000003" / "COMPLETE", ranks)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.wait(90) == [0, 0], ranks.tails()
+    assert "asked to stop: saved" in ranks.text(0)
+    again = train(tmp_path / "again", *settings, "--resume", "auto")
+    assert [p.returncode for p in again.processes] == [0, 0], again.tails()
+    assert metrics(folder) == metrics(tmp_path / "whole")
 
 
 def test_resume_never_drops_later_checkpoints(data: Path, uninterrupted: Path) -> None:

@@ -1,0 +1,84 @@
+"""What each stage of a pipeline will need: one micro-step of it on fake tensors, and those in
+flight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megaskip.arch import attach_to_stage, find_decoder
+from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.arch.stage import DecoderStage, Slice, slices
+from megaskip.config import RunConfig
+from megaskip.parallel.estimate import TRAINED_BYTES, Estimate
+from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.parallel.load import build_from_config, skeleton
+from megaskip.parallel.partition import boundaries_of
+from megaskip.routing import RouterSet
+
+
+def estimate_stages(config: RunConfig, hf_config: Any, dtype: torch.dtype) -> list[Estimate]:
+    """Return what a rank of each stage will need, first stage first. Touches no weights."""
+    shape = skeleton(hf_config, config.model)
+    cuts = boundaries_of(shape, config.router, config.parallel)
+    parts = slices(cuts, len(find_decoder(shape).layers))
+    parameters = sum(p.numel() for p in shape.parameters())
+    estimates = []
+    for number, part in enumerate(parts):
+        # 1F1B: so many micro-batches have gone forward here and wait for their backward pass.
+        in_flight = min(len(parts) - number, config.optim.gradient_accumulation_steps)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = build_from_config(hf_config, config.model, dtype)
+            chunk = config.parallel.loss_chunk_tokens
+            stage = DecoderStage(model, part, chunk_tokens=chunk).eval()
+            routers = attach_to_stage(stage, config.router, verify=False)
+            activations, workspace = _micro_step(stage, routers, config, dtype)
+        trainable = [(name, tuple(p.shape)) for name, p in routers.named_parameters()]
+        estimates.append(
+            Estimate(
+                weights=sum(p.numel() * p.element_size() for p in stage.parameters()),
+                gathers=0,
+                trained=TRAINED_BYTES * sum(p.numel() for p in routers.parameters()),
+                activations=in_flight * activations,
+                workspace=workspace,
+                parameters=parameters,
+                trainable=tuple(trainable),
+            )
+        )
+    return estimates
+
+
+def _micro_step(
+    stage: DecoderStage, routers: RouterSet, config: RunConfig, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Return (bytes kept for the backward pass, further bytes at the worst moment)."""
+    if config.parallel.activation_checkpointing:
+        checkpoint_activations(stage.decoder, max(routers.layers[0] - stage.part.first, 0))
+    shape = (config.optim.micro_batch_size, config.data.seq_length)
+    real = torch.ones(shape, dtype=torch.bool)
+    places = torch.arange(shape[1]).expand(shape)
+    below = sum(layer < stage.part.first for layer in routers.layers)
+    with LiveBytes() as live:
+        live.ignore([*stage.parameters(), *stage.buffers(), *routers.parameters()])
+        routers.announce(real, real)
+        inputs = _inputs(stage.part, (*shape, stage.hidden_size), dtype, learns=below > 0)
+        if below:
+            units = shape[1] if config.router.unit == "token" else 1
+            routers.receive(torch.ones(below, shape[0], units, requires_grad=True))
+        left = [stage(inputs, None, places)]
+        activations = live.current
+        if stage.head is not None:
+            ids = torch.zeros(shape, dtype=torch.int64)
+            left = [stage.head(left[0].flatten(0, 1), ids.flatten()), routers.penalty()]
+        keep = routers.carry()
+        left += [keep] if keep is not None and stage.head is None else []
+        if keep is not None:
+            torch.autograd.backward(left, [torch.ones_like(one) for one in left])
+        return activations, max(live.peak - activations, 0)
+
+
+def _inputs(part: Slice, shape: tuple[int, ...], dtype: torch.dtype, *, learns: bool) -> Tensor:
+    if part.is_first:
+        return torch.zeros(shape[:-1], dtype=torch.int64)
+    return torch.zeros(shape, dtype=dtype, requires_grad=learns)

@@ -1,0 +1,158 @@
+"""A model cut into stages: the same states in every family, its own weights only, fair cuts."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, tiny_config, tiny_model
+
+from megaskip.arch import stage as stages
+from megaskip.arch.anatomy import find_decoder
+from megaskip.config import ModelConfig, ParallelConfig, RouterConfig, parse_run_config
+from megaskip.errors import ConfigError, MegaskipError, UnsupportedModelError
+from megaskip.parallel.ds_config import read_ds_config
+from megaskip.parallel.load import load_hf_config
+from megaskip.parallel.load_stage import load_stage
+from megaskip.parallel.partition import balance, boundaries_of, layer_costs
+from megaskip.parallel.topology import read_topology
+
+PIPELINE = ["--ds_config", "ds_configs/pipeline.json"]
+
+
+def build(config: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_cut(family: str) -> None:
+    stages.verify_stages(tiny_config(family), build)
+
+
+def test_a_family_whose_stages_compute_something_else_is_refused_with_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stages, "REPEATED", {})
+    with pytest.raises(UnsupportedModelError, match="relative distance of its hidden states"):
+        stages.verify_stages(tiny_config("granite"), build)
+
+
+def test_a_family_that_cannot_be_shrunk_is_refused_with_the_reason() -> None:
+    def fail(config: Any) -> Any:
+        raise ValueError("no such attention")
+
+    with pytest.raises(UnsupportedModelError, match="no such attention"):
+        stages.verify_stages(tiny_config("llama"), fail)
+
+
+def load(folder: Path, part: stages.Slice) -> stages.DecoderStage:
+    config = ModelConfig(model=str(folder))
+    return load_stage(
+        folder,
+        load_hf_config(folder, config),
+        torch.float32,
+        config,
+        part,
+        chunk_tokens=64,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "granite"])
+def test_loaded_stages_compute_what_the_model_computes(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    model = tiny_model(family, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    ids, places = torch.arange(3, 27).reshape(2, 12), torch.arange(12).expand(2, 12)
+    mask = torch.ones_like(ids)
+    hidden: torch.Tensor = ids
+    for part in stages.slices([2, 5], 6):
+        stage = load(tmp_path, part)
+        hidden = stage(hidden, mask, places)
+    truth = find_decoder(model).decoder(input_ids=ids, position_ids=places, use_cache=False)[0]
+    assert torch.equal(hidden, truth)
+    assert stage.head is not None
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(stage.head.of_batch(hidden, ids), loss)
+
+
+def test_a_stage_reads_its_own_files_and_no_others(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    first, last = stages.slices([3], 6)
+    whole = sum(p.numel() for p in model.parameters())
+    parts = [sum(p.numel() for p in load(tmp_path, part).parameters()) for part in (first, last)]
+    assert sum(parts) == whole
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    files = json.loads(index)["weight_map"]
+    foreign = {f for n, f in files.items() if "layers.5." in n or "lm_head" in n}
+    own = {
+        f for n, f in files.items() if "embed" in n or any(f"layers.{i}." in n for i in range(3))
+    }
+    assert foreign - own
+    for file in foreign - own:
+        (tmp_path / file).write_bytes(b"not weights")
+    load(tmp_path, first)
+    with pytest.raises(MegaskipError, match="cannot read the weights"):
+        load(tmp_path, last)
+
+
+def test_cuts_are_the_best_there_are() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        count = rng.randint(1, 8)
+        parts = rng.randint(1, count)
+        costs = [rng.random() for _ in range(count)]
+
+        def largest(cuts: Any, costs: list[float] = costs, count: int = count) -> float:
+            edges = (0, *cuts, count)
+            return max(sum(costs[a:b]) for a, b in itertools.pairwise(edges))
+
+        best = min(map(largest, itertools.combinations(range(1, count), parts - 1)))
+        assert largest(balance(costs, parts)) == pytest.approx(best)
+
+
+def test_layers_without_a_backward_pass_cost_less() -> None:
+    model = tiny_model("llama")
+    costs = layer_costs(model, 3, recompute=False)
+    assert costs[3] == 2 * costs[0] == costs[4]
+    assert layer_costs(model, 3, recompute=True)[3] == 3 * costs[0]
+    assert costs[5] > costs[4]  # the output embedding
+    cuts = boundaries_of(model, RouterConfig(layers="3-4"), ParallelConfig(pipeline_stages=2))
+    assert cuts == [4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pipeline_stages", "3", "--pipeline_partition", "4"], "2 rising numbers above 0"),
+        (["--pipeline_stages", "3", "--pipeline_partition", "4,2"], "2 rising numbers above 0"),
+        (["--pipeline_stages", "2", "--pipeline_partition", "x"], "is not a list such as"),
+        (PIPELINE, "say of how many with --pipeline_stages"),
+        (["--ds_config", "ds_configs/zero3.json", "--pipeline_stages", "2"], "wants 0"),
+    ],
+)
+def test_settings_that_contradict_each_other(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_ds_config(parse_run_config(flags))
+
+
+def test_ranks_that_do_not_make_whole_replicas() -> None:
+    with pytest.raises(ConfigError, match="--pipeline_stages 2 does not divide the 3 rank"):
+        read_topology({"RANK": "0", "WORLD_SIZE": "3"}, num_stages=2)
+
+
+def test_more_stages_than_layers_and_cuts_outside_the_model() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="the model has 6 layers only"):
+        boundaries_of(model, RouterConfig(), ParallelConfig(pipeline_stages=7))
+    parallel = ParallelConfig(pipeline_stages=2, pipeline_partition="6")
+    with pytest.raises(ConfigError, match="layers 0 to 5"):
+        boundaries_of(model, RouterConfig(), parallel)
