@@ -25,6 +25,7 @@ _MODULES = (
     "arch/sublayer",
     "inference/held",
     "inference/kept",
+    "inference/packed",
     "inference/flow",
     "arch/wiring",
     "inference/dropped",

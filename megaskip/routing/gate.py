@@ -46,12 +46,17 @@ class Gate:
         return self._routers.flow.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
 
     def apply(self, update: Tensor, site: str) -> Tensor:
-        """Multiply the update [B, T, D] by the decision, in the update's dtype."""
+        """Multiply the update [B, T, D] by the decision, in the update's dtype, unless the flow
+        did."""
+        if self._routers.flow.leaves_zeros:
+            return update
         return update * self._multiplier(update)
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return x + keep * (output - x), written so that it is exact at keep 0 and 1; all [B, T,
         D]."""
+        if self._routers.flow.leaves_zeros:  # x + 0 + 0 where it is skipped
+            return output
         keep = self._multiplier(output)
         return output * keep + hidden_states * (1 - keep)
 

@@ -57,7 +57,7 @@ class RouterSet(nn.Module):
         self.base_threshold_logit = math.log(config.threshold / (1 - config.threshold))
         self.budget = Budget(target=config.capacity, gain=config.penalty_weight)
         self.flow: Flow = DenseFlow()
-        self.held: dict[int, RoutingDecision] = {}
+        self.held: Mapping[int, RoutingDecision] = {}
         self.gates = {layer: Gate(self, layer) for layer in self.layers}
         self._pooling: Pooling | None = None
         self._announced = False
@@ -96,7 +96,7 @@ class RouterSet(nn.Module):
         new ones."""
         self._pooling = pooling
         self._decisions = {}
-        self.held = dict(held or {})
+        self.held = held or {}
 
     def take_announcement(self) -> bool:
         """Return whether the coming forward pass was announced, and use the announcement up."""
@@ -207,7 +207,8 @@ class RouterSet(nn.Module):
         if layer not in self._forced:
             return keep
         value = torch.as_tensor(self._forced[layer], dtype=torch.float32, device=keep.device)
-        return value.expand_as(keep) + (keep - keep.detach())
+        value = value.expand_as(keep)
+        return value + (keep - keep.detach()) if keep.requires_grad else value
 
     def record(self, layer: int, decision: RoutingDecision) -> None:
         """Note a layer's decision; a recomputation in the backward pass does not overwrite it."""
