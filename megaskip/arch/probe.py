@@ -86,6 +86,10 @@ class _ProbeGate:
         """Multiply by the number set for the site."""
         return update * self.keep[site] if self.keep[site] else update
 
+    def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Return False: the probe looks at what runs."""
+        return False
+
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return the output: whole layers are not probed, their mix is the identity by
         construction."""

@@ -67,6 +67,17 @@ class InferenceFlow(SparseFlow):
         held.advance(hidden_states.shape[1], ran=not held._skip_chosen.none)
         return ran
 
+    def passes_by(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+    ) -> bool:
+        """Return whether no row has run this layer or will; its cache then counts the tokens."""
+        cache = kwargs.get("past_key_values")
+        held = _layer_of(cache, layer) if cache is not None else None
+        if not isinstance(held, KeptRows) or not decision.rows.none:
+            return False
+        held.advance(hidden_states.shape[1], ran=False)
+        return True
+
     def _among_kept(
         self,
         run: Callable[..., Any],

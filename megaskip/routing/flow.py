@@ -44,6 +44,12 @@ class Flow(Protocol):
         computed."""
         ...
 
+    def passes_by(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+    ) -> bool:
+        """Return whether a whole layer can be left out, given its arguments; takes note of it."""
+        ...
+
 
 class DenseFlow:
     """Run every unit; the gate multiplies the update. The published training objective."""
@@ -71,6 +77,12 @@ class DenseFlow:
     ) -> Any:
         """Run the MLP on all tokens."""
         return run(hidden_states)
+
+    def passes_by(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+    ) -> bool:
+        """Return False: everything runs."""
+        return False
 
 
 class SparseFlow:
@@ -116,6 +128,12 @@ class SparseFlow:
         first, rest = (ran[0], ran[1:]) if is_tuple else (ran, ())
         output = put_back(first.view_as(picked), chosen.index, units).view_as(hidden_states)
         return (output, *rest) if is_tuple else output
+
+    def passes_by(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+    ) -> bool:
+        """Return False: the layer is entered, for its router to read."""
+        return False
 
 
 def run_rows(

@@ -52,6 +52,16 @@ class Gate:
             return update
         return update * self._multiplier(update)
 
+    def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Return whether a held decision lets no row run the layer; then the cache has noted the
+        tokens."""
+        routers = self._routers
+        held = routers.held.get(self.layer)
+        if held is None or not routers.flow.passes_by(hidden_states, kwargs, held, self.layer):
+            return False
+        routers.record(self.layer, held)
+        return True
+
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return x + keep * (output - x), written so that it is exact at keep 0 and 1; all [B, T,
         D]."""
