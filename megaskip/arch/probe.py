@@ -56,7 +56,8 @@ class ProbeReport:
 
 
 class _ProbeGate:
-    """A gate that multiplies by given numbers."""
+    """A gate that multiplies by given numbers, and leaves out what it would multiply by zero, as
+    inference does: a norm behind must make zero of zero."""
 
     skips = writes = frozenset({"attn", "mlp"})
 
@@ -69,16 +70,25 @@ class _ProbeGate:
     def run_attention(
         self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
     ) -> Any:
-        """Run everything."""
+        """Run unless the number is zero."""
+        if not self.keep["attn"]:
+            return torch.zeros_like(hidden_states), None
         return run(hidden_states, **kwargs)
 
     def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
-        """Run everything."""
-        return run(hidden_states)
+        """Run unless the number is zero."""
+        if self.keep["mlp"]:
+            return run(hidden_states)
+        update = torch.zeros_like(hidden_states)
+        return (update, None) if is_tuple else update
 
     def apply(self, update: Tensor, site: str) -> Tensor:
         """Multiply by the number set for the site."""
-        return update * self.keep[site]
+        return update * self.keep[site] if self.keep[site] else update
+
+    def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Return False: the probe looks at what runs."""
+        return False
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return the output: whole layers are not probed, their mix is the identity by

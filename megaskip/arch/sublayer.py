@@ -41,6 +41,10 @@ class SublayerGate(Protocol):
         """Multiply the update [B, T, D] of the site ("attn" or "mlp") by the decision."""
         ...
 
+    def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Return whether no row runs the layer, which is known beforehand and then noted."""
+        ...
+
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return the layer's output where it is kept, its input [B, T, D] elsewhere."""
         ...
@@ -100,9 +104,15 @@ class RoutedNorm(_Routed):
 class RoutedBlock(_Routed):
     """A decoder layer that is kept or skipped as a whole."""
 
+    _skip_returns_tensor = False
+    """Whether it did so last, instead of a tuple: what stands for its output must look like it."""
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output where it is kept, its input elsewhere."""
+        if self._skip_returns_tensor and self._skip_gate.passes_by(hidden_states, kwargs):
+            return hidden_states
         output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        self.__dict__["_skip_returns_tensor"] = isinstance(output, Tensor)
         if isinstance(output, tuple):
             return self._skip_gate.mix(hidden_states, output[0]), *output[1:]
         return self._skip_gate.mix(hidden_states, output)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from megaskip.arch.anatomy import Anatomy
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_layer
-from megaskip.inference.held import HeldDecisions, held_by, hold
+from megaskip.inference.held import held_by, hold
 from megaskip.routing import Pooling, RouterSet
 
 
@@ -32,13 +32,13 @@ def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
         if routers.take_announcement():
             return
         held = held_by(past) if config_is_sequence else {}
-        routers.begin(_pooling(routers, _token_mask(args, kwargs)), held)
+        routers.begin(None if held else _pooling(routers, _token_mask(args, kwargs)), held)
 
     def remember(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and config_is_sequence and not isinstance(cache, HeldDecisions):
+        if cache is not None and config_is_sequence and not held_by(cache):
             hold(cache, routers.decisions())
 
     config_is_sequence = routers.config.unit == "sequence"

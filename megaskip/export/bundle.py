@@ -26,6 +26,7 @@ _MODULES = (
     "arch/sublayer",
     "inference/held",
     "inference/kept",
+    "inference/packed",
     "inference/flow",
     "arch/wiring",
     "inference/dropped",

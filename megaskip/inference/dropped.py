@@ -13,6 +13,7 @@ from transformers.cache_utils import StaticLayer
 from megaskip.arch.anatomy import Anatomy
 from megaskip.arch.sites import find_sites
 from megaskip.inference.kept import KeptRows, can_hold_a_part, holding_rows
+from megaskip.routing.decision import Chosen
 
 DROPPABLE = ("attn", "mlp")
 
@@ -79,7 +80,7 @@ def _count_tokens(cache: Any, index: int, hidden_states: Tensor) -> None:
         _count_in_whole(held, hidden_states)
         return
     if held._skip_rows is None:
-        held.decide(torch.zeros(batch, dtype=torch.bool))
+        held.decide(Chosen(index=torch.empty(0, dtype=torch.int64), total=batch))
     held.advance(tokens, ran=False)
 
 

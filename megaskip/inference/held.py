@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megaskip.routing import RoutingDecision
@@ -51,17 +50,21 @@ class HeldDecisions:
 
 def hold(cache: Any, decisions: Mapping[int, RoutingDecision]) -> None:
     """Let `cache` carry the decisions of its prefill."""
-    cache.__class__ = _holding_class(type(cache))  # type: ignore[arg-type]
-    with torch.no_grad():
-        cache._skip_decisions = {
-            layer: dataclasses.replace(one, logit=one.logit.detach(), keep=one.keep.detach())
-            for layer, one in decisions.items()
-        }
+    if not isinstance(cache, HeldDecisions):
+        cache.__class__ = _holding_class(type(cache))  # type: ignore[arg-type]
+    cache._skip_decisions = {layer: _detached(one) for layer, one in decisions.items()}
 
 
 def held_by(cache: Any) -> dict[int, RoutingDecision]:
     """Return the decisions that `cache` carries; none for a fresh cache."""
-    return dict(cache._skip_decisions) if isinstance(cache, HeldDecisions) else {}
+    return cache._skip_decisions if isinstance(cache, HeldDecisions) else {}
+
+
+def _detached(one: RoutingDecision) -> RoutingDecision:
+    """Return a decision without gradient; what it has found out already stays with it."""
+    if not one.keep.requires_grad:
+        return one
+    return dataclasses.replace(one, logit=one.logit.detach(), keep=one.keep.detach())
 
 
 @functools.cache

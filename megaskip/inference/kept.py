@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from megaskip.routing.decision import Chosen
+
 
 class KeptLayer:
     """Mixin: a layer whose apparent length is that of the text, not of what it stores."""
@@ -75,13 +77,14 @@ class KeptRows(KeptLayer):
     _skip_rows: Tensor | None = None
     """bool [B], on the CPU: decisions of a sequence do not change, so nobody waits for a device.
     None before the first one."""
-    _skip_index: Tensor
-    """int64 [n], the kept rows, on the layer's device."""
+    _skip_chosen: Chosen
+    """The kept rows, on the layer's device."""
 
-    def decide(self, rows: Tensor) -> None:
-        """Hold the rows of bool [B] from now on."""
-        self._skip_rows = rows.cpu()
-        self._skip_index = rows.nonzero().squeeze(1)
+    def decide(self, chosen: Chosen) -> None:
+        """Hold the rows of `chosen` from now on."""
+        rows = torch.zeros(chosen.total, dtype=torch.bool)
+        self._skip_rows = rows.index_fill_(0, chosen.index.cpu(), True)
+        self._skip_chosen = chosen
 
     def advance(self, tokens: int, *, ran: bool) -> None:
         """Take note of `tokens` more tokens, stored or (no row ran) not."""
@@ -106,7 +109,8 @@ class KeptRows(KeptLayer):
             self.keys = self.keys.index_select(0, stored)
             self.values = self.values.index_select(0, stored)
         self._skip_rows = rows
-        self._skip_index = rows.nonzero().squeeze(1).to(self._skip_index.device)
+        kept = rows.nonzero().squeeze(1).to(self._skip_chosen.index.device)
+        self._skip_chosen = Chosen(index=kept, total=len(rows))
 
     def _skip_crop(self, tokens: int) -> None:
         if self.is_initialized:
@@ -120,8 +124,11 @@ class KeptTokens(KeptLayer):
 
     _skip_position: Tensor
     """int64 [B, L], where in the text a slot's token stands; -1 for a free slot."""
-    _skip_incoming: Tensor
-    """int64 [B, q], positions of the tokens that the next update brings; -1 for fillers."""
+    _skip_count: Tensor
+    """int64 [B], on the CPU: the slots that each row uses."""
+    _skip_places: tuple[Tensor, Tensor, Tensor] | None
+    """Row, place among the incoming and slot of each token that the next update brings; None when
+    all of them go behind what is there."""
 
     def advance(self, tokens: int) -> None:
         """Take note of `tokens` more tokens, and forget those that left a sliding window."""
@@ -131,32 +138,50 @@ class KeptTokens(KeptLayer):
             self.cumulative_length = self._skip_seen + tokens
         self._skip_seen += tokens
 
+    def expect(self, position: Tensor, count: Tensor) -> Tensor:
+        """Make room for tokens at `position` int64 [B, q], each row's `count` [B] first, then -1.
+
+        Returns the positions of all slots after the coming update, int64 [B, L].
+        """
+        held, self._skip_count = self._skip_count, self._skip_count + count
+        length = self._skip_position.shape[1] + position.shape[1]
+        if bool((self._skip_count == length).all()):
+            self._skip_places = None
+            self._skip_position = torch.cat([self._skip_position, position], dim=1)
+        else:
+            rows, places = (position >= 0).nonzero(as_tuple=True)
+            slots = held.to(position.device)[rows] + places
+            self._skip_places = rows, places, slots
+            self._skip_position = _widen(self._skip_position, int(self._skip_count.max()), 1, -1)
+            self._skip_position[rows, slots] = position[rows, places]
+        return self._skip_position
+
+    @property
+    def appends(self) -> bool:
+        """Return whether the coming update fills every slot of every row."""
+        return self._skip_places is None
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Store what is kept of [B, H, q, D] and return keys and values [B, H, L, D]."""
-        incoming = self._skip_incoming
-        held = (self._skip_position >= 0).sum(1)
-        arriving = incoming >= 0
-        slots = held.unsqueeze(1) + torch.cumsum(arriving, 1) - 1
-        length = int((held + arriving.sum(1)).max())
-        rows, places = arriving.nonzero(as_tuple=True)
-        targets = slots[rows, places]
-        position = _widen(self._skip_position, length, -1)
-        position[rows, targets] = incoming[rows, places]
-        self._skip_position = position
-        for name, states in (("keys", key_states), ("values", value_states)):
-            stored = getattr(self, name)
-            if not self.is_initialized:
-                stored = states[:, :, :0]
-            stored = _widen(stored.transpose(1, 2), length, 0)
-            stored[rows, targets] = states.transpose(1, 2)[rows, places]
-            setattr(self, name, stored.transpose(1, 2))
+        """Store what is expected of [B, H, q, D] and return keys and values [B, H, L, D]."""
         if not self.is_initialized:
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
+        self.keys = self._skip_store(self.keys, key_states)
+        self.values = self._skip_store(self.values, value_states)
         return self.keys, self.values
+
+    def _skip_store(self, stored: Tensor, states: Tensor) -> Tensor:
+        if self._skip_places is None:
+            return torch.cat([stored, states], dim=2)
+        rows, places, slots = self._skip_places
+        stored = _widen(stored, self._skip_position.shape[1], 2, 0)
+        stored[rows, :, slots] = states[rows, :, places]
+        return stored
 
     def _skip_forget(self) -> None:
         self._skip_position = self._skip_position[:, :0]
+        self._skip_count = torch.zeros_like(self._skip_count)
 
     def _skip_batch(self) -> int:
         return self._skip_position.shape[0]
@@ -193,8 +218,8 @@ class KeptTokens(KeptLayer):
 
     def _skip_trim(self) -> None:
         """Give up the slots that no row uses; every row fills its own from the left."""
-        held = (self._skip_position >= 0).sum(1)
-        length = int(held.max()) if len(held) else 0
+        self._skip_count = (self._skip_position >= 0).sum(1).cpu()
+        length = int(self._skip_count.max()) if len(self._skip_count) else 0
         self._skip_position = self._skip_position[:, :length]
         if self.is_initialized:
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
@@ -210,6 +235,7 @@ def holding_tokens(cache: Any, layer: int, batch: int, device: torch.device) -> 
     """Put a layer that holds tokens into `cache`, in the place of a fresh one."""
     held: KeptTokens = _take_place(cache, layer, KeptTokens)
     held._skip_position = torch.empty(batch, 0, dtype=torch.int64, device=device)
+    held._skip_count = torch.zeros(batch, dtype=torch.int64)
     return held
 
 
@@ -232,10 +258,8 @@ def _kept_class(base: Any, mixin: Any) -> Any:
     return type(name, (mixin, base), {"__module__": base.__module__})
 
 
-def _widen(tensor: Tensor, length: int, fill: int) -> Tensor:
-    """Return [B, L, ...] with room for `length` slots, as a new tensor."""
-    extra = length - tensor.shape[1]
-    if extra <= 0:
-        return tensor.clone()
-    shape = (tensor.shape[0], extra, *tensor.shape[2:])
-    return torch.cat([tensor, tensor.new_full(shape, fill)], dim=1)
+def _widen(tensor: Tensor, length: int, dim: int, fill: int) -> Tensor:
+    """Return a copy with `dim` made longer, to `length` slots."""
+    shape = list(tensor.shape)
+    shape[dim] = length - shape[dim]
+    return torch.cat([tensor, tensor.new_full(shape, fill)], dim=dim)

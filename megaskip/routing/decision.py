@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, U units of decision in a row (1 for a sequence, segmen
 or T tokens).
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +17,38 @@ def straight_through(logit: Tensor, threshold_logit: float | Tensor) -> Tensor:
     The logits are compared, not the scores: in bfloat16 sigmoid(z) rounds to 0.5 for z in (-0.004,
     0]. Source: paper section 3 (straight-through estimator, dM/dR = 1).
     """
-    score = torch.sigmoid(logit)
     hard = (logit.detach() >= threshold_logit).float()
+    if not logit.requires_grad:
+        return hard
+    score = torch.sigmoid(logit)
     return hard + (score - score.detach())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Which of a number of rows or tokens run."""
+
+    index: Tensor
+    """int64 [n], ascending."""
+    total: int
+
+    @property
+    def all(self) -> bool:
+        """Return whether everything runs."""
+        return len(self.index) == self.total
+
+    @property
+    def none(self) -> bool:
+        """Return whether nothing runs."""
+        return len(self.index) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoutingDecision:
-    """What one layer's router decided: which units run, and what it based that on."""
+    """What one layer's router decided: which units run, and what it based that on.
+
+    What is chosen is found once and kept, for finding it waits for the device.
+    """
 
     logit: Tensor
     """float32 [B, U]."""
@@ -41,6 +66,21 @@ class RoutingDecision:
             return self.keep
         return self.keep.gather(1, self.unit_of_token)
 
+    @functools.cached_property
+    def rows(self) -> Chosen:
+        """The rows, of B, in which some unit runs."""
+        return _chosen((self.keep.detach() > 0).any(dim=1))
+
+    @functools.cached_property
+    def tokens(self) -> Chosen:
+        """The tokens, of B * T, that run; not for one decision a row."""
+        return _chosen((self.per_token().detach() > 0).flatten())
+
+    @property
+    def is_per_row(self) -> bool:
+        """Return whether all tokens of a row share one decision."""
+        return self.unit_of_token is None and self.keep.shape[1] == 1
+
     def kept(self) -> Tensor:
         """Return the number of real units that run, as a float32 scalar with gradient."""
         return (self.keep * self.unit_mask).sum()
@@ -48,3 +88,7 @@ class RoutingDecision:
     def units(self) -> Tensor:
         """Return the number of real units, as a float32 scalar."""
         return self.unit_mask.sum(dtype=torch.float32)
+
+
+def _chosen(mask: Tensor) -> Chosen:
+    return Chosen(index=mask.nonzero().squeeze(1), total=len(mask))

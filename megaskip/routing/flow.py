@@ -10,11 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.decision import Chosen, RoutingDecision
 
 
 class Flow(Protocol):
     """Runs a sublayer on what the decision keeps."""
+
+    leaves_zeros: bool
+    """Whether every skipped unit's update is zero already, so that none is left to multiply. The
+    multiplication carries the routers' gradient, so only inference goes without."""
 
     def attention(
         self,
@@ -40,9 +44,17 @@ class Flow(Protocol):
         computed."""
         ...
 
+    def passes_by(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+    ) -> bool:
+        """Return whether a whole layer can be left out, given its arguments; takes note of it."""
+        ...
+
 
 class DenseFlow:
     """Run every unit; the gate multiplies the update. The published training objective."""
+
+    leaves_zeros = False
 
     def attention(
         self,
@@ -66,6 +78,12 @@ class DenseFlow:
         """Run the MLP on all tokens."""
         return run(hidden_states)
 
+    def passes_by(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+    ) -> bool:
+        """Return False: everything runs."""
+        return False
+
 
 class SparseFlow:
     """Run what is kept: attention by row, MLPs by token.
@@ -74,6 +92,8 @@ class SparseFlow:
     whole: skipped tokens' keys and values are still attended to (published semantics), which needs
     their projections.
     """
+
+    leaves_zeros = False
 
     def attention(
         self,
@@ -84,17 +104,7 @@ class SparseFlow:
         layer: int,
     ) -> Any:
         """Run attention on the rows that keep something."""
-        rows = (decision.keep.detach() > 0).any(dim=1)
-        if bool(rows.all()):
-            return run(hidden_states, **kwargs)
-        output = torch.zeros_like(hidden_states)
-        if not bool(rows.any()):
-            return output, None
-        index = rows.nonzero().squeeze(1)
-        batch = hidden_states.shape[0]
-        picked = {name: rows_of(value, index, batch) for name, value in kwargs.items()}
-        ran = run(hidden_states[index], **picked)
-        return output.index_copy(0, index, ran[0]), *ran[1:]
+        return run_rows(run, hidden_states, kwargs, decision.rows)
 
     def mlp(
         self,
@@ -104,24 +114,52 @@ class SparseFlow:
         *,
         is_tuple: bool,
     ) -> Any:
-        """Run the MLP on the tokens that are kept, as one row [1, n, D]."""
-        kept = (decision.per_token().detach() > 0).expand(hidden_states.shape[:2])
-        if bool(kept.all()):
+        """Run the MLP on the rows that are kept, or on the tokens, as one row [1, n, D]."""
+        by_row = decision.is_per_row
+        chosen = decision.rows if by_row else decision.tokens
+        if chosen.all:
             return run(hidden_states)
-        output = torch.zeros_like(hidden_states)
-        if not bool(kept.any()):
+        if chosen.none:
+            output = torch.zeros_like(hidden_states)
             return (output, None) if is_tuple else output
-        ran = run(hidden_states[kept].unsqueeze(0))
+        units = hidden_states if by_row else hidden_states.flatten(0, 1)
+        picked = units.index_select(0, chosen.index)
+        ran = run(picked if by_row else picked.unsqueeze(0))
         first, rest = (ran[0], ran[1:]) if is_tuple else (ran, ())
-        output = output.masked_scatter(kept.unsqueeze(-1), first.squeeze(0))
+        output = put_back(first.view_as(picked), chosen.index, units).view_as(hidden_states)
         return (output, *rest) if is_tuple else output
+
+    def passes_by(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+    ) -> bool:
+        """Return False: the layer is entered, for its router to read."""
+        return False
+
+
+def run_rows(
+    run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any], rows: Chosen
+) -> Any:
+    """Run attention on some rows of [B, T, D]; returns its output tuple, zero in the others."""
+    if rows.all:
+        return run(hidden_states, **kwargs)
+    if rows.none:
+        return torch.zeros_like(hidden_states), None
+    picked = {name: rows_of(value, rows.index, rows.total) for name, value in kwargs.items()}
+    ran = run(hidden_states.index_select(0, rows.index), **picked)
+    return put_back(ran[0], rows.index, hidden_states), *ran[1:]
+
+
+def put_back(update: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Return zeros like [N, ...] with `update` [n, ...] at the places `index` int64 [n]."""
+    return torch.zeros_like(like).index_copy_(0, index, update)
 
 
 def rows_of(value: Any, index: Tensor, batch: int) -> Any:
     """Return `value` for the rows of `index`; tensors that broadcast over the batch stay whole."""
     if isinstance(value, Tensor):
         # One-dimensional ones run over tokens, however many rows there are.
-        return value[index] if value.dim() > 1 and value.shape[0] == batch else value
+        per_row = value.dim() > 1 and value.shape[0] == batch
+        return value.index_select(0, index) if per_row else value
     if isinstance(value, tuple):
         return tuple(rows_of(item, index, batch) for item in value)
     return value

@@ -46,12 +46,27 @@ class Gate:
         return self._routers.flow.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
 
     def apply(self, update: Tensor, site: str) -> Tensor:
-        """Multiply the update [B, T, D] by the decision, in the update's dtype."""
+        """Multiply the update [B, T, D] by the decision, in the update's dtype, unless the flow
+        did."""
+        if self._routers.flow.leaves_zeros:
+            return update
         return update * self._multiplier(update)
+
+    def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Return whether a held decision lets no row run the layer; then the cache has noted the
+        tokens."""
+        routers = self._routers
+        held = routers.held.get(self.layer)
+        if held is None or not routers.flow.passes_by(hidden_states, kwargs, held, self.layer):
+            return False
+        routers.record(self.layer, held)
+        return True
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return x + keep * (output - x), written so that it is exact at keep 0 and 1; all [B, T,
         D]."""
+        if self._routers.flow.leaves_zeros:  # x + 0 + 0 where it is skipped
+            return output
         keep = self._multiplier(output)
         return output * keep + hidden_states * (1 - keep)
 

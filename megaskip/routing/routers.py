@@ -96,7 +96,7 @@ class RouterSet(nn.Module):
         self.base_threshold_logit = _logit(config.threshold)
         self.budget = _budget(config)
         self.flow: Flow = DenseFlow()
-        self.held: dict[int, RoutingDecision] = {}
+        self.held: Mapping[int, RoutingDecision] = {}
         self.gates = {layer: Gate(self, layer) for layer in self.layers}
         self._pooling: Pooling | None = None
         self._announced = False
@@ -142,7 +142,7 @@ class RouterSet(nn.Module):
         are used instead of new ones. An `announced` pass is not described again by its inputs."""
         self._pooling = pooling
         self._decisions = {}
-        self.held = dict(held or {})
+        self.held = held or {}
         self._announced = announced
 
     def take_announcement(self) -> bool:
@@ -305,7 +305,8 @@ class RouterSet(nn.Module):
         if layer not in self._forced:
             return keep
         value = torch.as_tensor(self._forced[layer], dtype=torch.float32, device=keep.device)
-        return value.expand_as(keep) + (keep - keep.detach())
+        value = value.expand_as(keep)
+        return value + (keep - keep.detach()) if keep.requires_grad else value
 
     def disturbed(self, logit: Tensor) -> Tensor:
         """Return the logits [B, U] with logistic noise, `noise` spreads wide, as training may

@@ -239,6 +239,20 @@ def test_operations_on_the_cache_carry_decisions_and_keys(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("granularity", "kv"), KINDS)
+def test_a_cache_that_was_reset_is_as_good_as_new(granularity: str, kv: str) -> None:
+    model = as_exported(*trained("llama", granularity), kv=kv)
+    first, second, following = whole_ids(3, 9, 1), whole_ids(3, 7, 2), whole_ids(3, 2, 3)
+    with torch.no_grad():
+        used, fresh = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        model(first, past_key_values=used)
+        used.reset()
+        for ids in (second, following):
+            found = model(ids, past_key_values=used).logits
+            expected = model(ids, past_key_values=fresh).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token"])
 def test_static_cache_computes_everything_and_says_so(granularity: str) -> None:
     kv = "drop" if granularity == "attn_token" else "keep"
