@@ -17,6 +17,7 @@ from transformers import DynamicCache, TextStreamer
 from megaskip.arch import find_decoder
 from megaskip.checkpoint import load_routers
 from megaskip.checkpoint.atomic import read_json
+from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config import ModelConfig
 from megaskip.data.tokenizer import load_tokenizer
@@ -91,6 +92,7 @@ def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:
     if (folder / "config.json").is_file():
         if not str(read_json(folder / "config.json").get("model_type")).startswith(MODEL_TYPE):
             raise ConfigError(f"--model {folder} is a model without routers; export a run first")
+        require_whole_shards(folder)
         # The package's own code, the same that the folder carries.
         model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto")
         return model.eval().to(device), folder
@@ -103,6 +105,7 @@ def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:
     if not named:
         raise ConfigError(f"--model {folder} does not name its base model; give --base")
     source = find_model_folder(ModelConfig(model=named))
+    require_whole_shards(source)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=kind or "auto")
     attached = load_routers(model, routers)
     attached.flow = InferenceFlow(unit=attached.config.unit)
