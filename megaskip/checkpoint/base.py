@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.checkpoint.atomic import read_json
+from megaskip.checkpoint.header import METADATA, read_header
 from megaskip.errors import CheckpointError
 
 _SAMPLES = 16
@@ -96,14 +97,12 @@ def _fingerprint(folder: Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for shard in shards:
-        size = shard.stat().st_size
+        header, start = read_header(shard)
+        header.pop(METADATA, None)
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        data = shard.stat().st_size - start
         with open(shard, "rb") as handle:
-            header_size = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(header_size))
-            header.pop("__metadata__", None)
-            digest.update(json.dumps(header, sort_keys=True).encode())
-            data = size - 8 - header_size
             for sample in range(_SAMPLES):
-                handle.seek(8 + header_size + data * sample // _SAMPLES)
+                handle.seek(start + data * sample // _SAMPLES)
                 digest.update(handle.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]

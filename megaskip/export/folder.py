@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_folder
+from megaskip.checkpoint.header import METADATA, read_header
 from megaskip.checkpoint.routers import (
     CONFIG,
     WEIGHTS,
@@ -74,14 +73,12 @@ def export_folder(
     require_new(output)
     name = described.name if described is not None else ""
     done = Exported(folder=output, mode=mode)
+    base_config = _config_of(base, described, mode)
+    tensors = read_router_weights(routers, layers, config, _hidden_size(base_config))
     with new_folder(output) as folder:
         if mode == "adapter":
             _put_adapter(folder, routers)
-            base_config = read_json(base / "config.json")
         else:
-            base_config = _require_own(base, described)
-            hidden_size = _hidden_size(base_config)
-            tensors = read_router_weights(routers, layers, config, hidden_size)
             named = {f"{PREFIX}.{name}": tensor for name, tensor in tensors.items()}
             write_tensors(folder / ROUTER_SHARD, named)
             _put_weights(folder, base, list(named), done, progress)
@@ -139,10 +136,10 @@ def require_new(output: Path) -> None:
         raise ConfigError(f"--output {output} exists and is not empty; name a new folder")
 
 
-def _require_own(base: Path, described: BaseModel | None) -> dict[str, Any]:
+def _config_of(base: Path, described: BaseModel | None, mode: str) -> dict[str, Any]:
     """Return the base's config.json, once it is the model that the routers belong to."""
     content = read_json(base / "config.json")
-    if "auto_map" in content:
+    if "auto_map" in content and mode != "adapter":
         raise ConfigError(
             f"--base {base} brings modelling code of its own, which an exported folder cannot "
             "carry along; use --mode adapter"
@@ -168,6 +165,7 @@ def _put_weights(
         source = base / (SINGLE if name == RENAMED_SINGLE else name)
         if not source.is_file():
             raise CheckpointError(f"--base {base}: its index names {name}, which is not there")
+        read_header(source)  # raises when the file is cut off
         link_or_copy(source, folder / name, done)
         progress(source.stat().st_size)
     total = sum((folder / name).stat().st_size for name in {*weight_map.values(), ROUTER_SHARD})
@@ -185,8 +183,8 @@ def weight_map_of(base: Path) -> dict[str, str]:
             f"--base {base} holds no safetensors ({SINGLE} or {INDEX}); load it with transformers "
             "and save_pretrained it once"
         )
-    with safe_open(base / SINGLE, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), RENAMED_SINGLE)
+    names = read_header(base / SINGLE)[0].keys() - {METADATA}
+    return dict.fromkeys(sorted(names), RENAMED_SINGLE)
 
 
 def put_rest(folder: Path, base: Path, done: Exported) -> None:

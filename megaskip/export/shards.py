@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megaskip.errors import CheckpointError, UnsupportedModelError
+from megaskip.checkpoint.header import METADATA, read_header
+from megaskip.errors import UnsupportedModelError
 
-_METADATA = "__metadata__"
 _BLOCK = 8 << 20
 _ALIGNMENT = 8
 _IN_LAYER = re.compile(r"(?P<stack>(?:.+?\.)?layers)\.(?P<layer>\d+)\.(?P<child>[^.]+)\..+")
@@ -61,44 +61,29 @@ def copy_without(source: Path, target: Path, left_out: Collection[str]) -> None:
 
     Nothing is written when nothing stays. Raises CheckpointError for a damaged file.
     """
-    with open(source, "rb") as reader:
-        header, start = _read_header(reader, source)
-        metadata = header.pop(_METADATA, None)
-        kept = {name: entry for name, entry in header.items() if name not in left_out}
-        spans = sorted((entry["data_offsets"], name) for name, entry in kept.items())
-        if not spans:
-            return
-        written: dict[str, Any] = {} if metadata is None else {_METADATA: metadata}
-        size = 0
-        for (begin, end), name in spans:
-            written[name] = {**kept[name], "data_offsets": [size, size + end - begin]}
-            size += end - begin
-        with open(target, "wb") as writer:
-            _write_header(writer, written)
-            for (begin, end), name in spans:
-                reader.seek(start + begin)
-                if _copy(reader, writer, end - begin) != end - begin:
-                    raise CheckpointError(f"{source} is damaged: it ends inside {name}")
+    header, start = read_header(source)
+    metadata = header.pop(METADATA, None)
+    kept = {name: entry for name, entry in header.items() if name not in left_out}
+    spans = sorted((entry["data_offsets"], name) for name, entry in kept.items())
+    if not spans:
+        return
+    written: dict[str, Any] = {} if metadata is None else {METADATA: metadata}
+    size = 0
+    for (begin, end), name in spans:
+        written[name] = {**kept[name], "data_offsets": [size, size + end - begin]}
+        size += end - begin
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        _write_header(writer, written)
+        for (begin, end), _ in spans:
+            reader.seek(start + begin)
+            _copy(reader, writer, end - begin)
 
 
 def bytes_of(source: Path, names: Collection[str]) -> int:
     """Return the bytes of some tensors of a safetensors file."""
-    with open(source, "rb") as reader:
-        header, _ = _read_header(reader, source)
+    header, _ = read_header(source)
     spans = [entry["data_offsets"] for name, entry in header.items() if name in names]
     return sum(end - begin for begin, end in spans)
-
-
-def _read_header(reader: BinaryIO, source: Path) -> tuple[dict[str, Any], int]:
-    """Return (header, where the data begin)."""
-    size = int.from_bytes(reader.read(8), "little")
-    try:
-        header = json.loads(reader.read(min(size, source.stat().st_size)))
-    except ValueError as error:
-        raise CheckpointError(f"{source} is damaged: {error}") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{source} is damaged: its header is no object")
-    return header, 8 + size
 
 
 def _write_header(writer: BinaryIO, header: Mapping[str, Any]) -> None:
@@ -107,10 +92,8 @@ def _write_header(writer: BinaryIO, header: Mapping[str, Any]) -> None:
     writer.write(len(text).to_bytes(8, "little") + text)
 
 
-def _copy(reader: BinaryIO, writer: BinaryIO, size: int) -> int:
-    """Copy up to `size` bytes; returns how many there were."""
-    copied = 0
-    while block := reader.read(min(_BLOCK, size - copied)):
+def _copy(reader: BinaryIO, writer: BinaryIO, size: int) -> None:
+    """Copy `size` bytes."""
+    while size and (block := reader.read(min(_BLOCK, size))):
         writer.write(block)
-        copied += len(block)
-    return copied
+        size -= len(block)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from megaskip.inference.kept import (
     KeptRows,
@@ -111,6 +112,11 @@ def _multiplied(ran: Any, decision: RoutingDecision) -> Any:
 
 def _layer_of(cache: Any, layer: int) -> Any:
     """Return the cache layer, made now if the cache makes its layers as they come."""
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"megaskip: past_key_values is a {type(cache).__name__}, expected a cache of "
+            "transformers with one layer for each of the model's; pass a DynamicCache"
+        )
     while len(cache.layers) <= layer:
         cache.layers.append(cache.layer_class_to_replicate())
     return cache.layers[layer]

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 from megaskip.arch import attach_routers
 from megaskip.checkpoint import load_routers
 from megaskip.checkpoint.atomic import read_json
+from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.routers import CONFIG, read_router_config, read_tensors
 from megaskip.config import ModelConfig, RouterConfig, RunConfig
 from megaskip.config.run import DEMO
@@ -68,6 +69,7 @@ def load_for_inference(
     backbone = dataclasses.replace(backbone, model=name)
     found = find_model_folder(backbone)
     content = read_json(found / "config.json")
+    require_whole_shards(found)
     if str(content.get("model_type")).startswith(MODEL_TYPE):
         return _exported(found, content, backbone, device, ds_content)
     model = _backbone(found, load_hf_config(found, backbone), backbone, device, ds_content)
@@ -87,6 +89,7 @@ def _with_router_folder(
         raise ConfigError(f"--model {routers} does not name its base model; give --base")
     backbone = dataclasses.replace(backbone, model=named)
     folder = find_model_folder(backbone)
+    require_whole_shards(folder)
     model = _backbone(folder, load_hf_config(folder, backbone), backbone, device, ds_content)
     # Beside what DeepSpeed shards, on what it does not.
     attached = load_routers(model, routers, register=ds_content is None)

@@ -12,14 +12,17 @@ import pytest
 import torch
 from families import tiny_model
 from routed_models import export, padded_ids
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import bundled_code
-from megaskip.export.folder import export_folder
+from megaskip.export.folder import MODES, export_folder
 from megaskip.export.verify import verify_folder
+from megaskip.generation import load_routed
+from megaskip.inference.hf import MegaskipForCausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")
 
@@ -75,8 +78,6 @@ def in_fresh_process(code: str, *arguments: str, cache: Path) -> subprocess.Comp
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """Return a folder of exports, and what a process without megaskip made of them."""
-    from safetensors.torch import save_file
-
     root = tmp_path_factory.mktemp("exports")
     for family in FAMILIES:
         export(family, root / family)
@@ -203,19 +204,66 @@ def test_wrong_base_and_used_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists and is not empty"):
         export_folder(routers, tmp_path / "one/base", exported)
     tiny_model("llama", seed=3).save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="belongs to another base model"):
-        export_folder(routers, tmp_path / "other", tmp_path / "new")
+    for mode in MODES:
+        with pytest.raises(CheckpointError, match="belongs to another base model"):
+            export_folder(routers, tmp_path / "other", tmp_path / "new", mode=mode)
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="config.json"):
         export_folder(routers, tmp_path / "empty", tmp_path / "new")
 
 
+def cut_off(file: Path, size: int) -> None:
+    with open(file, "r+b") as handle:
+        handle.truncate(size if size >= 0 else file.stat().st_size + size)
+
+
+@pytest.mark.parametrize("size", [-1, 100, 4], ids=["last byte", "header", "first bytes"])
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("shard", ["60KB", "1GB"])
+@pytest.mark.parametrize("mode", ["overlay", "copy"])
+def test_a_base_shard_that_is_cut_off_is_refused(
+    mode: str, shard: str, described: bool, size: int, tmp_path: Path
+) -> None:
+    export("llama", tmp_path, shard=shard, mode="adapter")
+    if not described:
+        config = tmp_path / "routers/router_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model": None}))
+    last = sorted((tmp_path / "base").glob("*.safetensors"))[-1]
+    cut_off(last, size)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=f"{last.name} is damaged.*download it again"):
+        export_folder(tmp_path / "routers", tmp_path / "base", tmp_path / "new", mode=mode)
+    with pytest.raises(CheckpointError, match=f"{last.name} is damaged"):
+        load_routed(str(tmp_path / "routers"), "auto", str(tmp_path / "base"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_exported_folder_that_is_cut_off_does_not_load(tmp_path: Path) -> None:
+    exported = export("llama", tmp_path, mode="copy")
+    cut_off(sorted(exported.glob("model*.safetensors"))[0], -1)
+    with pytest.raises(CheckpointError, match="is damaged: it has"):
+        load_routed(str(exported), "auto", None)
+    with pytest.raises(SafetensorError):
+        MegaskipForCausalLM.from_pretrained(exported)
+
+
+def test_a_router_file_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
+    export("llama", tmp_path, mode="adapter")
+    file = tmp_path / "routers/routers.safetensors"
+    tensors = load_file(file)
+    del tensors["skip_routers.3.attn.weight"]
+    save_file(tensors, file)
+    before = sorted(tmp_path.rglob("*"))
+    for mode in MODES:
+        with pytest.raises(CheckpointError, match=r"missing \['skip_routers.3.attn.weight'\]"):
+            export_folder(tmp_path / "routers", tmp_path / "base", tmp_path / "new", mode=mode)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_verification_notices_a_wrong_folder(tmp_path: Path) -> None:
     exported = export("llama", tmp_path)
     shard = exported / "skip_routers.safetensors"
-    from safetensors.torch import save_file
-
     save_file({k: -v for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
     assert not verify_folder(exported, tmp_path / "base", tmp_path / "routers").passed
 

@@ -252,7 +252,7 @@ def test_copy_keeps_every_type_and_refuses_damaged_files(tmp_path: Path) -> None
     copy_without(source, tmp_path / "nothing", tensors)
     assert not (tmp_path / "nothing").exists()
     source.write_bytes(source.read_bytes()[:-2])
-    with pytest.raises(CheckpointError, match="damaged: it ends inside a"):
+    with pytest.raises(CheckpointError, match="damaged: it has"):
         copy_without(source, target, {"b"})
     source.write_bytes(b"\xff" * 64)
     with pytest.raises(CheckpointError, match="damaged"):

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from routed_models import VOCABULARY, as_exported, padded_ids, trained, whole_ids
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 from megaskip.config import GRANULARITIES
+from megaskip.inference.flow import InferenceFlow
 
 KINDS = [(granularity, "keep") for granularity in GRANULARITIES]
 KINDS += [("attn_token", "drop"), ("block_token", "drop")]
@@ -269,6 +271,40 @@ def test_static_cache_computes_everything_and_says_so(granularity: str) -> None:
     else:
         found = model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
     assert torch.equal(found, expected)
+
+
+class OtherLayer(DynamicLayer):
+    """Stands for cache layers of other libraries: full of tricks that ours knows nothing of."""
+
+
+@pytest.mark.parametrize(("granularity", "kv"), [("attn_sequence", "keep"), ("attn_token", "drop")])
+def test_unknown_cache_layers_hold_everything_and_say_so(granularity: str, kv: str) -> None:
+    model = as_exported(*trained("llama", granularity), kv=kv)
+    ids = whole_ids(3, 9)
+    cache = Cache(layer_class_to_replicate=OtherLayer)
+    with torch.no_grad(), pytest.warns(UserWarning, match="OtherLayer cannot hold a part"):
+        found = model(ids, past_key_values=cache).logits
+    model.skip_routers.flow = InferenceFlow(unit=granularity.split("_")[1])
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
+    assert {type(layer) for layer in cache.layers} == {OtherLayer}
+    assert len(set(held_elements(cache).values())) == 1
+
+
+class OtherCache:
+    """Does what a decoder asks of a cache, and is none of transformers'."""
+
+    def __init__(self) -> None:
+        self._inner = DynamicCache()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def test_a_cache_that_is_none_of_transformers_is_refused() -> None:
+    model = as_exported(*trained("llama"))
+    with pytest.raises(TypeError, match="is a OtherCache, expected .* pass a DynamicCache"):
+        model(whole_ids(2, 5), past_key_values=OtherCache())
 
 
 def test_continuous_batching_is_refused_with_the_reason() -> None:
