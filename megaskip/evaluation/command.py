@@ -54,7 +54,7 @@ def evaluate(argv: Sequence[str]) -> None:
     quiet_lm_eval()
     transformers.utils.logging.disable_progress_bar()
     with process_group(topology, timeout=_PATIENCE), Watch(topology, silence=_SILENCE):
-        report = _evaluate(options, topology)
+        report = evaluate_on_ranks(options, topology)
         if report is not None:
             _write(report, options)
 
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _evaluate(options: argparse.Namespace, topology: Topology) -> EvalReport | None:
+def evaluate_on_ranks(options: argparse.Namespace, topology: Topology) -> EvalReport | None:
     """Return the report on the first rank, None elsewhere. Collective."""
     settings = EvalSettings(
         tasks=tuple(name.strip() for name in options.tasks.split(",") if name.strip()),

@@ -62,7 +62,8 @@ def load_for_inference(
     routers = folder if (folder / CONFIG).is_file() else folder / "routers"
     if (routers / CONFIG).is_file() and not (folder / "config.json").is_file():
         return _with_router_folder(routers, base, backbone, device, ds_content)
-    if name != DEMO and folder.exists() and not (folder / "config.json").is_file():
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not folder.exists()
+    if name != DEMO and not is_hub_id and not (folder / "config.json").is_file():
         raise ConfigError(
             f"--model {folder}: found neither config.json (exported) nor {CONFIG} (routers) there"
         )

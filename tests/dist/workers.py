@@ -107,6 +107,16 @@ def _gathered_numel(engine: Engine) -> int:
     )
 
 
+def evaluations(cases: list[list[str]]) -> list[Any]:
+    """Return the tasks of launch/evaluate.py's reports with the flags of each case; None on other
+    ranks than the first."""
+    from megaskip.evaluation.command import evaluate_on_ranks, parse
+
+    usual = ["--output", "unused.json", "--dtype", "float32", "--model"]
+    reports = [evaluate_on_ranks(parse([*usual, *case]), _topology()) for case in cases]
+    return [report and report.to_json(records=True)["tasks"] for report in reports]
+
+
 def engine_bytes(model: str, flags: list[str]) -> dict[str, int]:
     """Return what a rank holds by kind, measured."""
     with built(model, flags) as (engine, _):

@@ -290,11 +290,9 @@ def test_wrong_flags_are_refused(flags: list[str], says: str, tmp_path: Path) ->
         parse([*usual, *flags])
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("/nowhere", "no such folder"), (str(ROOT / "tests"), "neither config.json")]
-)
-def test_a_folder_that_is_no_model_is_refused(name: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+@pytest.mark.parametrize("name", ["/nowhere", str(ROOT / "tests")])
+def test_a_folder_that_is_no_model_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"neither config\.json"):
         load_for_inference(name, device=torch.device("cpu"))
 
 

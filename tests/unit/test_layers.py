@@ -27,7 +27,7 @@ LEVEL = {
     "generation": 5,
 }
 THIRD_PARTY = {"transformers": 3, "datasets": 3, "deepspeed": 4, "torch.distributed": 4, "torch": 2}
-OWNERS = {"deepspeed": {"parallel"}}
+OWNERS = {"deepspeed": {"parallel"}, "lm_eval": {"evaluation"}}
 
 
 def imports_of(file: Path) -> list[str]:
