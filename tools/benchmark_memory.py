@@ -3,9 +3,9 @@
     python tools/benchmark_memory.py --gib 1 --ranks 1 2 4
 
 Makes a Llama with random weights of the asked size, then runs launch/train.py on it for two steps:
-once whole on a single rank, then under ZeRO-3 on each number of ranks. Anonymous memory is the
-process's own; file memory are pages of the mapped shards, which the system shares and drops at
-will. The interpreter with its libraries alone is the first row.
+once whole on a single rank, then under ZeRO-3 and in pipeline stages, on each number of ranks.
+Anonymous memory is the process's own; file memory are pages of the mapped shards, which the system
+shares and drops at will. The interpreter with its libraries alone is the first row.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from megaskip.parallel.load import DEMO_FOLDER
 from megaskip.reporting.summary import versions
 
 _HIDDEN, _MLP = 1536, 4096
+PIPELINE = str(ROOT / "ds_configs/pipeline.json")
 
 
 def main() -> None:
@@ -45,6 +46,10 @@ def main() -> None:
             flags = ["--ds_config", options.ds_config, *options.flags]
             peaks = run(folder / f"z{ranks}", folder / "model", ranks, flags)
             show(f"ZeRO-3, {ranks} rank(s)", peaks)
+        for stages in options.stages:
+            flags = ["--ds_config", PIPELINE, "--pipeline_stages", str(stages), *options.flags]
+            flags += ["--gradient_accumulation_steps", str(2 * stages)]
+            show(f"{stages} stages", run(folder / f"p{stages}", folder / "model", stages, flags))
 
 
 def parse() -> argparse.Namespace:
@@ -54,6 +59,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--gib", type=float, default=1.0, help="size of the model [1]")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="ZeRO-3 ranks [2 4]")
+    parser.add_argument("--stages", type=int, nargs="*", default=[2, 4], help="stages [2 4]")
     parser.add_argument(
         "--ds_config", default=str(ROOT / "ds_configs/zero3.json"), help="DeepSpeed JSON"
     )
