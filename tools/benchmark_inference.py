@@ -21,6 +21,9 @@ ratio would be if only arithmetic (prefill) or memory traffic (decode) took time
   decode   bytes that a step reads: weights, but not those of a sublayer that every row skips,
            and the keys and values in the cache; experts of a mixture are all taken as read
 
+On one thread --cpu_time counts what the CPU spends on this process: the same on an idle machine,
+and blind to the turns that others take on a shared one.
+
 KV MiB is what the cache's storages take after the last step. Peak MiB is beyond the weights, cache
 included, over prefill and decode: the allocator's on a GPU, of live tensors on a CPU.
 """
@@ -32,7 +35,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +145,15 @@ def parse() -> argparse.Namespace:
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", default=dtype, choices=dtypes, help="[bfloat16 if there is a GPU, else float32]")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads [all]")
+    add("--cpu_time", action="store_true", help="count what the CPU spends here, not what passes")
     add("--output", metavar="FILE.json", help="write the rows there, too")
     options = parser.parse_args()
     if min(options.decode_steps, options.repeats, *options.batch, *options.prompt) < 1:
         parser.error("--batch, --prompt, --decode_steps and --repeats must be at least 1")
     if not all(0 <= capacity <= 1 for capacity in options.capacity):
         parser.error("--capacity must lie in [0, 1]")
+    if options.cpu_time and (options.threads > 1 or options.device != "cpu"):
+        parser.error("--cpu_time needs --device cpu --threads 1: elsewhere it is not what passes")
     return options
 
 
@@ -183,7 +189,8 @@ def describe(model: Any, layers: Sequence[int], options: argparse.Namespace) -> 
         "model": f"{options.model or options.shape}{cut_to}, random weights, {depth} layers, "
         f"{options.dtype}, {size(model) / 2**20:,.0f} MiB",
         "routed": f"layers {describe_layers(layers)}",
-        "timing": f"medians of {options.repeats} pairs; {options.decode_steps} new tokens",
+        "timing": f"medians of {options.repeats} pairs; {options.decode_steps} new tokens"
+        + ("; CPU time" if options.cpu_time else ""),
     }
 
 
@@ -216,6 +223,7 @@ def timed_pairs(
     """Return, for each variant, the times of dense and of itself in every turn."""
     pairs: list[list[tuple[Times, Times]]] = [[] for _ in compared]
     turns = options.warmup + options.repeats
+    clock = time.process_time if options.cpu_time else time.perf_counter
     places, shuffle = list(range(len(compared))), random.Random(0).shuffle
     for turn in tqdm(range(turns), desc="turns", disable=None, leave=False):
         shuffle(places)
@@ -224,27 +232,27 @@ def timed_pairs(
             times = {}
             for variant in order:
                 with wired(bench, variant) as force:
-                    times[variant.name] = timed(bench, variant, force)
+                    times[variant.name] = timed(bench, variant, force, clock)
             if turn >= options.warmup:
                 pairs[place].append((times[DENSE.name], times[compared[place].name]))
     return pairs
 
 
-def timed(bench: Bench, variant: Variant, force: Force) -> Times:
+def timed(bench: Bench, variant: Variant, force: Force, clock: Callable[[], float]) -> Times:
     """Return the seconds of prefill and of all decode steps."""
-    begun = now(bench)
+    begun = now(bench, clock)
     cache = prefill(bench, variant, force)
-    filled = now(bench)
+    filled = now(bench, clock)
     for _ in decode(bench, variant, force, cache):
         pass
-    return filled - begun, now(bench) - filled
+    return filled - begun, now(bench, clock) - filled
 
 
-def now(bench: Bench) -> float:
+def now(bench: Bench, clock: Callable[[], float]) -> float:
     """Return the time when the device has done what it was given."""
     if bench.prompt.is_cuda:
         torch.cuda.synchronize(bench.prompt.device)
-    return time.perf_counter()
+    return clock()
 
 
 # -- report
