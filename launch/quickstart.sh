@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# From a fresh clone to trained routers: installs once, then runs the main job on the embedded demo.
+# From a fresh clone to trained routers: installs once, runs the main job on the embedded demo, and evaluates it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
 # DeepSpeed starts a rank per GPU; on a machine without one it starts as many as this says.
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || export LOCAL_SIZE=${LOCAL_SIZE:-2}
-exec deepspeed launch/train.py --ds_config ds_configs/zero3.json "$@"
+deepspeed launch/train.py --ds_config ds_configs/zero3.json "$@"
+# With flags of one's own it is another job, which the demo's tasks may not fit.
+[ $# -gt 0 ] && exit
+run=$(ls -dt runs/demo-attn_sequence-*/ | head -1)
+exec python launch/evaluate.py --model "${run%/}" --tasks demo --apply_chat_template --dtype float32 \
+  --output "${run}eval.json"

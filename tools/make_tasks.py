@@ -19,9 +19,9 @@ TASKS = make_demo.ROOT / "megaskip" / "evaluation" / "tasks"
 SEED = 2007
 CHOICE_ROWS, ANSWER_ROWS, TEXT_ROWS = 240, 240, 48
 CHOICES = 4
-CHOICE_TASKS = ("copy", "count", "kind", "next", "pick", "plural", "reverse", "sort")
+CHOICE_TASKS = ("count", "next", "owner", "pick", "plural", "retrieve", "reverse", "sort")
 """Tasks with wrong answers that look like right ones."""
-ANSWER_TASKS = ("add", "copy", "count", "member", "next", "pick", "reverse", "sort")
+ANSWER_TASKS = ("add", "copy", "count", "next", "owner", "pick", "retrieve", "reverse", "sort")
 
 
 def main() -> None:
@@ -80,18 +80,17 @@ def _prompts(
 
 
 def _wrong(rng: Random, task: str, prompt: str, answer: str) -> list[str]:
-    """Return wrong answers to a prompt: the words in another order, other words of its list, or
-    other prompts' answers."""
-    words, wrong = answer.split(), set()
-    listed = prompt.split("? ")[-1].split()
+    """Return wrong answers to a prompt: of the right kind, and of words that it holds if it can
+    be."""
+    words, wrong, tries = answer.split(), set(), 0
     while len(wrong) < CHOICES - 1:
-        if task in ("copy", "reverse", "sort") and len(set(words)) > 2:
+        tries += 1
+        other = demo_tasks.TASKS[task](rng)[1]
+        if task in ("reverse", "sort") and len(words) > 2:
             other = " ".join(rng.sample(words, len(words)))
-        elif task == "pick" and len(set(listed)) >= CHOICES:
-            other = rng.choice(listed)
-        else:
-            other = demo_tasks.TASKS[task](rng)[1]
-        if other != answer:
+        is_alike = len(other.split()) == len(words) and other.isdigit() == answer.isdigit()
+        is_there = other.split()[-1] in prompt
+        if other != answer and is_alike and (is_there or tries > 200):
             wrong.add(other)
     return sorted(wrong)
 

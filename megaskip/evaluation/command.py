@@ -53,7 +53,8 @@ def evaluate(argv: Sequence[str]) -> None:
     quiet_libraries()
     quiet_lm_eval()
     transformers.utils.logging.disable_progress_bar()
-    with process_group(topology, timeout=_PATIENCE), Watch(topology, silence=_SILENCE):
+    watch = Watch(topology, silence=_SILENCE, advice="The evaluation stops here; start it again")
+    with process_group(topology, timeout=_PATIENCE), watch:
         report = evaluate_on_ranks(options, topology)
         if report is not None:
             _write(report, options)

@@ -91,9 +91,8 @@ def evaluate_lm(
     """Evaluate what `lm` holds on `tasks`. The first rank calls it; the others serve."""
     outcome = _answers(lm, tasks, settings)
     if dense is None and paired and lm.runner.routers is not None:
-        lm.keep_everything(on=True)
-        dense = _answers(lm, tasks, settings)
-        lm.keep_everything(on=False)
+        with lm.every_gate_open():
+            dense = _answers(lm, tasks, settings)
     about = {
         "settings": {name: getattr(settings, name) for name in settings.__slots__},
         "batch_size": lm.batch_size,

@@ -2,6 +2,7 @@
 what was skipped for each document.
 """
 
+import contextlib
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -80,23 +81,26 @@ class MegaskipLM(HFLM):
         self.spent: defaultdict[Document, Cost] = defaultdict(Cost)
         self._last_call: list[Cost] = []
         self._generated: list[Cost] = []
+        self._gates = contextlib.ExitStack()
         self.team = Team(
             self.runner,
             {"scoring": self._score, "generating": self._generate, "gates": self._set_gates},
         )
 
-    def keep_everything(self, *, on: bool) -> None:
-        """Open every gate, or let the routers decide again, on all ranks."""
-        self.team.run("gates", [on] * self.runner.shares)
+    @contextlib.contextmanager
+    def every_gate_open(self) -> Iterator[None]:
+        """Hold a context in which all ranks answer as the unrouted base."""
+        self.team.run("gates", [True] * self.runner.shares)
+        try:
+            yield
+        finally:
+            self.team.run("gates", [False] * self.runner.shares)
 
-    def _set_gates(self, on: bool) -> None:
-        if self.runner.routers is None:
-            return
-        if on:
-            self._open = self.runner.routers.every_gate_open()
-            self._open.__enter__()
+    def _set_gates(self, is_open: bool) -> None:
+        if is_open and self.runner.routers is not None:
+            self._gates.enter_context(self.runner.routers.every_gate_open())
         else:
-            self._open.__exit__(None, None, None)
+            self._gates.close()
 
     # -- what lm-eval calls, on the first rank
 
@@ -271,7 +275,7 @@ class MegaskipLM(HFLM):
         tokenwise = routers is not None and routers.config.unit == "token"
         counted = calls[: 1 + steps] if tokenwise else calls[:1]
         if counted and counted[0].kept.shape[1] <= place:
-            raise ConfigError("num_beams > 1 changes the rows; it is not supported here")
+            raise ConfigError("a task asks for num_beams > 1, which is not supported; set it to 1")
         kept = torch.stack([call.kept[:, place] for call in counted]).sum(0).tolist()
         units = torch.stack([call.units[:, place] for call in counted]).sum(0).tolist()
         return self._costs.price(prompt + steps, max(length, 1), kept, units)

@@ -24,10 +24,19 @@ _SETTLE = 8.0
 """Seconds without a sign of life that count as death once a collective has failed."""
 
 
-class Watch:
-    """Context in which every rank watches every other. Collective to enter."""
+RESUME = (
+    "The run stops here; start it again with --resume auto to continue from the last checkpoint"
+)
 
-    def __init__(self, topology: Topology, *, silence: int) -> None:
+
+class Watch:
+    """Context in which every rank watches every other. Collective to enter.
+
+    `advice` ends the message about a lost rank.
+    """
+
+    def __init__(self, topology: Topology, *, silence: int, advice: str = RESUME) -> None:
+        self._advice = advice
         self._topology = topology
         self._silence = silence
         self._stop = threading.Event()
@@ -68,7 +77,9 @@ class Watch:
             lost = self._wait_for_silence()
             self._stop.set()
             if lost:
-                raise RankError(f"{lost}; this is rank {self._topology.rank}. {_ADVICE}") from None
+                raise RankError(
+                    f"{lost}; this is rank {self._topology.rank}. {self._advice}"
+                ) from None
             return
         self._stop.set()
         self._thread.join(timeout=2 * _INTERVAL)
@@ -83,7 +94,7 @@ class Watch:
             lost = self._beat(count)
             if lost:
                 print(
-                    f"error: {lost}; this is rank {self._topology.rank}. {_ADVICE}",
+                    f"error: {lost}; this is rank {self._topology.rank}. {self._advice}",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -119,8 +130,3 @@ class Watch:
                 return lost
             time.sleep(_INTERVAL / 2)
         return None
-
-
-_ADVICE = (
-    "The run stops here; start it again with --resume auto to continue from the last checkpoint"
-)
