@@ -274,8 +274,6 @@ class MegaskipLM(HFLM):
         routers = self.runner.routers
         tokenwise = routers is not None and routers.config.unit == "token"
         counted = calls[: 1 + steps] if tokenwise else calls[:1]
-        if counted and counted[0].kept.shape[1] <= place:
-            raise ConfigError("a task asks for num_beams > 1, which is not supported; set it to 1")
         kept = torch.stack([call.kept[:, place] for call in counted]).sum(0).tolist()
         units = torch.stack([call.units[:, place] for call in counted]).sum(0).tolist()
         return self._costs.price(prompt + steps, max(length, 1), kept, units)

@@ -35,6 +35,7 @@ def load_tasks(
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"--tasks {','.join(names)}: cannot be loaded ({reason})") from None
     for name, task in loaded.items():
+        _check_beams(name, task)
         _check_gold(name, task, limit)
         _set_fewshot(name, task, num_fewshot)
     return dict(loaded)
@@ -102,6 +103,15 @@ def _draw_by_document(task: Any) -> None:
         return context(doc, *args, **kwargs)
 
     task.doc_iterator, task.fewshot_context = doc_iterator, fewshot_context
+
+
+def _check_beams(name: str, task: Any) -> None:
+    beams = (task.get_config("generation_kwargs") or {}).get("num_beams", 1)
+    if beams > 1:
+        raise ConfigError(
+            f"task {name} asks for num_beams {beams}; what is skipped is counted for one row a "
+            "prompt, so set num_beams to 1 in generation_kwargs"
+        )
 
 
 def _check_gold(name: str, task: Any, limit: int | None) -> None:

@@ -272,6 +272,18 @@ def test_files_of_blimp_take_turns(tmp_path: Path) -> None:
     assert good == ["a0", "b0", "a1", "b1"]
 
 
+def test_beam_search_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"query": "a", "answer": "b"}\n')
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/mine.jsonl}}}}\n"
+        "doc_to_text: query\ndoc_to_target: answer\ngeneration_kwargs: {num_beams: 2}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    with pytest.raises(ConfigError, match="num_beams 2"):
+        load_tasks(["mine"], include_path=str(tmp_path))
+
+
 def test_more_examples_than_documents_are_refused() -> None:
     with pytest.raises(ConfigError, match="240 documents"):
         load_tasks(["demo_choice"], num_fewshot=240)
