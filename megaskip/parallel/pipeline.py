@@ -55,7 +55,8 @@ class PipelineEngine(Engine):
         """Return the router scores of the first replica's last micro-batch, by layer, on the first
         rank. Collective."""
         everyone: list[Any] = [{}] * self._topology.world_size
-        dist.gather_object(self._logits, everyone if self._topology.is_first else None)
+        mine = {layer: logit.cpu() for layer, logit in self._logits.items()}
+        dist.gather_object(mine, everyone if self._topology.is_first else None)
         stages = everyone[: self._topology.num_stages]
         return {layer: one.sigmoid() for stage in stages for layer, one in stage.items()}
 
@@ -64,6 +65,7 @@ class PipelineEngine(Engine):
     def _micro_steps(self, batches: Sequence[Batch], totals: Totals) -> Tensor:
         sums = self._zeros(2)
         poolings = [self._pooling(batch) for batch in batches]
+        # Only what a gradient will come back for is kept until then.
         entered: dict[int, list[Tensor]] = {}
         left: dict[int, list[Tensor]] = {}
         gradients: dict[int, list[Tensor]] = {}
@@ -71,12 +73,13 @@ class PipelineEngine(Engine):
             if task is schedule.RecvActivation:
                 entered[n] = self._receive(batches[n], poolings[n])
             elif task is schedule.ForwardPass:
-                left[n] = self._run_stage(batches[n], poolings[n], entered.get(n))
+                arrived = entered.get(n) if self._below else entered.pop(n, None)
+                left[n] = self._run_stage(batches[n], poolings[n], arrived)
                 if self._topology.is_last_stage:
                     left[n] = self._losses(left[n][0], totals, len(batches))
                 sums += self._step_sums(left[n])
             elif task is schedule.SendActivation:
-                self._next.send(left[n])
+                self._next.send(left[n] if self._learns else left.pop(n))
             elif task is schedule.RecvGrad and self._learns:
                 gradients[n] = self._next.receive([_empty_like(one) for one in left[n]])
             elif task is schedule.BackwardPass and self._learns:

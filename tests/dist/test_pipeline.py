@@ -146,3 +146,15 @@ def test_evaluation_and_calibration_through_stages(tmp_path: Path) -> None:
             for key in truth.keys() - {"scores"}:
                 value = truth[key]
                 assert mine[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (stages, rank, key)
+
+
+def test_stages_that_learn_nothing_keep_nothing_for_later(tmp_path: Path) -> None:
+    """The first stage has no router, the second no router below it: neither waits for a gradient
+    of what came in, so more micro-batches take no more memory than their masks."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    flags = ["--layers", "3-4", "--pipeline_stages", "2", "--pipeline_partition", "3"]
+    for few, many in run_worker(
+        "memory_of_steps", 2, model=str(tmp_path), flags=flags, counts=[2, 10]
+    ):
+        hidden_states = 2 * 24 * 32 * 4
+        assert many - few < 2 * hidden_states, (few, many)

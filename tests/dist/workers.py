@@ -147,6 +147,21 @@ def _peak_of_a_step(model: str, flags: list[str]) -> int:
         return held + live.peak
 
 
+def memory_of_steps(model: str, flags: list[str], counts: list[int]) -> list[int]:
+    """Return the bytes that a step of so many micro-batches adds at its worst moment."""
+    peaks = []
+    with built(model, flags) as (engine, _):
+        for count in counts:
+            batches = [_batch(part, packed=False) for part in range(count)]
+            engine.train_step(batches, 0.0)
+            with LiveBytes() as live:
+                live.ignore([*engine.module.parameters(), *engine.module.buffers()])
+                live.ignore(engine.parameters.values())
+                engine.train_step(batches, 0.0)
+            peaks.append(live.peak)
+    return peaks
+
+
 def whole_weights(model: str, cases: list[list[str]]) -> list[dict[str, torch.Tensor]]:
     """Return every weight as this rank sees it when it is gathered."""
     return [_gather_all(model, flags) for flags in cases]
