@@ -246,7 +246,7 @@ class LogConfig(Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
+class RunConfig(Checked):
     """One run, whole."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -258,3 +258,15 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     dry_run: bool = False
     """Print what the job would do and need, without loading weights or starting ranks."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.parallel.pipeline_stages == 1:
+            return
+        stages = f"(--pipeline_stages {self.parallel.pipeline_stages})"
+        if self.model.train == "full":
+            yield f"--train full does not run in stages {stages}: they hold a frozen backbone"
+        if self.optim.distill:
+            yield (
+                f"--distill does not run in stages {stages}, which make no second forward pass; "
+                "leave it out, or use ZeRO-3 (ds_configs/zero3.json)"
+            )

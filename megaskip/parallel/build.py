@@ -10,7 +10,6 @@ from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.stage import slices, verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
-from megaskip.errors import ConfigError
 from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.load import (
@@ -67,11 +66,6 @@ def _pipeline(
     # Only runs with stages pay for the import of DeepSpeed, which has the schedules.
     from megaskip.parallel.pipeline import PipelineEngine
 
-    if config.optim.distill:
-        raise ConfigError(
-            "--distill needs a second forward pass, which pipeline stages do not run; leave it "
-            "out, or use ZeRO-3 (ds_configs/zero3.json)"
-        )
     verify_stages(hf_config, lambda tiny: build_from_config(tiny, config.model, torch.float32))
     shape = skeleton(hf_config, config.model)
     depth = len(find_decoder(shape).layers)

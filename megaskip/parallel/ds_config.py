@@ -142,9 +142,14 @@ def _pipeline_conflicts(path: str, content: dict[str, Any], config: RunConfig) -
                 f"--ds_config {path} sets pipeline.{key} to {section[key]!r}, but "
                 f'--pipeline_{key} is {value}; make them equal, or write "auto" in the JSON'
             )
-    unknown = ", ".join(f"pipeline.{key}" for key in section if key not in owned)
-    if unknown:
-        problems.append(f"--ds_config {path} sets {unknown}, which has no effect here; remove it")
+    zero = content.get("zero_optimization", {})
+    ignored = [f"pipeline.{key}" for key in section if key not in owned]
+    ignored += [f"zero_optimization.{key}" for key in zero if key != "stage"]
+    if ignored and not problems:
+        names = ", ".join(ignored)
+        problems.append(
+            f"--ds_config {path} sets {names}, which has no effect on stages; remove it"
+        )
     return problems
 
 

@@ -137,10 +137,22 @@ def test_layers_without_a_backward_pass_cost_less() -> None:
         (["--pipeline_stages", "2", "--pipeline_partition", "x"], "is not a list such as"),
         (PIPELINE, "say of how many with --pipeline_stages"),
         (["--ds_config", "ds_configs/zero3.json", "--pipeline_stages", "2"], "wants 0"),
+        (["--train", "full", "--pipeline_stages", "2"], "--train full does not run in stages"),
+        (["--distill", "0.5", "--pipeline_stages", "2"], "--distill does not run in stages"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
+        read_ds_config(parse_run_config(flags))
+
+
+def test_sharding_that_stages_would_ignore_is_refused(tmp_path: Path) -> None:
+    content = {"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    flags = ["--ds_config", str(tmp_path / "ds.json"), "--pipeline_stages", "2"]
+    with pytest.raises(
+        ConfigError, match="zero_optimization.offload_param, which has no effect on stages"
+    ):
         read_ds_config(parse_run_config(flags))
 
 
