@@ -48,7 +48,7 @@ from megaskip.evaluation.baselines import (
     uniform_order,
     update_similarity,
 )
-from megaskip.evaluation.intervals import Interval, ratio_difference
+from megaskip.evaluation.paired import Difference, ratio_difference
 from megaskip.evaluation.pareto import HEADER, Point, draw, markdown, table_rows
 from megaskip.evaluation.scoring import Scores, pair_accuracy, read_pairs, score, text_batches
 from megaskip.inference.flow import InferenceFlow
@@ -364,7 +364,7 @@ def write(
     print(lines)
 
 
-def _text(gap: Interval, form: str) -> str:
+def _text(gap: Difference, form: str) -> str:
     return f"{gap.value:{form}} [{gap.low:{form}}, {gap.high:{form}}]"
 
 

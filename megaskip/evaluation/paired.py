@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 Aggregate = Callable[[list[Any]], Any]
 """A metric of a list of per-document values."""
 
@@ -59,6 +62,21 @@ def difference(
     drawn = sorted(_bootstrap(len(ours), gap))
     edge = int(0.025 * len(drawn))
     return Difference(value=gap(range(len(ours))), low=drawn[edge], high=drawn[-1 - edge])
+
+
+def ratio_difference(ours: ArrayLike, theirs: ArrayLike, weights: ArrayLike) -> Difference:
+    """Return sum(ours - theirs) / sum(weights), paired by document; all are [N].
+
+    With losses and token counts it is the difference in nats a token; with hits and ones, in share.
+    """
+    gaps = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    sizes = np.asarray(weights, dtype=np.float64)
+
+    def gap(at: Sequence[int]) -> float:
+        return float(gaps[at].sum() / sizes[at].sum())
+
+    low, high = np.quantile(_bootstrap(len(gaps), gap), [0.025, 0.975])
+    return Difference(value=gap(list(range(len(gaps)))), low=float(low), high=float(high))
 
 
 def _bootstrap(count: int, measure: Callable[[Sequence[int]], float]) -> list[float]:

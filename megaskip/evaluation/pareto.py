@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megaskip.evaluation.intervals import Interval
+from megaskip.evaluation.paired import Difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +27,11 @@ class Point:
     seeds: int
     loss: float
     """Held out, nats a token."""
-    loss_gap: Interval
+    loss_gap: Difference
     """To the dense model, paired by document."""
     pairs: float | None
     """Accuracy on minimal pairs."""
-    pairs_gap: Interval | None
+    pairs_gap: Difference | None
     exact: float
     """Share of held-out documents whose every supervised token greedy decoding would produce."""
     flops: float
@@ -109,5 +109,5 @@ def _page(points: Sequence[Point], image: bytes, title: str) -> str:
     )
 
 
-def _interval(gap: Interval, form: str) -> str:
+def _interval(gap: Difference, form: str) -> str:
     return f"{gap.value:{form}} [{gap.low:{form}}, {gap.high:{form}}]"

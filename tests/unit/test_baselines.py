@@ -18,7 +18,7 @@ from megaskip.evaluation.baselines import (
     uniform_order,
     update_similarity,
 )
-from megaskip.evaluation.intervals import ratio_difference
+from megaskip.evaluation.paired import ratio_difference
 from megaskip.evaluation.scoring import read_pairs, score
 
 LAYERS = (1, 2, 3, 4)
