@@ -27,8 +27,9 @@ from megaskip.data import Batch
 from megaskip.data.feed import Feed
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank
-from megaskip.parallel.engine import Engine, EvalResult, StepResult
+from megaskip.parallel.engine import Engine
 from megaskip.parallel.preempt import Preemption
+from megaskip.parallel.results import EvalResult, StepResult
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.metrics import MetricsWriter
 from megaskip.reporting.summary import closing_rows, human_bytes, peak_memory_gib, table, versions

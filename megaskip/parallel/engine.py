@@ -6,9 +6,7 @@ batch, so that what micro-batches and ranks add up to does not depend on how the
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,27 +15,12 @@ from torch import Tensor, nn
 
 from megaskip.config import RunConfig
 from megaskip.data import Batch
+from megaskip.parallel.results import EvalResult, StepResult, Totals, quarters, share_of
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Measured, RouterSet, RoutingDecision
 
 _CALIBRATED = 0.002
 """Distance from the asked capacity at which calibration stops."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What one step did, over all ranks."""
-
-    loss_task: float
-    """Mean cross-entropy of the supervised tokens, nats."""
-    loss_penalty: float
-    capacity: float
-    """Units kept over all routed layers; 1 without routers."""
-    capacity_per_layer: tuple[float, ...]
-    grad_norm: float
-    tokens: int
-    """Real tokens of the global batch."""
-    supervised_fraction: float
 
 
 class Engine:
@@ -88,7 +71,7 @@ class Engine:
         return self._result(sums.tolist(), totals, grad_norm, progress)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch | None], *, routed: bool) -> "EvalResult":
+    def evaluate(self, batches: Sequence[Batch | None], *, routed: bool) -> EvalResult:
         """Return held-out loss and capacity over this and all other ranks' `batches`.
 
         Every rank passes as many; a rank that has run out passes None, and takes part in the
@@ -156,7 +139,7 @@ class Engine:
 
     # -- what a pipeline does in its own way
 
-    def _micro_steps(self, batches: Sequence[Batch], totals: "Totals") -> Tensor:
+    def _micro_steps(self, batches: Sequence[Batch], totals: Totals) -> Tensor:
         """Add the gradients of all micro-batches; returns their [task loss, penalty, counts]."""
         sums = self._zeros(2)
         for batch in batches:
@@ -202,7 +185,7 @@ class Engine:
             position_ids=ids + torch.arange(8, device=ids.device),
         )
 
-    def _micro_step(self, batch: Batch, totals: "Totals", micro_batches: int) -> Tensor:
+    def _micro_step(self, batch: Batch, totals: Totals, micro_batches: int) -> Tensor:
         """Add one micro-batch's gradient; returns its [task loss, penalty, kept per layer, units
         per layer]."""
         task = self._learn(batch) / totals.supervised
@@ -250,7 +233,7 @@ class Engine:
         if self.routers is not None:
             self.routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
 
-    def _penalty(self, totals: "Totals", micro_batches: int, like: Tensor) -> Tensor:
+    def _penalty(self, totals: Totals, micro_batches: int, like: Tensor) -> Tensor:
         routers = self.routers
         if routers is None:
             return like.new_zeros(())
@@ -258,7 +241,7 @@ class Engine:
             return routers.penalty(totals.units)
         return routers.penalty() / (micro_batches * self._topology.num_replicas)
 
-    def _totals(self, batches: Sequence[Batch]) -> "Totals":
+    def _totals(self, batches: Sequence[Batch]) -> Totals:
         """Return what the global batch holds. Collective."""
         # The stages of a pipeline see the same rows; they count once.
         batches = batches if self._topology.is_last_stage else ()
@@ -303,17 +286,17 @@ class Engine:
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
     def _result(
-        self, sums: list[float], totals: "Totals", grad_norm: float, progress: float | None
+        self, sums: list[float], totals: Totals, grad_norm: float, progress: float | None
     ) -> StepResult:
-        kept, units, logits, squares = _quarters(sums[2:])
+        kept, units, logits, squares = quarters(sums[2:])
         if self.routers is not None:
             measured = Measured.of(sum(kept), sum(units), sum(logits), sum(squares))
             self.routers.steer(measured, progress=progress)
         return StepResult(
             loss_task=sums[0],
             loss_penalty=sums[1],
-            capacity=_share(sum(kept), sum(units)) if kept else 1.0,
-            capacity_per_layer=tuple(map(_share, kept, units)),
+            capacity=share_of(sum(kept), sum(units)) if kept else 1.0,
+            capacity_per_layer=tuple(map(share_of, kept, units)),
             grad_norm=grad_norm,
             tokens=int(totals.tokens),
             supervised_fraction=totals.supervised / max(totals.tokens, 1.0),
@@ -341,53 +324,9 @@ def _materialise(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalResult:
-    """Held-out numbers over all ranks."""
-
-    loss: float
-    """Mean cross-entropy of the supervised tokens, nats."""
-    capacity: float
-    capacity_error: float
-    """Standard error of the capacity: these are only so many rows."""
-    capacity_per_layer: tuple[float, ...]
-
-    @classmethod
-    def of(cls, sums: Sequence[float]) -> "EvalResult":
-        """Return the result of summed Engine._eval_sums."""
-        kept, units, *_ = _quarters(sums[5:])
-        rows = max(sums[2], 1.0)
-        variance = max(sums[4] / rows - (sums[3] / rows) ** 2, 0.0)
-        return cls(
-            loss=sums[0] / max(sums[1], 1.0),
-            capacity=_share(sum(kept), sum(units)) if kept else 1.0,
-            capacity_error=math.sqrt(variance / rows),
-            capacity_per_layer=tuple(map(_share, kept, units)),
-        )
-
-
-def _quarters(values: Sequence[float]) -> list[Sequence[float]]:
-    """Return the rows of flattened RouterSet.counts()."""
-    layers = len(values) // 4
-    return [values[i * layers : (i + 1) * layers] for i in range(4)]
-
-
 def _quantile(values: Tensor, share: float) -> float:
     """Return the middle between the two values that `share` of all lie below; any size of [N]."""
     ordered = values.double().sort().values
     at = round(share * len(ordered))
     below, above = ordered[max(at - 1, 0)], ordered[min(at, len(ordered) - 1)]
     return float(below + above) / 2
-
-
-def _share(kept: float, units: float) -> float:
-    return kept / max(units, 1.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """What the global batch holds, over all micro-batches and ranks."""
-
-    supervised: float
-    units: float
-    tokens: float

@@ -23,7 +23,8 @@ from torch import Tensor
 from megaskip.arch.stage import DecoderStage
 from megaskip.config import RunConfig
 from megaskip.data import Batch
-from megaskip.parallel.engine import Engine, Totals
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.results import Totals
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Pooling, RouterSet, RoutingDecision
 
