@@ -101,3 +101,12 @@ def test_the_public_api_is_what_is_documented() -> None:
     }
     for name in set(megaskip.__all__) - {"__version__"}:
         assert getattr(megaskip, name).__doc__
+
+
+def test_plain_pytest_collects_the_distributed_tests() -> None:
+    """pytest skips folders called dist by default, and tests that nobody runs cannot fail."""
+    root = PACKAGE.parent
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", str(root / "tests")]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    for file in (root / "tests").rglob("test_*.py"):
+        assert str(file.relative_to(root)) in found, file
