@@ -1,10 +1,12 @@
 """Real ranks for tests: one process each, a free port, a hard timeout, and errors that name the rank."""
 
+import functools
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
-import signal
+import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +18,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
+ALIKE = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/dist")]),
+}
+"""Environment of every rank."""
 
 
 def free_port() -> int:
@@ -29,7 +37,7 @@ def free_port() -> int:
 class Ranks:
     """Started ranks; `logs[r]` receives what rank r prints."""
 
-    processes: list[subprocess.Popen[bytes]]
+    processes: list["Rank"]
     logs: list[Path]
 
     def wait(self, timeout: float) -> list[int]:
@@ -47,8 +55,7 @@ class Ranks:
         """End all ranks at once."""
         for process in self.processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                process.kill()
 
     def text(self, rank: int) -> str:
         """Return what a rank printed."""
@@ -63,35 +70,76 @@ class Ranks:
 def start(
     argv: Sequence[str], ranks: int, folder: Path, environment: Mapping[str, str] | None = None
 ) -> Ranks:
-    """Start `ranks` Python processes with `argv`, as torchrun would; their output goes to `folder`."""
+    """Start `ranks` processes that run the script `argv`, as torchrun would; output to `folder`.
+
+    They are forks of a process that has imported what they need: that takes seconds, once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    port = str(free_port())
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes, logs = [], []
     for rank in range(ranks):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        }
+        place = {**ALIKE, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = folder / f"rank{rank}.log"
-        with open(log, "wb") as out:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *argv],
-                    env={**os.environ, **place, **(environment or {})},
-                    cwd=ROOT,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        process = forkserver().Process(
+            target=run_script, args=(list(argv), {**place, **(environment or {})}, log)
+        )
+        process.start()
+        processes.append(Rank(process))
         logs.append(log)
     return Ranks(processes, logs)
+
+
+@dataclass
+class Rank:
+    """A process, with what `Ranks` wants to know of it."""
+
+    process: Any
+
+    @property
+    def pid(self) -> int:
+        """Return its number."""
+        return int(self.process.pid)
+
+    @property
+    def returncode(self) -> int | None:
+        """Return the exit status, minus the signal that ended it; None while it runs."""
+        return self.process.exitcode  # type: ignore[no-any-return]
+
+    def poll(self) -> int | None:
+        """Return the exit status, None while it runs."""
+        return self.returncode
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.join()
+
+
+@functools.cache
+def forkserver() -> Any:
+    """Return the context whose processes are forks of one that has imported the workers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["workers"])
+    before = dict(os.environ)
+    os.environ.update(ALIKE)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def run_script(argv: list[str], environment: Mapping[str, str], log: Path) -> None:
+    """Run a script in this process, a fork, as if Python had been started with it."""
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    with open(log, "wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def run_worker(name: str, ranks: int, *, timeout: float = 240, **arguments: Any) -> list[Any]:
