@@ -12,7 +12,7 @@ def test_asked_capacity_is_realised_at_micro_batch_1(capacity: float, tmp_path: 
     done = train(
         tmp_path / "log",
         *("--capacity", str(capacity), "--micro_batch_size", "1", "--max_steps", "120"),
-        *("--calibration_rows", "1024", "--output_dir", str(tmp_path / "run")),
+        *("--dtype", "float32", "--calibration_rows", "1024", "--output_dir", str(tmp_path / "run")),
         ranks=1,
     )
     assert done.processes[0].returncode == 0, done.tails()
