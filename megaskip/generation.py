@@ -18,7 +18,7 @@ from megaskip.arch import find_decoder
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.log import quiet_libraries
-from megaskip.parallel.inference import load_for_inference
+from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import PREFIX
 
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:
     """Return (model in evaluation mode, folder of its tokenizer) of an exported or a run folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_for_inference(name, dtype=dtype, base=base, device=device)
+    loaded = load_for_inference(name, Placement.on(device), dtype=dtype, base=base)
     if loaded.routers is None:
         raise ConfigError(f"--model {name} is a model without routers; export a run first")
     return loaded.model, loaded.folder

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megaskip.arch.anatomy import find_decoder, freeze
+from megaskip.arch.part import LayerElsewhere
 from megaskip.arch.probe import probe_layer
 from megaskip.arch.stage import DecoderStage
 from megaskip.arch.sublayer import is_routed, unroute
@@ -37,9 +38,10 @@ def attach_routers(
         raise ConfigError("this model has routers already; call detach_routers(model) first")
     layers = resolve_layers(config.layers, len(anatomy.layers))
     _require_routable(layers, config)
-    device = next(iter(anatomy.layers[layers[0]].parameters())).device
-    if verify:
-        report = probe_layer(model, layers[0])
+    device = next(iter(model.parameters())).device
+    here = [one for one in layers if not isinstance(anatomy.layers[one], LayerElsewhere)]
+    if verify and here:
+        report = probe_layer(model, here[0])
         if not report.passed:
             raise UnsupportedModelError(report.explain(anatomy.model_type))
     routers = RouterSet(config, layers, anatomy.hidden_size, device=device)

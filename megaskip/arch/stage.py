@@ -121,15 +121,22 @@ def _config_slice(config: Any, part: Slice) -> Any:
 
 
 @torch.no_grad()
-def verify_stages(config: Any, build: Callable[[Any], nn.Module]) -> None:
+def verify_stages(
+    config: Any,
+    build: Callable[[Any], nn.Module],
+    *,
+    distance: Callable[[nn.Module], float] | None = None,
+) -> None:
     """Raise UnsupportedModelError unless stages of a tiny random copy compute what the whole does.
 
-    `build` makes a model of a config. Every rank calls it by itself; takes well under a second.
+    `build` makes a model of a config; `distance` says how far its stages are from it, relative to
+    what it computes [that of training stages' hidden states]. Every rank calls it by itself; takes
+    well under a second.
     """
     try:
         whole = build(tiny_config(config)).float().eval()
         verify_task_loss(TaskLoss(whole, chunk_tokens=64))
-        error = _distance(whole)
+        error = (distance or _distance)(whole)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as problem:
         raise UnsupportedModelError(
             f"{config.model_type}: a tiny copy of this family, which would show that it can be cut "
@@ -140,7 +147,7 @@ def verify_stages(config: Any, build: Callable[[Any], nn.Module]) -> None:
     if not error <= _TOLERANCE:
         raise UnsupportedModelError(
             f"{config.model_type}: cut into stages, a tiny copy of this family computes something "
-            f"else than in one piece (relative distance of its hidden states {error:.1e}, at most "
+            f"else than in one piece (relative distance {error:.1e}, at most "
             f"{_TOLERANCE:.0e}). Use ZeRO-3 (ds_configs/zero3.json), or teach REPEATED in "
             "megaskip/arch/stage.py what this base model does to its input"
         )
@@ -155,13 +162,17 @@ def _distance(whole: nn.Module) -> float:
     places = torch.arange(12).expand(2, 12)
     call = {"attention_mask": mask, "position_ids": places, "use_cache": False}
     truth = find_decoder(whole).decoder(input_ids=ids, **call)[0]
-    boundaries = sorted({min(depth - 1, one) for one in (1, depth // 2, depth - 2) if one > 0})
     hidden: Tensor = ids
-    for part in slices(boundaries, depth):
+    for part in slices(middle_cuts(depth), depth):
         stage = DecoderStage(copy.deepcopy(whole), part, chunk_tokens=64)
         hidden = stage(hidden, mask, places)
     real = mask.bool()
     return float((hidden - truth)[real].abs().max() / truth[real].abs().max())
+
+
+def middle_cuts(depth: int) -> list[int]:
+    """Return boundaries of up to four stages, among them such of one and of two layers."""
+    return sorted({min(depth - 1, one) for one in (1, depth // 2, depth - 2) if one > 0})
 
 
 def tiny_config(config: Any) -> Any:

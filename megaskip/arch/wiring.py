@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.arch.anatomy import Anatomy
+from megaskip.arch.part import LayerElsewhere
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_layer
 from megaskip.inference.held import held_by, hold
@@ -18,7 +19,7 @@ def wire(anatomy: Anatomy, routers: RouterSet, *, first_layer: int = 0) -> None:
     `first_layer` is the absolute index of the decoder's first layer, when it is a slice of a model.
     """
     for index, layer in enumerate(anatomy.layers, start=first_layer):
-        if index in routers.gates:
+        if index in routers.gates and not isinstance(layer, LayerElsewhere):
             route_layer(layer, find_sites(layer, anatomy.model_type), routers.gates[index])
     _add_hooks(anatomy.decoder, routers)
 

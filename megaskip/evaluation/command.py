@@ -15,11 +15,11 @@ from megaskip.errors import ConfigError, MegaskipError
 from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm, find_tasks, quiet_lm_eval
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport
-from megaskip.evaluation.runner import LocalRunner
+from megaskip.evaluation.runner import LocalRunner, Runner, StageRunner
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.ds_config import read_ds_config
-from megaskip.parallel.inference import load_for_inference
+from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.watch import Watch
 
@@ -30,6 +30,8 @@ _PATIENCE = 24 * 3600
 _SILENCE = 120
 """Seconds without a sign of life after which a rank counts as dead."""
 
+_LEAST = {"limit": 1, "batch_size": 1, "num_fewshot": 0, "pipeline_stages": 1}
+
 _DESCRIPTION = """\
 Evaluate a routed model with lm-eval, beside its unrouted base: the same requests are answered with
 every gate open, and the difference is paired by document.
@@ -39,16 +41,16 @@ tasks: demo (demo_choice, demo_answers, demo_text: made for the embedded demo; u
        local_openbookqa, local_copa (read JSON lines under --data_dir), those under --include_path,
        and lm-eval's own (which download their data)
 
-Under torchrun or deepspeed every rank holds the model and takes its share of the requests; with
---ds_config the weights are sharded by ZeRO-3 for models that fit no single GPU. The results do not
-depend on the number of ranks.
+Under torchrun or deepspeed every rank holds the model and takes its share of the requests. For
+models that fit no single GPU the weights are sharded by ZeRO-3 (--ds_config) or spread over stages
+(--pipeline_stages). The results do not depend on the number of ranks.
 """
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """Evaluate as the flags say. Every rank calls it."""
     options = parse(argv)
-    topology = read_topology(os.environ)
+    topology = read_topology(os.environ, num_stages=options.pipeline_stages)
     set_up_logging(rank=topology.rank)
     quiet_libraries()
     quiet_lm_eval()
@@ -83,15 +85,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="[as stored]")
     add("--unpaired", action="store_true", help="do not run the unrouted base: half the time")
     add("--ds_config", help="DeepSpeed JSON: shard the weights over the ranks by ZeRO-3")
+    stages = "ranks that hold one copy of the model, each some of its layers [1]"
+    add("--pipeline_stages", type=int, default=1, metavar="S", help=stages)
     add("--output", required=True, help="write the report to this .json file")
     add("--records", action="store_true", help="write each document's answers, too")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args(argv)
     problems = [
         f"--{name} {value} must be at least {least}"
-        for name, least in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0))
+        for name, least in _LEAST.items()
         if (value := getattr(options, name)) is not None and value < least
     ]
+    if options.ds_config and options.pipeline_stages > 1:
+        problems.append("--ds_config shards by ZeRO-3, --pipeline_stages by layers; choose one")
     folder = Path(options.output).absolute().parent
     if not folder.is_dir():
         problems.append(f"--output {options.output}: there is no folder {folder}; make it first")
@@ -127,32 +133,22 @@ def evaluate_on_ranks(options: argparse.Namespace, topology: Topology) -> EvalRe
 
 
 def _lm(options: argparse.Namespace, topology: Topology) -> MegaskipLM:
-    ds_content = _ds_content(options)
-    loaded = load_for_inference(
-        options.model,
-        dtype=options.dtype,
-        base=options.base,
-        device=topology.device,
-        ds_content=ds_content,
-    )
-    logger.info(
-        "%s, %s on %d rank(s), %s",
-        loaded.description,
-        "replicas" if ds_content is None else "ZeRO-3",
-        topology.world_size,
-        topology.device.type,
-    )
-    runner = LocalRunner(
-        loaded.model,
-        loaded.routers,
-        share=topology.rank,
-        shares=topology.world_size,
-        lock_step=ds_content is not None,
-    )
+    place = Placement(topology=topology, ds_content=_ds_content(options))
+    loaded = load_for_inference(options.model, place, dtype=options.dtype, base=options.base)
+    ranks = f"{topology.world_size} rank(s), {topology.device.type}"
+    logger.info("%s, %s on %s", loaded.description, place, ranks)
+    shares = {"share": topology.replica, "shares": topology.num_replicas}
+    runner: Runner
+    if loaded.staged is not None:
+        runner = StageRunner(loaded.staged, loaded.routers, **shares)
+    else:
+        lock_step = place.ds_content is not None
+        runner = LocalRunner(loaded.model, loaded.routers, lock_step=lock_step, **shares)
     return MegaskipLM(
         loaded.model,
         load_tokenizer(loaded.folder),
         runner=runner,
+        shape=loaded.shape,
         batch_size=options.batch_size,
         max_length=options.max_length,
     )

@@ -19,7 +19,7 @@ from megaskip.errors import ConfigError
 from megaskip.evaluation.costs import Cost, CostModel
 from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows, TokenBatch
 from megaskip.evaluation.team import Team
-from megaskip.parallel.inference import load_for_inference
+from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.routing import PREFIX
 
 Document = tuple[str, int]
@@ -51,6 +51,7 @@ class MegaskipLM(HFLM):
         tokenizer: Any = None,
         *,
         runner: Runner | None = None,
+        shape: Any = None,
         base: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -63,9 +64,8 @@ class MegaskipLM(HFLM):
         if isinstance(pretrained, str):
             # lm-eval's command line asks for "cuda:0" on machines without one, too.
             place = (device or "cuda") if torch.cuda.is_available() else "cpu"
-            loaded = load_for_inference(
-                pretrained, dtype=dtype, base=base, device=torch.device(place)
-            )
+            alone = Placement.on(torch.device(place))
+            loaded = load_for_inference(pretrained, alone, dtype=dtype, base=base)
             tokenizer = load_tokenizer(tokenizer or loaded.folder)
             pretrained = loaded.model
             runner = LocalRunner(loaded.model, loaded.routers)
@@ -77,7 +77,7 @@ class MegaskipLM(HFLM):
             max_length=max_length,
         )
         self.runner: Runner = runner or LocalRunner(pretrained, routers_of(pretrained))
-        self._costs = CostModel(pretrained, self.runner.routers)
+        self._costs = CostModel(shape or pretrained, self.runner.routers)
         self.spent: defaultdict[Document, Cost] = defaultdict(Cost)
         self._last_call: list[Cost] = []
         self._generated: list[Cost] = []
@@ -199,7 +199,9 @@ class MegaskipLM(HFLM):
     def _score(self, rows: list[_Row]) -> dict[int, tuple[tuple[float, bool], Cost]]:
         batch = self._batch(rows)
         logits, kept = self.runner.logits(batch)
-        answers = {}
+        answers: dict[int, tuple[tuple[float, bool], Cost]] = {}
+        if not self.runner.answers:
+            return answers
         width = batch.input_ids.shape[1]
         for place, row in enumerate(rows):
             end = batch.last - (width - len(row.tokens))
@@ -235,6 +237,8 @@ class MegaskipLM(HFLM):
     def _generate(self, batch: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, Cost]]:
         asked = [SimpleNamespace(args=(text, copy.deepcopy(options))) for text, options in batch]
         texts = super().generate_until(asked, disable_tqdm=True)
+        if not self.runner.answers:
+            return []
         return list(zip(texts, self._generated, strict=True))
 
     def _model_generate(
@@ -260,6 +264,8 @@ class MegaskipLM(HFLM):
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )
+        if not self.runner.answers:
+            return ids
         lengths = [criterion.length(row) for row in ids[:, context.shape[1] :].tolist()]
         self._generated = [
             self._generation_cost(place, int(mask[place].sum()), length, calls)

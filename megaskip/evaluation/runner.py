@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megaskip.arch import find_decoder
+from megaskip.parallel.staged import StagedModel
 from megaskip.routing import RouterSet
 
 
@@ -54,6 +55,9 @@ class Runner(Protocol):
     shares: int
     lock_step: bool
     """Whether ranks that run out of batches must go on calling."""
+    answers: bool
+    """Whether this rank's results count. Of a pipeline the last stage's do: the others' logits are
+    empty, and they know what was kept up to their own layers only."""
 
     def logits(self, batch: TokenBatch) -> tuple[Tensor, Kept]:
         """Return (logits [B, batch.last, V] of any dtype, what was kept)."""
@@ -71,6 +75,8 @@ class Runner(Protocol):
 
 class LocalRunner:
     """A whole model on this rank's device, or one that ZeRO-3 gathers layer by layer."""
+
+    answers = True
 
     def __init__(
         self,
@@ -124,13 +130,35 @@ class LocalRunner:
         return ids, calls
 
     def _kept(self, rows: int) -> Kept:
-        if self.routers is None:
+        decisions = () if self.routers is None else self.routers.decisions().values()
+        if not decisions:
             return Kept(kept=torch.zeros(0, rows), units=torch.zeros(0, rows))
-        decisions = self.routers.decisions().values()
         kept = [(one.keep * one.unit_mask).sum(1) for one in decisions]
         units = [one.unit_mask.sum(1, dtype=torch.float32) for one in decisions]
         both = torch.stack([torch.stack(kept), torch.stack(units)]).cpu()
         return Kept(kept=both[0], units=both[1])
+
+
+class StageRunner(LocalRunner):
+    """One stage of a model. All stages of a replica take the same batches, one after the other: a
+    stage goes on to the next while those above are at the last one."""
+
+    def __init__(
+        self, staged: StagedModel, routers: RouterSet | None, *, share: int, shares: int
+    ) -> None:
+        super().__init__(staged.model, routers, share=share, shares=shares)
+        self._links = staged.links
+        self.answers = staged.part.is_last
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, stop: "StopRows", **options: Any
+    ) -> tuple[Tensor, list[Kept]]:
+        """Return (ids [B, T + new], what each call kept); every stage chooses the same tokens."""
+        self._links.shares_logits = True
+        try:
+            return super().generate(input_ids, attention_mask, stop, **options)
+        finally:
+            self._links.shares_logits = False
 
 
 class StopRows(StoppingCriteria):

@@ -61,7 +61,9 @@ class Team:
             for turn in range(0, len(batches), runner.shares):
                 mine = turn + runner.share
                 if mine < len(batches):
-                    done[mine] = handler(batches[mine])
+                    answer = handler(batches[mine])
+                    if runner.answers:
+                        done[mine] = answer
                 elif runner.lock_step:
                     # The others gather weights: this rank takes part, and forgets the answer.
                     handler(batches[-1])

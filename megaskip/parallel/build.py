@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from megaskip.arch import attach_routers, attach_to_stage, find_decoder, freeze
 from megaskip.arch.checkpointing import checkpoint_activations
-from megaskip.arch.stage import slices, verify_stages
+from megaskip.arch.stage import DecoderStage, slices, verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
@@ -70,15 +71,13 @@ def _pipeline(
     shape = skeleton(hf_config, config.model)
     depth = len(find_decoder(shape).layers)
     cuts = boundaries_of(shape, config.router, config.parallel)
-    stage = load_stage(
-        folder,
-        hf_config,
-        dtype,
-        config.model,
-        slices(cuts, depth)[topology.stage],
-        chunk_tokens=config.parallel.loss_chunk_tokens,
-        device=topology.device,
-    )
+    part = slices(cuts, depth)[topology.stage]
+    chunk_tokens = config.parallel.loss_chunk_tokens
+
+    def cut(model: nn.Module) -> DecoderStage:
+        return DecoderStage(model, part, chunk_tokens=chunk_tokens)
+
+    stage = load_stage(folder, hf_config, dtype, config.model, cut, topology.device)
     routers = attach_to_stage(stage, config.router)
     if config.parallel.train_execution == "sparse":
         routers.flow = SparseFlow()

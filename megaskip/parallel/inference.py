@@ -1,4 +1,5 @@
-"""A model for inference from any folder that megaskip writes: whole on a device, or sharded.
+"""A model for inference from any folder that megaskip writes: whole on a device, sharded, or in
+stages.
 
 Knows folders and weights, not what the model is used for.
 """
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING
 
 from megaskip.arch import attach_routers
@@ -27,8 +27,11 @@ from megaskip.parallel.load import (
     find_model_folder,
     load_hf_config,
     load_whole,
+    skeleton,
     weight_dtype,
 )
+from megaskip.parallel.staged import StagedModel, load_staged
+from megaskip.parallel.topology import Topology
 from megaskip.routing import PREFIX, RouterSet
 
 
@@ -37,31 +40,55 @@ class InferenceModel:
     """A frozen model in evaluation mode, with its routers if it has any."""
 
     model: Any
-    """The HF model; under ZeRO-3 its parameters are partitioned."""
+    """The HF model; under ZeRO-3 its parameters are partitioned, in stages it holds some layers."""
     routers: RouterSet | None
     """None for a dense model, or one whose sublayers were dropped for good."""
     folder: Path
     """Where its tokenizer is."""
     description: str
+    staged: StagedModel | None = None
+    """What ties the model to its other stages, if it has any."""
+    shape: Any = None
+    """In stages: the whole model without weights. Else None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a model's weights go: whole to a device, or spread over ranks."""
+
+    topology: Topology
+    ds_content: dict[str, Any] | None = None
+    """The content of a DeepSpeed JSON: the weights are partitioned by ZeRO-3."""
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Placement":
+        """Return the placement of a process that is alone."""
+        return cls(topology=Topology(rank=0, world_size=1, local_rank=0, device=device))
+
+    @property
+    def is_spread(self) -> bool:
+        """Return whether a rank holds a part of the weights only."""
+        return self.ds_content is not None or self.topology.num_stages > 1
+
+    def __str__(self) -> str:
+        """Return the words for it."""
+        if self.topology.num_stages > 1:
+            stages, replicas = self.topology.num_stages, self.topology.num_replicas
+            return f"{stages} stages x {replicas} replica(s)"
+        return "replicas" if self.ds_content is None else "ZeRO-3"
 
 
 def load_for_inference(
-    name: str,
-    *,
-    dtype: str = "auto",
-    base: str | None = None,
-    device: torch.device,
-    ds_content: dict[str, Any] | None = None,
+    name: str, place: Placement, *, dtype: str = "auto", base: str | None = None
 ) -> InferenceModel:
     """Return the model of an exported, a run, a router or a plain HF folder.
 
-    With `ds_content`, the content of a DeepSpeed JSON, its weights are partitioned over the ranks:
-    collective. Raises ConfigError for a folder that is none of these.
+    Collective when the placement spreads it. Raises ConfigError for a folder that is none of these.
     """
     folder, backbone = Path(name), ModelConfig(dtype=dtype)
     routers = folder if (folder / CONFIG).is_file() else folder / "routers"
     if (routers / CONFIG).is_file() and not (folder / "config.json").is_file():
-        return _with_router_folder(routers, base, backbone, device, ds_content)
+        return _with_router_folder(routers, base, backbone, place)
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not folder.exists()
     if name != DEMO and not is_hub_id and not (folder / "config.json").is_file():
         raise ConfigError(
@@ -72,17 +99,13 @@ def load_for_inference(
     content = read_json(found / "config.json")
     require_whole_shards(found)
     if str(content.get("model_type")).startswith(MODEL_TYPE):
-        return _exported(found, content, backbone, device, ds_content)
-    model = _backbone(found, load_hf_config(found, backbone), backbone, device, ds_content)
-    return InferenceModel(model=model, routers=None, folder=found, description=f"{name}, dense")
+        return _exported(found, content, backbone, place)
+    loaded = _Backbone(found, load_hf_config(found, backbone), backbone, place)
+    return loaded.dense(f"{name}, dense")
 
 
 def _with_router_folder(
-    routers: Path,
-    base: str | None,
-    backbone: ModelConfig,
-    device: torch.device,
-    ds_content: dict[str, Any] | None,
+    routers: Path, base: str | None, backbone: ModelConfig, place: Placement
 ) -> InferenceModel:
     config, _, described = read_router_config(routers)
     named = base or (described.name if described is not None else "")
@@ -91,25 +114,21 @@ def _with_router_folder(
     backbone = dataclasses.replace(backbone, model=named)
     folder = find_model_folder(backbone)
     require_whole_shards(folder)
-    model = _backbone(folder, load_hf_config(folder, backbone), backbone, device, ds_content)
-    # Beside what DeepSpeed shards, on what it does not.
-    attached = load_routers(model, routers, register=ds_content is None)
-    return _routed(model, attached.to(device), folder, "keep", f"{routers} on {named}", config)
+    loaded = _Backbone(folder, load_hf_config(folder, backbone), backbone, place)
+    # Beside weights that are spread, on those that are not.
+    attached = load_routers(loaded.model, routers, register=not place.is_spread)
+    return loaded.routed(attached, "keep", f"{routers} on {named}", config)
 
 
 def _exported(
-    folder: Path,
-    content: dict[str, Any],
-    backbone: ModelConfig,
-    device: torch.device,
-    ds_content: dict[str, Any] | None,
+    folder: Path, content: dict[str, Any], backbone: ModelConfig, place: Placement
 ) -> InferenceModel:
     routing = content.get("routing")
-    if ds_content is None:
+    if not place.is_spread:
         kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
         # The package's own code, the same that the folder carries.
-        model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto").to(device)
-        model.eval().requires_grad_(False)
+        model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto")
+        model.to(place.topology.device).eval().requires_grad_(False)
         routers = model.get_submodule(PREFIX) if routing is not None else None
         what = "sublayers dropped" if routing is None else routing["granularity"]
         return InferenceModel(
@@ -117,45 +136,67 @@ def _exported(
         )
     if routing is None:
         raise ConfigError(
-            f"--model {folder} has sublayers dropped for good, which --ds_config cannot shard yet; "
-            "evaluate it without"
+            f"--model {folder} has sublayers dropped for good, which cannot be spread over ranks "
+            "yet (--ds_config, --pipeline_stages); evaluate it without"
         )
     # The base's tensors have the base's names, so its own class reads them from this folder.
     family = content["base_model_type"]
     foreign = ("routing", "dropped", "base_model_type", "auto_map", "model_type", "architectures")
     own = {name: value for name, value in content.items() if name not in foreign}
     hf_config = CONFIG_MAPPING[family].from_dict(own)
-    model = _backbone(folder, hf_config, backbone, device, ds_content)
+    loaded = _Backbone(folder, hf_config, backbone, place)
     settings = dict(routing)
     kv, layers = settings.pop("kv", "keep"), tuple(settings.pop("layers"))
     config = RouterConfig(layers=layers, **settings)
-    attached = attach_routers(model, config, register=False)
+    attached = attach_routers(loaded.model, config, register=False)
     stored = read_tensors(folder / f"{PREFIX}.safetensors")
     attached.load_state_dict({n.removeprefix(f"{PREFIX}."): t for n, t in stored.items()})
-    return _routed(model, attached.to(device), folder, kv, str(folder), config)
+    return loaded.routed(attached, kv, str(folder), config)
 
 
-def _routed(
-    model: Any, routers: RouterSet, folder: Path, kv: str, description: str, config: RouterConfig
-) -> InferenceModel:
-    routers.flow = InferenceFlow(unit=config.unit, kv=kv)
-    return InferenceModel(
-        model=model,
-        routers=routers,
-        folder=folder,
-        description=f"{description}, {config.granularity}",
-    )
+class _Backbone:
+    """The base model of a folder, placed; then with routers or without."""
 
+    def __init__(
+        self, folder: Path, hf_config: Any, backbone: ModelConfig, place: Placement
+    ) -> None:
+        self._folder, self._device = folder, place.topology.device
+        self._staged: StagedModel | None = None
+        self._shape: Any = None
+        self.model: Any
+        dtype = weight_dtype(backbone, hf_config)
+        if place.topology.num_stages > 1:
+            self._staged = load_staged(folder, hf_config, dtype, backbone, place.topology)
+            self._shape = skeleton(hf_config, backbone)
+            self.model = self._staged.model
+        elif place.ds_content is not None:
+            config = RunConfig(model=backbone)
+            loss, _ = shard_backbone(config, folder, hf_config, dtype, place.ds_content)
+            self.model = loss.model.eval()
+        else:
+            model = load_whole(folder, hf_config, dtype, backbone, self._device)
+            self.model = model.eval().requires_grad_(False)
 
-def _backbone(
-    folder: Path,
-    hf_config: Any,
-    backbone: ModelConfig,
-    device: torch.device,
-    ds_content: dict[str, Any] | None,
-) -> nn.Module:
-    dtype = weight_dtype(backbone, hf_config)
-    if ds_content is None:
-        return load_whole(folder, hf_config, dtype, backbone, device).eval().requires_grad_(False)
-    loss, _ = shard_backbone(RunConfig(model=backbone), folder, hf_config, dtype, ds_content)
-    return loss.model.eval()
+    def dense(self, description: str) -> InferenceModel:
+        """Return the model without routers."""
+        return self._finished(None, description)
+
+    def routed(
+        self, routers: RouterSet, kv: str, description: str, config: RouterConfig
+    ) -> InferenceModel:
+        """Return the model with the routers that were attached to it."""
+        routers.to(self._device)
+        routers.flow = InferenceFlow(unit=config.unit, kv=kv)
+        return self._finished(routers, f"{description}, {config.granularity}")
+
+    def _finished(self, routers: RouterSet | None, description: str) -> InferenceModel:
+        if self._staged is not None:
+            self._staged.connect(routers)
+        return InferenceModel(
+            model=self.model,
+            routers=routers,
+            folder=self._folder,
+            description=description,
+            staged=self._staged,
+            shape=self._shape,
+        )

@@ -1,9 +1,9 @@
 """Weights of one pipeline stage: each rank reads its own tensors from the safetensors shards."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from megaskip.arch.stage import DecoderStage, Slice
 from megaskip.config import ModelConfig
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
@@ -19,18 +18,19 @@ from megaskip.parallel.load import build_from_config, load_whole, tensor_files
 
 logger = get_logger(__name__)
 
+PartOfModel = TypeVar("PartOfModel", bound=nn.Module)
+
 
 def load_stage(
     folder: Path,
     hf_config: Any,
     dtype: torch.dtype,
     config: ModelConfig,
-    part: Slice,
-    *,
-    chunk_tokens: int,
+    cut: Callable[[nn.Module], PartOfModel],
     device: torch.device,
-) -> DecoderStage:
-    """Return a stage with its weights on `device`. Every rank calls it by itself.
+) -> PartOfModel:
+    """Return what `cut` leaves of the model, with its weights on `device`. Every rank calls it by
+    itself.
 
     Models whose stored names are not those of the module (MoE experts that transformers fuses on
     loading) are read whole by every rank, into the node's memory, and then cut.
@@ -41,8 +41,8 @@ def load_stage(
     if not set(names.values()) <= shards.keys():
         logger.info("every rank reads the whole model (stored tensor names differ from its own)")
         model = load_whole(folder, hf_config, dtype, config, torch.device("cpu"))
-        return DecoderStage(model, part, chunk_tokens=chunk_tokens).eval().to(device)
-    stage = DecoderStage(model, part, chunk_tokens=chunk_tokens).eval()
+        return cut(model).eval().to(device)
+    stage = cut(model).eval()
     _fill(stage, names, shards, device)
     return stage.to(device)
 

@@ -24,6 +24,7 @@ from megaskip.arch.stage import DecoderStage
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.link import Link
 from megaskip.parallel.results import Totals
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Pooling, RouterSet, RoutingDecision
@@ -44,7 +45,7 @@ class PipelineEngine(Engine):
         """Routed layers of the stages before this one; without any, nothing is learnt there."""
         self._learns = bool(self._below or self._own)
         self._dtype = next(stage.parameters()).dtype
-        self._previous, self._next = _Link(topology.rank - 1), _Link(topology.rank + 1)
+        self._previous, self._next = Link(topology.rank - 1), Link(topology.rank + 1)
         self._logits: dict[int, Tensor] = {}
 
     @property
@@ -190,38 +191,6 @@ class PipelineEngine(Engine):
     def _finish(self) -> None:
         self._previous.wait()
         self._next.wait()
-
-
-class _Link:
-    """The way to a neighbouring stage. Sends do not wait for their receiver, but for the last
-    send."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._pending: list[tuple[Any, Tensor]] = []
-        self.bytes_sent: list[int] = [0, 0]
-
-    def send(self, tensors: Sequence[Tensor | None]) -> None:
-        """Start sending tensors, one after the other."""
-        self.wait()
-        for place, tensor in enumerate(tensors):
-            assert tensor is not None, "what crossed a boundary has a gradient"
-            data = tensor.detach().contiguous()
-            self.bytes_sent[place] += data.nbytes
-            # The tensor has to live until it has arrived.
-            self._pending.append((dist.isend(data, self._rank), data))
-
-    def receive(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Fill tensors with what the neighbour sends, and return them."""
-        for tensor in tensors:
-            dist.recv(tensor, self._rank)
-        return tensors
-
-    def wait(self) -> None:
-        """Return when everything sent has arrived."""
-        for work, _ in self._pending:
-            work.wait()
-        self._pending = []
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

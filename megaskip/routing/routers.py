@@ -145,6 +145,11 @@ class RouterSet(nn.Module):
         self.held = held or {}
         self._announced = announced
 
+    @property
+    def current_pooling(self) -> Pooling | None:
+        """Return what this forward pass decides about; None where held decisions are used."""
+        return self._pooling
+
     def take_announcement(self) -> bool:
         """Return whether the coming forward pass was announced, and use the announcement up."""
         announced, self._announced = self._announced, False

@@ -14,6 +14,7 @@ from megaskip.export.folder import export_folder
 BASE = Path(__file__).parents[2] / "megaskip/demo/backbone"
 ASKED = ["--tasks", "demo", "--limit", "11", "--num_fewshot", "1", "--apply_chat_template"]
 SHARDED = ["--ds_config", "ds_configs/zero3.json"]
+STAGES = ["--pipeline_stages", "2"]
 
 
 def routed(root: Path, granularity: str) -> None:
@@ -45,6 +46,8 @@ def test_ranks_and_sharding_change_no_bit(tmp_path: Path) -> None:
     assert two == [alone[0], alone[0], alone[0], alone[1], alone[1]]
     four = evaluations(4, [attention, run + SHARDED])
     assert four == [alone[0], alone[0]]
+    assert evaluations(2, [attention + STAGES, block + STAGES]) == alone
+    assert evaluations(4, [run + STAGES, block + ["--pipeline_stages", "4"]]) == alone
 
 
 def test_wrong_input_ends_every_rank_with_one_message(tmp_path: Path) -> None:

@@ -112,9 +112,12 @@ def evaluations(cases: list[list[str]]) -> list[Any]:
     ranks than the first."""
     from megaskip.evaluation.command import evaluate_on_ranks, parse
 
-    topology = read_topology(os.environ)
     usual = ["--output", "unused.json", "--dtype", "float32", "--model"]
-    reports = [evaluate_on_ranks(parse([*usual, *case]), topology) for case in cases]
+    reports = []
+    for case in cases:
+        options = parse([*usual, *case])
+        topology = read_topology(os.environ, num_stages=options.pipeline_stages)
+        reports.append(evaluate_on_ranks(options, topology))
     return [report and report.to_json(records=True)["tasks"] for report in reports]
 
 

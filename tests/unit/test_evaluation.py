@@ -21,7 +21,7 @@ from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.paired import difference, standard_error
 from megaskip.evaluation.tasks import load_tasks
 from megaskip.inference.flow import InferenceFlow
-from megaskip.parallel.inference import load_for_inference
+from megaskip.parallel.inference import Placement, load_for_inference
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "megaskip/demo/backbone"
@@ -293,6 +293,7 @@ def test_more_examples_than_documents_are_refused() -> None:
     ("flags", "says"),
     [
         (["--output", "/nowhere/out.json"], "there is no folder /nowhere"),
+        (["--pipeline_stages", "2", "--ds_config", "x"], "choose one"),
         (["--limit", "0", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
     ],
 )
@@ -305,7 +306,7 @@ def test_wrong_flags_are_refused(flags: list[str], says: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["/nowhere", str(ROOT / "tests")])
 def test_a_folder_that_is_no_model_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"neither config\.json"):
-        load_for_inference(name, device=torch.device("cpu"))
+        load_for_inference(name, Placement.on(torch.device("cpu")))
 
 
 def test_an_unknown_task_ends_with_one_message_and_a_suggestion(tmp_path: Path) -> None:

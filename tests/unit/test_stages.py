@@ -11,8 +11,10 @@ import torch
 import transformers
 from families import FAMILIES, tiny_config, tiny_model
 
+from megaskip.arch import part as part_module
 from megaskip.arch import stage as stages
 from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.part import verify_parts
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig, parse_run_config
 from megaskip.errors import ConfigError, MegaskipError, UnsupportedModelError
 from megaskip.parallel.ds_config import read_ds_config
@@ -33,11 +35,24 @@ def test_every_family_can_be_cut(family: str) -> None:
     stages.verify_stages(tiny_config(family), build)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_parts_answer_as_the_whole_with_a_cache(family: str) -> None:
+    verify_parts(tiny_config(family), build)
+
+
+def test_parts_that_do_not_pass_on_what_they_compute_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(part_module._Queue, "receive", lambda self, tensors: tensors)
+    with pytest.raises(UnsupportedModelError, match="relative distance"):
+        verify_parts(tiny_config("llama"), build)
+
+
 def test_a_family_whose_stages_compute_something_else_is_refused_with_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stages, "REPEATED", {})
-    with pytest.raises(UnsupportedModelError, match="relative distance of its hidden states"):
+    with pytest.raises(UnsupportedModelError, match="relative distance"):
         stages.verify_stages(tiny_config("granite"), build)
 
 
@@ -51,15 +66,12 @@ def test_a_family_that_cannot_be_shrunk_is_refused_with_the_reason() -> None:
 
 def load(folder: Path, part: stages.Slice) -> stages.DecoderStage:
     config = ModelConfig(model=str(folder))
-    return load_stage(
-        folder,
-        load_hf_config(folder, config),
-        torch.float32,
-        config,
-        part,
-        chunk_tokens=64,
-        device=torch.device("cpu"),
-    )
+
+    def cut(model: Any) -> stages.DecoderStage:
+        return stages.DecoderStage(model, part, chunk_tokens=64)
+
+    hf_config = load_hf_config(folder, config)
+    return load_stage(folder, hf_config, torch.float32, config, cut, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
