@@ -6,6 +6,11 @@ One rank per stage, on a Llama with random weights (frozen lower half, routers a
 busy time is that of its forward and backward passes; the bubble is the share of the step in which
 the stages are not busy, on average. Beside it (S-1)/(M+S-1), which holds for stages of equal work.
 Give every rank a core of its own; with fewer cores than stages the numbers mean little.
+
+What crosses a boundary depends on widths and routed layers only: for that of a 70B,
+
+    torchrun --standalone --nproc_per_node 2 tools/benchmark_pipeline.py --layers 80 --hidden 8192 \
+        --heads 1 --width 64 --tokens 64 --dtype bfloat16 --granularity attn_token --micro_batches 1
 """
 
 import argparse
@@ -64,6 +69,8 @@ def parse() -> argparse.Namespace:
     add("--hidden", type=int, default=512, help="hidden size [512]")
     add("--width", type=int, default=1408, help="intermediate size [1408]")
     add("--layers", type=int, default=12, help="layers [12]")
+    add("--heads", type=int, help="attention heads, of 64 each [hidden size / 64]")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="[float32]")
     add("--tokens", type=int, default=256, help="tokens of a row [256]")
     add("--granularity", default="attn_sequence", help="[attn_sequence]")
     add("--partition", help="first layers of stages 1, 2, ... [balanced]")
@@ -74,7 +81,7 @@ def parse() -> argparse.Namespace:
 
 def make_model(folder: Path, options: argparse.Namespace) -> Path:
     """Write a Llama with random weights."""
-    heads = max(options.hidden // 64, 1)
+    heads = options.heads or max(options.hidden // 64, 1)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=options.hidden,
@@ -84,7 +91,8 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
         num_key_value_heads=heads,
         head_dim=min(64, options.hidden),
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    dtype = getattr(torch, options.dtype)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     return folder
 
 
@@ -151,7 +159,8 @@ def show_bytes(engine: PipelineEngine, topology: Topology) -> None:
     dist.all_gather_object(everyone, engine.bytes_sent)
     if topology.is_first:
         for stage, (states, keep) in enumerate(everyone[:-1]):
-            print(f"stage {stage} to {stage + 1}: keep is {keep / states:.5f} of the hidden states")
+            sizes = f"{states:,} bytes of hidden states, {keep:,} of keep"
+            print(f"stage {stage} to {stage + 1}: {sizes} ({keep / states:.3%}), in all steps")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ models."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -38,9 +38,44 @@ class Point:
     """Of a forward pass, over those of the dense model."""
     latency: float
     """Of a prefill, measured, over that of the dense model."""
+    skipped_by_layer: Mapping[int, float]
+    """Share of the documents that skip each routed layer's attention."""
+    train_seconds: float | None = None
+    """Of a training, on average over seeds; None for what is not trained."""
 
 
-HEADER = ("method", "asked", "skipped", "loss", "to dense", "pairs", "to dense", "exact")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """One method minus another at the same skip, paired by document."""
+
+    method: str
+    against: str
+    skip: float
+    loss: Difference
+    pairs: Difference | None
+    exact: Difference
+
+    def __str__(self) -> str:
+        """Return a line of text."""
+        parts = [f"loss {_interval(self.loss, '+.4f')}", f"exact {_interval(self.exact, '+.2%')}"]
+        if self.pairs is not None:
+            parts.append(f"pairs {_interval(self.pairs, '+.2%')}")
+        return f"{self.method} - {self.against} at {self.skip:.1%}: " + ", ".join(parts)
+
+
+HEADER = (
+    "method",
+    "asked",
+    "skipped",
+    "loss",
+    "to dense",
+    "pairs",
+    "to dense",
+    "exact",
+    "FLOPs x",
+    "prefill x",
+    "training s",
+)
 
 
 def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
@@ -55,6 +90,9 @@ def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
             "-" if point.pairs is None else f"{point.pairs:.2%}",
             "-" if point.pairs_gap is None else _interval(point.pairs_gap, "+.2%"),
             f"{point.exact:.3f}",
+            f"{point.flops:.3f}",
+            f"{point.latency:.3f}",
+            "-" if point.train_seconds is None else f"{point.train_seconds:.0f}",
         )
         for point in points
     ]
@@ -80,6 +118,23 @@ def draw(points: Sequence[Point], path: Path, *, title: str) -> None:
     FigureCanvasAgg(figure).print_png(buffer)
     path.write_bytes(buffer.getvalue())
     path.with_suffix(".html").write_text(_page(points, buffer.getvalue(), title), encoding="utf-8")
+
+
+def draw_layers(points: Sequence[Point], path: Path, *, title: str) -> None:
+    """Write a heat map to `path`: what each method skips, by layer."""
+    shown = [point for point in points if point.skipped > 0]
+    layers = sorted({layer for point in shown for layer in point.skipped_by_layer})
+    shares = [[point.skipped_by_layer[layer] for point in shown] for layer in layers]
+    size = (2.5 + 0.42 * len(shown), 1.9 + 0.28 * len(layers))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(shares, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="magma_r")
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    names = [f"{point.method} {point.asked:.1%}" for point in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=60, ha="right", fontsize=8)
+    axes.set(ylabel="layer", title=title)
+    figure.colorbar(drawn, ax=axes, label="share of documents that skip it")
+    FigureCanvasAgg(figure).print_png(str(path))
 
 
 def _curves(axes: Axes, points: Sequence[Point], spent: Sequence[float]) -> None:

@@ -34,8 +34,8 @@ class Scores:
     """How many those are."""
     exact: Numbers
     """1 where every supervised token is the most likely one: greedy decoding says the same."""
-    skipped: Numbers
-    """Share of the routed units that were skipped."""
+    kept: Numbers
+    """Share of the units of each routed layer that ran, [R, rows]."""
 
     def loss(self) -> float:
         """Return the mean loss of a token, nats."""
@@ -66,8 +66,8 @@ def score(
             first += rows
     finally:
         routers.force({})
-    nll, tokens, exact, skipped = torch.cat(columns, dim=1).double().cpu().numpy()
-    return Scores(nll=nll, tokens=tokens, exact=exact, skipped=skipped)
+    nll, tokens, exact, *kept = torch.cat(columns, dim=1).double().cpu().numpy()
+    return Scores(nll=nll, tokens=tokens, exact=exact, kept=np.stack(kept))
 
 
 def read_pairs(folder: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
@@ -111,7 +111,7 @@ def pair_accuracy(scores: Scores) -> Numbers:
 
 
 def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch) -> Tensor:
-    """Return [nll, tokens, exact, skipped] of each row, float [4, B]."""
+    """Return [nll, tokens, exact, kept of R layers] of each row, float64 [3 + R, B]."""
     routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
     logits = model(
         input_ids=batch.input_ids,
@@ -125,7 +125,9 @@ def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch) -> Tensor:
         logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
     )
     exact = ((logits.argmax(-1) == targets) | ~real).all(1)
-    columns = [losses.sum(1), real.sum(1), exact, 1 - routers.shares()]
+    decisions = routers.decisions().values()
+    kept = [(d.keep * d.unit_mask).sum(1) / d.unit_mask.sum(1).clamp(min=1) for d in decisions]
+    columns = [losses.sum(1), real.sum(1), exact, *kept]
     return torch.stack([column.double() for column in columns])
 
 

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "packed": True,
     },
     "one micro-batch": {"flags": [], "parts": 1},
+    "one micro-batch, recomputed": {"flags": ["--activation_checkpointing"], "parts": 1},
     "all routers on the last stage": {"flags": ["--layers", "5-5"]},
     "all routers on the first stage": {"flags": ["--layers", "1-1"], "cuts": ("3", "3,4,5")},
     "no router on the first stages": {"flags": ["--layers", "3-4"], "cuts": ("3", "1,2,5")},

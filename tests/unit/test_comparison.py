@@ -1,0 +1,97 @@
+"""A comparison puts every method at the same skip and pairs it with the dense model by document."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from routed_models import randomise
+
+from megaskip import RouterConfig, attach_routers, save_routers
+from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from megaskip.errors import ConfigError
+from megaskip.evaluation.comparison import Comparison, contrasts
+from megaskip.evaluation.pareto import draw, draw_layers, markdown
+from megaskip.parallel.load import DEMO_FOLDER
+from megaskip.parallel.topology import process_group, read_topology
+
+DOCUMENTS = 24
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Iterator[Comparison]:
+    config = RunConfig(
+        model=ModelConfig(model="demo", dtype="float32"),
+        router=RouterConfig(layers="1-7"),
+        data=DataConfig(
+            data=(str(DEMO_FOLDER / "instruct.jsonl"),), held_out=DOCUMENTS, seq_length=128
+        ),
+        optim=OptimConfig(calibration_rows=64),
+    )
+    topology = read_topology({})
+    with process_group(topology, timeout=60):
+        yield Comparison(config, topology, DEMO_FOLDER / "backbone")
+
+
+def test_baselines_skip_exactly_what_is_asked(comparison: Comparison) -> None:
+    dense = comparison.measure(comparison.everything)
+    assert dense.text.kept.all()
+    for name, (order, *_) in comparison.orders([0]).items():
+        found = comparison.measure(comparison.policy(order, 0.25))
+        point = comparison.point(name, 0.25, [found], dense)
+        assert point.skipped == pytest.approx(0.25)
+        assert sum(point.skipped_by_layer.values()) == pytest.approx(0.25 * comparison.depth)
+        assert point.loss_gap.value == pytest.approx(point.loss - dense.text.loss(), abs=1e-9)
+        assert point.loss_gap.value > 0
+        assert 0.9 < point.flops < 1
+
+
+def test_a_comparison_with_itself_is_nothing(comparison: Comparison) -> None:
+    (order,) = comparison.orders([0])["static"]
+    found = comparison.measure(comparison.policy(order, 0.5))
+    dense = comparison.measure(comparison.everything)
+    rows = contrasts(
+        {("ours", 0.5): [found], ("static", 0.5): [found], ("none", 0.5): [dense]}, "ours"
+    )
+    same, worse = rows
+    assert (same.loss.low, same.loss.high, same.exact.value) == (0, 0, 0)
+    assert worse.against == "none"
+    assert worse.loss.low > 0
+    assert "ours - none at 50.0%: loss +" in str(worse)
+
+
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+def test_trained_routers_are_put_at_the_skip(
+    comparison: Comparison, router: str, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "backbone")
+    # Trained for another capacity, and for many.
+    config = RouterConfig(layers="1-7", router=router, capacity=0.9, capacity_low=0.2)
+    routers = attach_routers(model, config)
+    randomise(routers)
+    save_routers(tmp_path / "routers", routers)
+    kept = comparison.take(tmp_path / "routers", 0.375)
+    assert kept == pytest.approx(1 - 0.375 * 8 / 7, abs=0.02)
+    found = comparison.measure(None)
+    point = comparison.point(
+        "ours", 0.375, [found, found], comparison.measure(comparison.everything)
+    )
+    assert point.seeds == 2
+    assert point.skipped == pytest.approx(0.375, abs=0.1)
+    picture = comparison.picture("what ran")
+    np.testing.assert_array_equal(picture.ran[:, 0], found.text.kept[:, 0] > 0)
+    for name in ("pareto", "layers"):
+        (draw if name == "pareto" else draw_layers)([point], tmp_path / f"{name}.png", title="t")
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    assert "37.5%" in markdown([dataclasses.replace(point, pairs=None, pairs_gap=None)])
+
+
+def test_what_cannot_be_compared_is_refused(comparison: Comparison, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be reached by 7 routed layers of 8"):
+        comparison.share(0.9)
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "backbone")
+    save_routers(tmp_path / "routers", attach_routers(model, RouterConfig(layers="4-6")))
+    with pytest.raises(ConfigError, match="routes layers"):
+        comparison.take(tmp_path / "routers", 0.25)
