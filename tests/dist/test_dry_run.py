@@ -10,6 +10,7 @@ from spawn import run_worker
 from megaskip.config import parse_run_config
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.estimate import estimate
+from megaskip.parallel.estimate_stages import estimate_stages
 from megaskip.parallel.load import load_hf_config, weight_dtype
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
@@ -44,6 +45,19 @@ def test_estimate_is_within_15_percent_of_what_is_measured(ranks: int, tmp_path:
         planned = estimate(config, hf_config, dtype, world_size=ranks, ds_content=ds_content)
         for rank in range(ranks):
             assert planned.total == pytest.approx(found[rank][number], rel=0.15), (flags, planned)
+
+
+@pytest.mark.parametrize("extra", [[], ["--activation_checkpointing"]])
+def test_estimate_of_each_stage_is_within_15_percent(extra: list[str], tmp_path: Path) -> None:
+    tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
+    flags = [*BATCH, *extra, "--pipeline_stages", "2", "--gradient_accumulation_steps", "4"]
+    flags += ["--ds_config", "ds_configs/pipeline.json"]
+    found = run_worker("memory_of_a_step", 2, model=str(tmp_path), cases=[flags])
+    config = parse_run_config(["--model", str(tmp_path), *flags])
+    hf_config = load_hf_config(tmp_path, config.model)
+    planned = estimate_stages(config, hf_config, weight_dtype(config.model, hf_config))
+    for stage, one in enumerate(planned):
+        assert one.total == pytest.approx(found[stage][0], rel=0.15), (stage, one)
 
 
 def test_70b_is_planned_from_its_config_alone(tmp_path: Path) -> None:

@@ -139,15 +139,16 @@ def _peak_of_a_step(model: str, flags: list[str]) -> int:
     ids = torch.randint(3, 97, shape)
     places = torch.arange(shape[1]).expand(shape)
     batch = Batch(input_ids=ids, labels=ids, token_mask=real, prompt_mask=real, position_ids=places)
+    batches = [batch] * config.optim.gradient_accumulation_steps
     with built(model, flags) as (engine, _):
         for _ in range(2):  # the first step still learns DeepSpeed's prefetch order
-            engine.train_step([batch], 0.0)
+            engine.train_step(batches, 0.0)
         held = sum(bytes_by_kind(engine).values())
         tensors = [*engine.module.parameters(), *engine.module.buffers()]
         partitions = [p.ds_tensor for p in tensors if hasattr(p, "ds_tensor")]
         with LiveBytes() as live:
             live.ignore([*tensors, *partitions, *engine.parameters.values()])
-            engine.train_step([batch], 0.0)
+            engine.train_step(batches, 0.0)
         return held + live.peak
 
 
