@@ -39,13 +39,14 @@ def attach_routers(
     layers = resolve_layers(config.layers, len(anatomy.layers))
     _require_routable(layers, config)
     device = next(iter(model.parameters())).device
-    here = [one for one in layers if not isinstance(anatomy.layers[one], LayerElsewhere)]
+    elsewhere = [one for one in layers if isinstance(anatomy.layers[one], LayerElsewhere)]
+    here = [one for one in layers if one not in elsewhere]
     if verify and here:
         report = probe_layer(model, here[0])
         if not report.passed:
             raise UnsupportedModelError(report.explain(anatomy.model_type))
     routers = RouterSet(config, layers, anatomy.hidden_size, device=device)
-    wire(anatomy, routers)
+    wire(anatomy, routers, elsewhere=elsewhere)
     if register:
         model.add_module(PREFIX, routers)
     freeze(model)

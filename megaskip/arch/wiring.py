@@ -1,25 +1,28 @@
 """The wires between a model and its routers: gates in the layers, hooks on the decoder."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megaskip.arch.anatomy import Anatomy
-from megaskip.arch.part import LayerElsewhere
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_layer
 from megaskip.inference.held import held_by, hold
 from megaskip.routing import Pooling, RouterSet
 
 
-def wire(anatomy: Anatomy, routers: RouterSet, *, first_layer: int = 0) -> None:
+def wire(
+    anatomy: Anatomy, routers: RouterSet, *, first_layer: int = 0, elsewhere: Sequence[int] = ()
+) -> None:
     """Let the routed layers ask the gates of `routers`, and plain calls announce themselves.
 
-    `first_layer` is the absolute index of the decoder's first layer, when it is a slice of a model.
+    `first_layer` is the absolute index of the decoder's first layer, when it is a slice of a model;
+    layers `elsewhere` are held by other processes.
     """
     for index, layer in enumerate(anatomy.layers, start=first_layer):
-        if index in routers.gates and not isinstance(layer, LayerElsewhere):
+        if index in routers.gates and index not in elsewhere:
             route_layer(layer, find_sites(layer, anatomy.model_type), routers.gates[index])
     _add_hooks(anatomy.decoder, routers)
 
