@@ -218,7 +218,7 @@ class Comparison:
         """Return a method's point: documents' scores averaged over seeds, then paired with
         dense."""
         nll, tokens, hits = _mean(measured, "nll"), dense.text.tokens, _hits(measured)
-        dense_hits = _hits([dense])
+        dense_hits, exact = _hits([dense]), _mean(measured, "exact")
         gap = None
         if hits is not None and dense_hits is not None:
             gap = ratio_difference(hits, dense_hits, np.ones_like(hits))
@@ -233,7 +233,8 @@ class Comparison:
             loss_gap=ratio_difference(nll, dense.text.nll, tokens),
             pairs=None if hits is None else float(hits.mean()),
             pairs_gap=gap,
-            exact=float(_mean(measured, "exact").mean()),
+            exact=float(exact.mean()),
+            exact_gap=ratio_difference(exact, dense.text.exact, np.ones_like(exact)),
             flops=self.flop_ratio(of_all),
             latency=statistics.mean(one.latency for one in measured),
             skipped_by_layer=dict(zip(self.layers, skipped.tolist(), strict=True)),

@@ -34,6 +34,8 @@ class Point:
     pairs_gap: Difference | None
     exact: float
     """Share of held-out documents whose every supervised token greedy decoding would produce."""
+    exact_gap: Difference
+    """To the dense model, paired by document."""
     flops: float
     """Of a forward pass, over those of the dense model."""
     latency: float
@@ -72,6 +74,7 @@ HEADER = (
     "pairs",
     "to dense",
     "exact",
+    "to dense",
     "FLOPs x",
     "prefill x",
     "training s",
@@ -89,7 +92,8 @@ def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
             _interval(point.loss_gap, "+.4f"),
             "-" if point.pairs is None else f"{point.pairs:.2%}",
             "-" if point.pairs_gap is None else _interval(point.pairs_gap, "+.2%"),
-            f"{point.exact:.3f}",
+            f"{point.exact:.2%}",
+            _interval(point.exact_gap, "+.2%"),
             f"{point.flops:.3f}",
             f"{point.latency:.3f}",
             "-" if point.train_seconds is None else f"{point.train_seconds:.0f}",
