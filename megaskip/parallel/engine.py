@@ -17,7 +17,7 @@ from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.parallel.results import EvalResult, StepResult, Totals, quarters, share_of
 from megaskip.parallel.topology import Topology
-from megaskip.routing import Measured, RouterSet, RoutingDecision
+from megaskip.routing import Measured, RouterSet, RoutingDecision, ThresholdSearch
 
 _CALIBRATED = 0.002
 """Distance from the asked capacity at which calibration stops."""
@@ -103,19 +103,22 @@ class Engine:
         """Put the threshold where `batches` of all ranks keep `capacity` (the asked one without
         it); returns what they keep.
 
-        Repeated, because a layer's decision changes what the layers above it read.
+        Repeated, because a layer's decision changes what the layers above it read (see
+        ThresholdSearch).
         """
         assert self.routers is not None
-        budget, best = self.routers.budget, (2.0, 0.0)
+        budget = self.routers.budget
         target = self.routers.config.capacity if capacity is None else capacity
+        search = ThresholdSearch(target)
         for last in [False] * rounds + [True]:
             if last:
-                budget.place(best[1])
+                budget.place(search.best)
             kept, logits = self._decide_all(batches)
-            best = min(best, (abs(kept - target), budget.offset))
-            if last or best[0] <= _CALIBRATED:
+            search.note(budget.offset, kept)
+            if last or search.distance <= _CALIBRATED:
                 break
-            budget.place(_quantile(logits, 1 - target) - self.routers.base_threshold_logit)
+            place = _quantile(logits, 1 - target) - self.routers.base_threshold_logit
+            budget.place(search.next(place))
         return kept
 
     def _decide_all(self, batches: Sequence[Batch | None]) -> tuple[float, Tensor]:

@@ -9,6 +9,7 @@ from megaskip.routing.flow import DenseFlow, Flow, SparseFlow
 from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
 from megaskip.routing.routers import PREFIX, Router, RouterSet, make_router
+from megaskip.routing.search import ThresholdSearch
 
 __all__ = [
     "PREFIX",
@@ -22,6 +23,7 @@ __all__ = [
     "RouterSet",
     "RoutingDecision",
     "SparseFlow",
+    "ThresholdSearch",
     "make_router",
     "straight_through",
 ]

@@ -19,7 +19,7 @@ from megaskip.errors import ConfigError
 from megaskip.evaluation.calibration import calibrate_all, with_points
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.routing import Measured, RouterSet
+from megaskip.routing import Measured, RouterSet, ThresholdSearch
 from megaskip.routing.any_budget import AnyBudget
 
 
@@ -133,3 +133,29 @@ def test_one_budget_follows_every_capacity_it_asks_for() -> None:
     other.restore(budget.state())
     assert other.settled_offset() == budget.settled_offset()
     assert other.state() == budget.state()
+
+
+@pytest.mark.parametrize("feedback", [-0.8, -0.3, 0.0, 0.5, 0.9])
+@pytest.mark.parametrize("target", [0.1, 0.45, 0.9])
+def test_the_search_finds_the_capacity_when_layers_hear_each_other(
+    feedback: float, target: float
+) -> None:
+    """Logits lie in [0, 1], and move by `feedback` for each unit that is skipped."""
+    search, position = ThresholdSearch(target), 0.0
+    for _ in range(7):
+        moved = feedback * position / (1 + abs(feedback))
+        kept = min(max(1 - position + moved, 0.0), 1.0)
+        search.note(position, kept)
+        if search.distance <= 0.002:
+            break
+        position = search.next(1 - target + moved)
+    assert search.distance <= 0.002
+    assert abs(1 - search.best * (1 - feedback / (1 + abs(feedback))) - target) <= 0.002
+
+
+def test_the_search_narrows_down_a_step() -> None:
+    search, position = ThresholdSearch(0.5), 0.0
+    for _ in range(12):
+        search.note(position, 1.0 if position < 0.3 else 0.0)
+        position = search.next(0.9)
+    assert position == pytest.approx(0.3, abs=0.01)
