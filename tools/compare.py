@@ -15,8 +15,9 @@ methods:
   static     drops the attention that changes its input least (LLM-Drop), the same for all texts
   random     other layers for every text
   uniform    every n-th layer
-  published  one training for every skip: per-layer hinge, the strongest of the published settings;
-             its threshold is searched afterwards, which the published code does not do
+  published  one training for every skip: per-layer hinge on whole sequences, the strongest of the
+             published settings; measured on prompts like all others, at a threshold that is
+             searched afterwards, which the published code does not do
   ours       one training for all skips (--capacity_low)
   separate   ours, with one training for every skip
   distill, noise, affine, mlp

@@ -148,11 +148,12 @@ class Comparison:
         return self._engine.calibrate(self._calibration, capacity=1 - self.share(skip), rounds=6)
 
     def _attach(self, config: RouterConfig) -> None:
-        # What was asked in training plays no role any more: the threshold is searched.
+        # The capacity asked in training plays no role any more, for the threshold is searched. All
+        # methods decide on the prompt, as in generation: one that sees the answer it is scored on
+        # (pool="all") would know too much.
         fresh = RouterConfig(
             layers=self.layers,
             router=config.router,
-            pool=config.pool,
             prompt_tokens=config.prompt_tokens,
         )
         detach_routers(self.model)
