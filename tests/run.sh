@@ -9,6 +9,7 @@ mypy
 if [ $# -gt 0 ]; then
   exec python -m pytest "$@"
 fi
-# Small tensors gain nothing from threads, so files share the cores. Ranks take the cores themselves.
-OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile tests/unit tests/golden
+# Small tensors gain nothing from threads, so files share the cores; ranks share them by themselves.
+export OMP_NUM_THREADS=1
+python -m pytest -n auto --dist loadfile tests/unit tests/golden
 exec python -m pytest tests/dist
