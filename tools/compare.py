@@ -20,6 +20,7 @@ methods:
              searched afterwards, which the published code does not do
   ours       one training for all skips (--capacity_low)
   separate   ours, with one training for every skip
+  layerwise  separate, with the published hinge as its budget
   distill, noise, affine, mlp
              ours with one option more: --distill 0.5, --noise 0.5, --router affine, --router mlp
 """
@@ -67,13 +68,14 @@ RECIPES = {
     # The published searches: rate up to 2e-4, penalty up to 0.1 (arXiv 2410.13184).
     "published": ["--budget", "layer", "--pool", "all", "--penalty_weight", "0.1", "--lr", "2e-4"],
     "separate": OURS,
+    "layerwise": [*OURS, "--budget", "layer"],
     "ours": OURS,
     "distill": [*OURS, "--distill", "0.5"],
     "noise": [*OURS, "--noise", "0.5"],
     "affine": [*OURS, "--router", "affine"],
     "mlp": [*OURS, "--router", "mlp"],
 }
-FOR_ONE_SKIP = {"published", "separate"}
+FOR_ONE_SKIP = {"published", "separate", "layerwise"}
 METHODS = (*BASELINES, *RECIPES)
 _MARGIN = 0.05
 """Ours are trained for a little less capacity than they are asked for."""

@@ -31,7 +31,7 @@ class StagedModel:
 
     def connect(self, routers: RouterSet | None) -> None:
         """Tie this part to the others; routers are attached before. From then on every stage of a
-        replica has to call the model, with the same inputs. Raises no error."""
+        replica has to call the model, with the same inputs."""
         connect(self.model, self.part, routers, self.links)
 
 
