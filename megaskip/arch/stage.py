@@ -96,7 +96,7 @@ def _cut(anatomy: Anatomy, part: Slice) -> nn.Module:
             "megaskip cannot cut it into stages. Use ZeRO-3 (ds_configs/zero3.json)"
         )
     decoder.layers = nn.ModuleList(anatomy.layers[part.first : part.stop])
-    decoder.config = _config_slice(decoder.config, part)
+    decoder.config = config_slice(decoder.config, part)
     if not part.is_first:
         decoder.set_input_embeddings(None)
         for name in REPEATED:
@@ -107,7 +107,7 @@ def _cut(anatomy: Anatomy, part: Slice) -> nn.Module:
     return decoder  # type: ignore[no-any-return]
 
 
-def _config_slice(config: Any, part: Slice) -> Any:
+def config_slice(config: Any, part: Slice) -> Any:
     """Return a copy in which everything that has an entry for each layer has the stage's only."""
     sliced = copy.deepcopy(config)
     for name, value in vars(config).items():

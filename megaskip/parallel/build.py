@@ -77,7 +77,7 @@ def _pipeline(
     def cut(model: nn.Module) -> DecoderStage:
         return DecoderStage(model, part, chunk_tokens=chunk_tokens)
 
-    stage = load_stage(folder, hf_config, dtype, config.model, cut, topology.device)
+    stage = load_stage(folder, hf_config, dtype, config.model, part, cut, topology.device)
     routers = attach_to_stage(stage, config.router)
     if config.parallel.train_execution == "sparse":
         routers.flow = SparseFlow()

@@ -11,9 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from megaskip.arch.stage import Slice
 from megaskip.config import ModelConfig
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
+from megaskip.parallel.converted import converted, is_a_model
 from megaskip.parallel.load import build_from_config, load_whole, tensor_files
 
 logger = get_logger(__name__)
@@ -26,24 +28,38 @@ def load_stage(
     hf_config: Any,
     dtype: torch.dtype,
     config: ModelConfig,
+    part: Slice,
     cut: Callable[[nn.Module], PartOfModel],
     device: torch.device,
 ) -> PartOfModel:
-    """Return what `cut` leaves of the model, with its weights on `device`. Every rank calls it by
-    itself.
+    """Return what `cut` leaves of the model, `part`, with its weights on `device`.
 
-    Models whose stored names are not those of the module (MoE experts that transformers fuses on
-    loading) are read whole by every rank, into the node's memory, and then cut.
+    Every rank calls it by itself and reads its own tensors. Models whose stored names are not those
+    of the module (MoE experts that transformers fuses on loading) go through the CPU's memory;
+    those whose layers differ by their number besides, such as deepseek_v3, are read whole.
     """
     shards = tensor_files(folder)
     model = _without_weights(hf_config, config, dtype)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    if not set(names.values()) <= shards.keys():
-        logger.info("every rank reads the whole model (stored tensor names differ from its own)")
-        model = load_whole(folder, hf_config, dtype, config, torch.device("cpu"))
-        return cut(model).eval().to(device)
+    alone = set(names.values()) <= shards.keys() or is_a_model(model, part)
+    if not alone:
+        logger.info("every rank reads the whole model (its layers differ by their number)")
+        whole = load_whole(folder, hf_config, dtype, config, torch.device("cpu"))
+        return cut(whole).eval().to(device)
     stage = cut(model).eval()
-    _fill(stage, names, shards, device)
+    wanted = {names[id(parameter)] for parameter in stage.parameters()}
+    if wanted <= shards.keys():
+        filled = _from_files(stage, names, shards, device)
+    else:
+        stored = converted(model, part, wanted, shards, dtype)
+        filled = {
+            id(one): _parameter(stored[names[id(one)]], one, names[id(one)], device)
+            for one in stage.parameters()
+        }
+    for module in stage.modules():
+        for name, held in module._parameters.items():
+            if held is not None:
+                module._parameters[name] = filled[id(held)]
     return stage.to(device)
 
 
@@ -70,11 +86,10 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-@torch.no_grad()
-def _fill(
+def _from_files(
     stage: nn.Module, names: Mapping[int, str], shards: Mapping[str, Path], device: torch.device
-) -> None:
-    """Give every parameter of the stage its stored values; tied ones stay one."""
+) -> dict[int, nn.Parameter]:
+    """Return each parameter of the stage with its stored values, by its id; tied ones are one."""
     filled: dict[int, nn.Parameter] = {}
     wanted: dict[Path, list[nn.Parameter]] = {}
     for parameter in stage.parameters():
@@ -87,12 +102,10 @@ def _fill(
                     filled[id(one)] = _parameter(stored, one, f"{file}: {names[id(one)]}", device)
         except (OSError, SafetensorError) as error:
             raise MegaskipError(f"{file}: cannot read the weights ({error})") from None
-    for module in stage.modules():
-        for name, held in module._parameters.items():
-            if held is not None:
-                module._parameters[name] = filled[id(held)]
+    return filled
 
 
+@torch.no_grad()
 def _parameter(
     stored: torch.Tensor, like: nn.Parameter, what: str, device: torch.device
 ) -> nn.Parameter:

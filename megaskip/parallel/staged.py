@@ -83,7 +83,7 @@ def load_staged(
         cut_to_part(model, part)
         return model
 
-    model: Any = load_stage(folder, hf_config, dtype, config, cut, topology.device)
+    model: Any = load_stage(folder, hf_config, dtype, config, part, cut, topology.device)
     model.requires_grad_(False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -71,11 +71,13 @@ def load(folder: Path, part: stages.Slice) -> stages.DecoderStage:
         return stages.DecoderStage(model, part, chunk_tokens=64)
 
     hf_config = load_hf_config(folder, config)
-    return load_stage(folder, hf_config, torch.float32, config, cut, torch.device("cpu"))
+    return load_stage(folder, hf_config, torch.float32, config, part, cut, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "granite"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "mixtral", "olmoe", "deepseek_v3", "granite"]
+)
 def test_loaded_stages_compute_what_the_model_computes(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
@@ -95,8 +97,9 @@ def test_loaded_stages_compute_what_the_model_computes(
     torch.testing.assert_close(stage.head.of_batch(hidden, ids), loss)
 
 
-def test_a_stage_reads_its_own_files_and_no_others(tmp_path: Path) -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_stage_reads_its_own_files_and_no_others(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     first, last = stages.slices([3], 6)
     whole = sum(p.numel() for p in model.parameters())
@@ -113,6 +116,22 @@ def test_a_stage_reads_its_own_files_and_no_others(tmp_path: Path) -> None:
         (tmp_path / file).write_bytes(b"not weights")
     load(tmp_path, first)
     with pytest.raises(MegaskipError, match="cannot read the weights"):
+        load(tmp_path, last)
+
+
+def test_a_layer_that_is_not_stored_is_named(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path, max_shard_size="40KB")
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = {
+        name: at
+        for name, at in index["weight_map"].items()
+        if "layers.4.mlp" not in name and "layers.4.block_sparse_moe" not in name
+    }
+    file.write_text(json.dumps(index))
+    first, last = stages.slices([3], 6)
+    load(tmp_path, first)
+    with pytest.raises(MegaskipError, match=r"becomes model\.layers\.4\.mlp.* of layers 3 to 5"):
         load(tmp_path, last)
 
 
