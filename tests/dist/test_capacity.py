@@ -4,20 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
-from spawn import train
+from spawn import start
 
 
-@pytest.mark.parametrize("capacity", [0.25, 0.5, 0.75])
-def test_asked_capacity_is_realised_at_micro_batch_1(capacity: float, tmp_path: Path) -> None:
-    done = train(
-        tmp_path / "log",
-        *("--capacity", str(capacity), "--micro_batch_size", "1", "--max_steps", "120"),
-        *("--dtype", "float32", "--calibration_rows", "1024", "--output_dir", str(tmp_path / "run")),
-        ranks=1,
-    )
-    assert done.processes[0].returncode == 0, done.tails()
-    report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["calibrated_capacity"] == pytest.approx(capacity, abs=0.01)
-    held_out = report["held_out"]
-    sampling = 3 * held_out["capacity_standard_error"]
-    assert held_out["capacity"] == pytest.approx(capacity, abs=0.01 + sampling)
+def test_asked_capacity_is_realised_at_micro_batch_1(tmp_path: Path) -> None:
+    runs = {capacity: tmp_path / str(capacity) for capacity in (0.25, 0.5, 0.75)}
+    flags = ["--micro_batch_size", "1", "--max_steps", "120", "--dtype", "float32"]
+    flags += ["--calibration_rows", "1024"]
+    started = []
+    for capacity, run in runs.items():
+        argv = ["launch/train.py", *flags, "--capacity", str(capacity), "--output_dir", str(run)]
+        started.append(start(argv, 1, tmp_path / f"log{capacity}"))
+    for one in started:
+        assert one.wait(240) == [0], one.tails()
+    for capacity, run in runs.items():
+        report = json.loads((run / "report.json").read_text())
+        assert report["calibrated_capacity"] == pytest.approx(capacity, abs=0.01)
+        held_out = report["held_out"]
+        sampling = 3 * held_out["capacity_standard_error"]
+        assert held_out["capacity"] == pytest.approx(capacity, abs=0.01 + sampling)
