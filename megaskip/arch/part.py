@@ -162,7 +162,7 @@ def verify_parts(config: Any, build: Callable[[Any], nn.Module]) -> None:
 
     Of a prompt, and of a token after it with the cache. Arguments as in `verify_stages`.
     """
-    verify_stages(config, build, distance=_distance)
+    verify_stages(config, build, distance=_distance, what="logits")
 
 
 class _Queue:

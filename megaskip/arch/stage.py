@@ -126,12 +126,12 @@ def verify_stages(
     build: Callable[[Any], nn.Module],
     *,
     distance: Callable[[nn.Module], float] | None = None,
+    what: str = "hidden states",
 ) -> None:
     """Raise UnsupportedModelError unless stages of a tiny random copy compute what the whole does.
 
-    `build` makes a model of a config; `distance` says how far its stages are from it, relative to
-    what it computes [that of training stages' hidden states]. Every rank calls it by itself; takes
-    well under a second.
+    `build` makes a model of a config; `distance` says how far its stages' `what` is from its own
+    [hidden states of training stages]. Every rank calls it by itself; takes well under a second.
     """
     try:
         whole = build(tiny_config(config)).float().eval()
@@ -143,13 +143,14 @@ def verify_stages(
             f"into stages, does not run ({type(problem).__name__}: {problem}). Use ZeRO-3 "
             "(ds_configs/zero3.json)"
         ) from None
+    teach = ", or teach REPEATED in megaskip/arch/stage.py what this base model does to its input"
+    cure = teach if distance is None else ""
     # Written so that NaN fails too.
     if not error <= _TOLERANCE:
         raise UnsupportedModelError(
             f"{config.model_type}: cut into stages, a tiny copy of this family computes something "
-            f"else than in one piece (relative distance {error:.1e}, at most "
-            f"{_TOLERANCE:.0e}). Use ZeRO-3 (ds_configs/zero3.json), or teach REPEATED in "
-            "megaskip/arch/stage.py what this base model does to its input"
+            f"else than in one piece (relative distance of its {what} {error:.1e}, at most "
+            f"{_TOLERANCE:.0e}). Use ZeRO-3 (ds_configs/zero3.json){cure}"
         )
 
 

@@ -44,7 +44,7 @@ def test_parts_that_do_not_pass_on_what_they_compute_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(part_module._Queue, "receive", lambda self, tensors: tensors)
-    with pytest.raises(UnsupportedModelError, match="relative distance"):
+    with pytest.raises(UnsupportedModelError, match="relative distance of its logits"):
         verify_parts(tiny_config("llama"), build)
 
 
@@ -52,7 +52,7 @@ def test_a_family_whose_stages_compute_something_else_is_refused_with_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stages, "REPEATED", {})
-    with pytest.raises(UnsupportedModelError, match="relative distance"):
+    with pytest.raises(UnsupportedModelError, match="relative distance of its hidden states"):
         stages.verify_stages(tiny_config("granite"), build)
 
 
