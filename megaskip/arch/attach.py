@@ -38,9 +38,9 @@ def attach_routers(
         raise ConfigError("this model has routers already; call detach_routers(model) first")
     layers = resolve_layers(config.layers, len(anatomy.layers))
     _require_routable(layers, config)
-    device = next(iter(model.parameters())).device
     elsewhere = [one for one in layers if isinstance(anatomy.layers[one], LayerElsewhere)]
     here = [one for one in layers if one not in elsewhere]
+    device = next(iter((anatomy.layers[here[0]] if here else model).parameters())).device
     if verify and here:
         report = probe_layer(model, here[0])
         if not report.passed:
