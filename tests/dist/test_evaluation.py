@@ -43,8 +43,9 @@ def test_ranks_and_sharding_change_no_bit(tmp_path: Path) -> None:
         assert [len(task["records"]) for task in report.values()] == [11, 11, 11]
         assert 0 < report["demo_answers"]["skip_ratio"] < 1
     # Prompts (by hash), log-probabilities, texts, metrics and counts, of every document.
-    two = evaluations(2, [run, attention + SHARDED, attention + STAGES, block, block + STAGES])
-    assert two == [alone[0]] * 3 + [alone[1]] * 2
+    two = evaluations(2, [attention, run, attention + SHARDED, block, block + SHARDED])
+    assert two == [alone[0], alone[0], alone[0], alone[1], alone[1]]
+    assert evaluations(2, [attention + STAGES, block + STAGES]) == alone
     four = evaluations(4, [attention, run + SHARDED, run + STAGES, block + FOUR_STAGES])
     assert four == [alone[0]] * 3 + [alone[1]]
 
