@@ -86,10 +86,10 @@ class _HeadElsewhere(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return logits [B, T, V] when they are shared, else [B, T, 0]."""
-        shared = self.neighbours is not None and self.neighbours.shares_logits
-        width = self._vocab_size if shared else 0
-        logits = hidden_states.new_empty(*hidden_states.shape[:-1], width)
-        return self.neighbours.take(logits) if shared and self.neighbours else logits
+        neighbours, shape = self.neighbours, hidden_states.shape[:-1]
+        if neighbours is None or not neighbours.shares_logits:
+            return hidden_states.new_empty(*shape, 0)
+        return neighbours.take(hidden_states.new_empty(*shape, self._vocab_size))
 
 
 def cut_to_part(model: Any, part: Slice) -> None:
