@@ -21,8 +21,9 @@ methods:
   ours       one training for all skips (--capacity_low)
   separate   ours, with one training for every skip
   layerwise  separate, with the published hinge as its budget
-  distill, noise, affine, mlp
-             ours with one option more: --distill 0.5, --noise 0.5, --router affine, --router mlp
+  distill, noise, sharp, smooth, affine, mlp
+             ours with one option more: --distill 0.5, --noise 0.5, --temperature 0.3 or 3,
+             --router affine, --router mlp
 """
 
 import argparse
@@ -72,6 +73,8 @@ RECIPES = {
     "ours": OURS,
     "distill": [*OURS, "--distill", "0.5"],
     "noise": [*OURS, "--noise", "0.5"],
+    "sharp": [*OURS, "--temperature", "0.3"],
+    "smooth": [*OURS, "--temperature", "3"],
     "affine": [*OURS, "--router", "affine"],
     "mlp": [*OURS, "--router", "mlp"],
 }

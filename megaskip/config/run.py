@@ -127,6 +127,9 @@ class OptimConfig(Checked):
     noise: float = 0.0
     """Logistic noise on the scores while training, in standard deviations of theirs: units near the
     threshold are tried both ways; 0 as published."""
+    temperature: float = 1.0
+    """Of the straight-through gradient, that of sigmoid(logit / temperature): below 1 only units
+    near the threshold learn, far above it all learn alike; 1 as published."""
     seed: int = 0
     """Seed of data order, sampling and initialisation."""
 
@@ -145,6 +148,8 @@ class OptimConfig(Checked):
         yield from at_least("calibration_rows", self.calibration_rows, 0)
         yield from within("distill", self.distill, 0.0, 1.0)
         yield from at_least("noise", self.noise, 0.0)
+        if self.temperature <= 0:
+            yield f"--temperature {self.temperature:g} must be above 0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,8 @@ class Engine:
         self._zero3 = zero3
         self._max_grad_norm = config.optim.max_grad_norm
         self._distill, self._noise = config.optim.distill, config.optim.noise
+        if routers is not None:
+            routers.temperature = config.optim.temperature
         source: nn.Module = module.model if routers is None else routers  # type: ignore[assignment]
         self.parameters = {name: p for name, p in source.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -293,7 +295,7 @@ class Engine:
     ) -> StepResult:
         kept, units, logits, squares = quarters(sums[2:])
         if self.routers is not None:
-            measured = Measured.of(sum(kept), sum(units), sum(logits), sum(squares))
+            measured = Measured.of((kept, units, logits, squares))
             self.routers.steer(measured, progress=progress)
         return StepResult(
             loss_task=sums[0],

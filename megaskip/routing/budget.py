@@ -1,7 +1,7 @@
 """The capacity penalty: steered for the whole model, or the published hinge for each layer."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +34,21 @@ class Measured:
     units: float
     spread: float
     """Standard deviation of the logits."""
+    excess: tuple[float, ...] = ()
+    """By how much each layer's capacity is above that of all."""
 
     @classmethod
-    def of(cls, kept: float, units: float, logits: float, squares: float) -> "Measured":
-        """Return the measurement from sums over all units: kept, seen, logits and squared
-        logits."""
+    def of(cls, counts: Sequence[Sequence[float]]) -> "Measured":
+        """Return the measurement from RouterSet.counts(), summed over the global batch."""
+        kept, units, logits, squares = map(sum, counts)
         units = max(units, 1.0)
-        variance = max(squares / units - (logits / units) ** 2, 0.0)
-        return cls(capacity=kept / units, units=units, spread=math.sqrt(variance))
+        capacity, variance = kept / units, max(squares / units - (logits / units) ** 2, 0.0)
+        return cls(
+            capacity=capacity,
+            units=units,
+            spread=math.sqrt(variance),
+            excess=tuple(k / max(u, 1.0) - capacity for k, u in zip(*counts[:2], strict=True)),
+        )
 
 
 def ramped(target: float, progress: float) -> float:
@@ -57,8 +64,14 @@ class Budget:
     one number, the position of the threshold in spreads of the logits, follows the error of the
     capacity (stochastic approximation of a quantile); it shifts the threshold of all layers alike.
     The price is proportional to it: a threshold that had to rise says that running is worth more
-    than it costs, and the penalty price * (capacity - target) brings the logits back to it. The
-    penalty is linear in every decision, so the parts of micro-batches and ranks add up to the
+    than it costs, and the penalty price * (capacity - target) brings the logits back to it.
+
+    A layer that kept more than the average in the last global batch pays the published hinge on
+    top; one that kept less pays no less. Without that, the layers that skip first skip everything,
+    and learn no more which of their units are worth running (docs/lab.md, "A layer that keeps
+    more").
+
+    The penalty is linear in every decision, so the parts of micro-batches and ranks add up to the
     global one exactly.
     """
 
@@ -68,6 +81,7 @@ class Budget:
         self.position = 0.0
         self.spread = 0.0
         self.error = 1.0 - target
+        self.excess: tuple[float, ...] = ()
 
     @property
     def offset(self) -> float:
@@ -80,8 +94,14 @@ class Budget:
         return self.gain * (self.position + self.error)
 
     def penalty(self, kept: Tensor, units: Tensor, total_units: Tensor | float) -> Tensor:
-        """Return this part's share of price * (capacity - target)."""
-        return self.price * (kept - self.target * units) / total_units
+        """Return this part's share of price * (capacity - target), from float32 [R] by layer."""
+        prices = kept.new_tensor(self._prices(len(kept)))
+        return (prices * (kept - self.target * units)).sum() / total_units
+
+    def _prices(self, layers: int) -> list[float]:
+        # The hinge's slope is in the layer's own capacity, which is 1 / layers of all.
+        hinge = self.gain * layers
+        return [self.price + hinge * (one > 0) for one in self.excess or [0.0] * layers]
 
     def steer(self, measured: Measured, progress: float | None) -> None:
         """Take in a global batch. `progress` is the share of the run that is done, None if
@@ -93,6 +113,7 @@ class Budget:
         variance = memory * self.spread**2 + (1 - memory) * measured.spread**2
         self.spread = math.sqrt(variance)
         self.error = measured.capacity - target
+        self.excess = measured.excess
         self.position += gain * min(measured.units / _FULL_GAIN_UNITS, 1.0) * self.error
 
     def settled_offset(self) -> float:
@@ -110,8 +131,12 @@ class Budget:
 
     def state(self) -> dict[str, float]:
         """Return what the steering remembers."""
-        return {"position": self.position, "spread": self.spread, "error": self.error}
+        excess = {f"excess_{index}": one for index, one in enumerate(self.excess)}
+        steered = {"position": self.position, "spread": self.spread, "error": self.error}
+        return steered | excess
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Continue from `state`."""
         self.position, self.spread, self.error = state["position"], state["spread"], state["error"]
+        layers = sum(name.startswith("excess_") for name in state)
+        self.excess = tuple(state[f"excess_{index}"] for index in range(layers))

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 
-def straight_through(logit: Tensor, threshold_logit: float | Tensor) -> Tensor:
-    """Return the 0/1 decision in float32 whose gradient is that of the score sigmoid(logit).
+def straight_through(
+    logit: Tensor, threshold_logit: float | Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Return the 0/1 decision in float32 whose gradient is that of the score sigmoid(logit /
+    temperature).
 
     The logits are compared, not the scores: in bfloat16 sigmoid(z) rounds to 0.5 for z in (-0.004,
     0]. Source: paper section 3 (straight-through estimator, dM/dR = 1).
@@ -20,7 +23,7 @@ def straight_through(logit: Tensor, threshold_logit: float | Tensor) -> Tensor:
     hard = (logit.detach() >= threshold_logit).float()
     if not logit.requires_grad:
         return hard
-    score = torch.sigmoid(logit)
+    score = torch.sigmoid(logit / temperature)
     return hard + (score - score.detach())
 
 

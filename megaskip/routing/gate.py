@@ -80,7 +80,9 @@ class Gate:
         # The score is taken relative to the steered threshold: units near it have the largest
         # gradient.
         keep = straight_through(
-            routers.disturbed(logit) - routers.budget.offset, routers.base_threshold_logit
+            routers.disturbed(logit) - routers.budget.offset,
+            routers.base_threshold_logit,
+            routers.temperature,
         )
         segments = pooling.unit_of_token
         return RoutingDecision(

@@ -93,6 +93,7 @@ class RouterSet(nn.Module):
         self.layers = tuple(layers)
         self.hidden_size = hidden_size
         self.noise = 0.0
+        self.temperature = 1.0
         self.base_threshold_logit = _logit(config.threshold)
         self.budget = _budget(config)
         self.flow: Flow = DenseFlow()
@@ -195,9 +196,9 @@ class RouterSet(nn.Module):
         decisions = self._require_decisions()
         if self.config.budget == "layer":
             return layer_hinge(decisions, self.config.capacity, self.config.penalty_weight)
-        kept = torch.stack([decision.kept() for decision in decisions]).sum()
-        units = torch.stack([decision.units() for decision in decisions]).sum()
-        return self.budget.penalty(kept, units, units if total_units is None else total_units)
+        kept = torch.stack([decision.kept() for decision in decisions])
+        units = torch.stack([decision.units() for decision in decisions])
+        return self.budget.penalty(kept, units, units.sum() if total_units is None else total_units)
 
     def capacity(self) -> float:
         """Return the fraction of real units that ran in the last forward pass, over all routed
@@ -263,7 +264,7 @@ class RouterSet(nn.Module):
         gradually.
         """
         if self.config.budget == "global":
-            self.budget.steer(measured or Measured.of(*self.counts().sum(1).tolist()), progress)
+            self.budget.steer(measured or Measured.of(self.counts().tolist()), progress)
 
     def settled_config(self) -> RouterConfig:
         """Return the configuration with the threshold where steering has put it."""

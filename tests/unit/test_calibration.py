@@ -21,6 +21,7 @@ from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.routing import Measured, RouterSet, ThresholdSearch
 from megaskip.routing.any_budget import AnyBudget
+from megaskip.routing.budget import Budget
 
 
 def batches(seed: int, count: int = 10) -> list[Batch]:
@@ -133,6 +134,21 @@ def test_one_budget_follows_every_capacity_it_asks_for() -> None:
     other.restore(budget.state())
     assert other.settled_offset() == budget.settled_offset()
     assert other.state() == budget.state()
+
+
+def test_a_layer_that_keeps_more_than_the_others_pays_the_hinge_on_top() -> None:
+    budget = Budget(target=0.5, gain=0.1)
+    # Units kept and seen by two layers, sums of their logits and of the squares.
+    budget.steer(Measured.of([[9.0, 3.0], [10.0, 10.0], [0.0, 0.0], [5.0, 5.0]]), None)
+    kept = torch.tensor([9.0, 3.0], requires_grad=True)
+    budget.penalty(kept, torch.tensor([10.0, 10.0]), 20.0).backward()
+    assert kept.grad is not None
+    first, second = (20 * kept.grad).tolist()
+    assert second == pytest.approx(budget.price)
+    assert first == pytest.approx(budget.price + 0.1 * 2)
+    other = Budget(target=0.5, gain=0.1)
+    other.restore(budget.state())
+    assert other.penalty(kept, kept, 20.0) == budget.penalty(kept, kept, 20.0)
 
 
 @pytest.mark.parametrize("feedback", [-0.8, -0.3, 0.0, 0.5, 0.9])

@@ -27,13 +27,14 @@ def logits_of(routers: RouterSet) -> Tensor:
     return torch.stack([decision.logit for decision in routers.decisions().values()])
 
 
-def test_straight_through_is_hard_forward_and_sigmoid_backward() -> None:
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_straight_through_is_hard_forward_and_sigmoid_backward(temperature: float) -> None:
     logit = torch.tensor([[-1.0, -1e-7, 0.0, 2.0]], requires_grad=True)
-    keep = straight_through(logit, 0.0)
+    keep = straight_through(logit, 0.0, temperature)
     assert keep.tolist() == [[0.0, 0.0, 1.0, 1.0]]
     keep.sum().backward()
-    score = torch.sigmoid(logit.detach())
-    torch.testing.assert_close(logit.grad, score * (1 - score))
+    score = torch.sigmoid(logit.detach() / temperature)
+    torch.testing.assert_close(logit.grad, score * (1 - score) / temperature)
 
 
 def test_small_negative_logits_skip_under_a_bfloat16_backbone() -> None:

@@ -83,6 +83,19 @@ def test_noise_disturbs_training_alone(noise: float) -> None:
         assert engine.evaluate([batch()], routed=True) == first
 
 
+def test_temperature_scales_the_gradient_of_fresh_routers() -> None:
+    norms = []
+    for temperature in (1.0, 4.0):
+        topology = read_topology({})
+        with process_group(topology, timeout=60):
+            model = tiny_model()
+            routers = attach_routers(model, RouterConfig(layers="1-4"), register=False)
+            config = RunConfig(optim=OptimConfig(temperature=temperature))
+            engine = Engine(TaskLoss(model, chunk_tokens=64), routers, config, topology)
+            norms.append(engine.train_step([batch()], lr=0.0).grad_norm)
+    assert norms[0] == pytest.approx(4 * norms[1]) and norms[0] > 0
+
+
 @pytest.mark.parametrize("kind", ["affine", "mlp"])
 def test_other_routers_start_dense_and_survive_saving_and_export(kind: str, tmp_path: Path) -> None:
     ids, dense = batch().input_ids, tiny_model()
