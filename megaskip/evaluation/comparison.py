@@ -174,6 +174,7 @@ class Comparison:
         flow, ratios = self.routers.flow, []
         self.routers.flow = InferenceFlow(unit="sequence")
         try:
+            self._seconds(self.everything)  # warms up
             for _ in range(_TIMED):
                 ratios.append(self._seconds(policy) / self._seconds(self.everything))
         finally:
