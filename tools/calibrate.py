@@ -18,8 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
-from convert_to_hf import sources
-from export_static import read_as, with_demo
+from run_source import add_source, add_text, read_as, sources, with_demo
 from tqdm import tqdm
 
 from megaskip.checkpoint.atomic import new_folder
@@ -103,17 +102,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", help="run folder of launch/train.py; it knows its base and data")
-    source.add_argument("--routers", help="router folder (routers.safetensors, router_config.json)")
-    parser.add_argument("--base", help="base model, folder or hub id [what the routers name]")
+    add_source(parser)
     parser.add_argument("--capacity", required=True, help="shares to keep, such as 0.8,0.6,0.4")
-    parser.add_argument(
-        "--data",
-        action="append",
-        metavar="PATH",
-        help="calibration text, as --data of launch/train.py [that of --run]",
-    )
+    add_text(parser)
     parser.add_argument(
         "--eval_data",
         action="append",

@@ -40,7 +40,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
-from export_static import with_demo
+from run_source import with_demo
 from tqdm import tqdm
 
 from megaskip.checkpoint.routers import CONFIG
@@ -80,8 +80,6 @@ RECIPES = {
 }
 FOR_ONE_SKIP = {"published", "separate", "layerwise"}
 METHODS = (*BASELINES, *RECIPES)
-_MARGIN = 0.05
-"""Ours are trained for a little less capacity than they are asked for."""
 _RANK = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 
@@ -177,10 +175,10 @@ def trained(
         if method in FOR_ONE_SKIP:
             name, flags = f"{method}-{capacity:.4f}-s{seed}", ["--capacity", f"{capacity:.6f}"]
         else:
-            low = 1 - comparison.share(max(options.skip)) - _MARGIN
+            low = 1 - comparison.share(max(options.skip))
             middle = 1 - comparison.share(statistics.mean(options.skip))
             name = f"{method}-s{seed}"
-            flags = ["--capacity", f"{middle:.6f}", "--capacity_low", f"{max(low, 0.02):.4f}"]
+            flags = ["--capacity", f"{middle:.6f}", "--capacity_low", f"{low:.6f}"]
         run = Path(options.output) / "runs" / name
         if not (run / "routers" / CONFIG).is_file():
             if options.no_training:

@@ -9,8 +9,6 @@ decilm in vLLM (llama and mistral bases). Shards that lose nothing are hard link
 """
 
 import argparse
-import dataclasses
-import json
 import math
 import sys
 import time
@@ -20,13 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
 import torch
-from convert_to_hf import sources
+from run_source import add_source, add_text, read_as, sources, with_demo
 from tqdm import tqdm
 
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import load_routers, read_router_config
-from megaskip.config import DataConfig, ModelConfig, resolve_layers
-from megaskip.config.run import DEMO
+from megaskip.config import resolve_layers
 from megaskip.data import build_dataset
 from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
@@ -41,7 +38,7 @@ from megaskip.export.static_folder import (
 )
 from megaskip.job import run_cli
 from megaskip.log import quiet_libraries
-from megaskip.parallel.load import DEMO_FOLDER, load_hf_config, load_whole, weight_dtype
+from megaskip.parallel.load import load_hf_config, load_whole, weight_dtype
 from megaskip.reporting.summary import human_bytes, table
 
 
@@ -90,16 +87,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", help="run folder of launch/train.py; it knows its base and data")
-    source.add_argument("--routers", help="router folder (routers.safetensors, router_config.json)")
-    parser.add_argument("--base", help="base model, folder or hub id [what the routers name]")
-    parser.add_argument(
-        "--data",
-        action="append",
-        metavar="PATH",
-        help="calibration text, as --data of launch/train.py [that of --run]",
-    )
+    add_source(parser)
+    add_text(parser)
     parser.add_argument("--rows", type=int, default=256, help="rows of it to measure on [256]")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--below", type=float, help="drop what runs less often, a share, e.g. 0.3")
@@ -154,30 +143,6 @@ def measured(
     model = load_whole(base, hf_config, dtype, settings, device).eval()
     shares = measure_capacity(model, load_routers(model, routers), batches)
     return shares, f"{rows} rows of {', '.join(data.data)}"
-
-
-def read_as(options: argparse.Namespace, base: Path) -> tuple[DataConfig, ModelConfig]:
-    """Return how text and model are read: as the run did, and --data in the place of its data."""
-    data, model = DataConfig(), ModelConfig(model=str(base))
-    if options.run:
-        report = json.loads((Path(options.run) / "report.json").read_text(encoding="utf-8"))
-        recorded = report["config"]
-        lists = ("data", "eval_data")
-        data = DataConfig(**recorded["data"] | {k: tuple(recorded["data"][k]) for k in lists})
-        model = ModelConfig(**recorded["model"] | {"model": str(base)})
-    elif not options.data:
-        raise ConfigError("--routers names no calibration text; give --data PATH")
-    if options.data:
-        data = dataclasses.replace(data, data=tuple(options.data), eval_data=())
-    return data, model
-
-
-def with_demo(data: DataConfig) -> DataConfig:
-    """Replace the name "demo" by the path of the data that ship with megaskip."""
-    pairs = [entry.partition(":") for entry in data.data]
-    path = str(DEMO_FOLDER / "instruct.jsonl")
-    entries = [path + "".join(e[1:]) if e[0] == DEMO else "".join(e) for e in pairs]
-    return dataclasses.replace(data, data=tuple(entries))
 
 
 def summary(

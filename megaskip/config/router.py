@@ -39,8 +39,8 @@ class RouterConfig:
     """Fraction of sequences (or tokens) that the routed sublayers keep, averaged over layers and
     batch."""
     capacity_low: float | None = None
-    """Train one set of routers for every capacity from this to 1: each step asks for another one.
-    Then tools/calibrate.py finds the thresholds [off: for --capacity alone]."""
+    """Train one set of routers for every capacity from this to 1: each step asks for another one,
+    some for less. Then tools/calibrate.py finds the thresholds [off: for --capacity alone]."""
     threshold: float = 0.5
     """A unit runs when its score (a sigmoid) is at least this."""
     pool: str = "prompt"

@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from megaskip.routing.budget import Budget, Measured, ramped
 
 _KNOTS = 6
+_BELOW = 0.4
+"""The smallest capacity trained for, as a share of the smallest that will be asked for: routers are
+at their worst at the end of what they saw (docs/lab.md, "Beyond the capacities that are asked")."""
 _GOLDEN = 0.6180339887498949
 
 
 class AnyBudget(Budget):
-    """Draws each step's target from [low, 1], and knows the threshold's position for all of them.
+    """Draws each step's target from [_BELOW * low, 1]; knows the threshold's position for them all.
 
     The position is a piecewise linear function of the target. A step's error moves the two knots
     around its target, by their share in it, as Budget moves its one position: the same stochastic
@@ -20,7 +23,7 @@ class AnyBudget(Budget):
     def __init__(self, *, asked: float, low: float, gain: float) -> None:
         super().__init__(target=1.0, gain=gain)
         self._asked = asked
-        self._low = low
+        self._low = _BELOW * low
         self._steps = 0
         self._knots = [0.0] * _KNOTS
 

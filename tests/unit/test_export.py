@@ -24,6 +24,7 @@ from megaskip.export.verify import verify_folder
 from megaskip.generation import load_routed
 from megaskip.inference.hf import MegaskipForCausalLM
 
+TOOLS = Path(__file__).parents[2] / "tools"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")
 
 CHILD = """
@@ -185,6 +186,21 @@ def test_adapter_holds_the_routers_alone(tmp_path: Path) -> None:
     assert names == {"README.md", "router_config.json", "routers.safetensors"}
     routers = load_routers(tiny_model("llama"), exported)
     assert routers.layers == (2, 3, 4)
+
+
+def test_verifying_an_adapter_is_refused_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export("llama", tmp_path / "one")
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import convert_to_hf
+
+    source = ["--routers", str(tmp_path / "one/routers"), "--base", str(tmp_path / "one/base")]
+    with pytest.raises(ConfigError, match="an adapter is loaded with its base"):
+        convert_to_hf.main(
+            [*source, "--output", str(tmp_path / "out"), "--mode", "adapter", "--verify"]
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_card_names_base_licence_and_what_is_skipped(tmp_path: Path) -> None:

@@ -449,7 +449,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     import export_static as module
 
     yield module.main
-    for name in ("export_static", "convert_to_hf"):
+    for name in ("export_static", "run_source"):
         sys.modules.pop(name, None)
 
 
