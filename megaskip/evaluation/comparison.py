@@ -84,7 +84,7 @@ class Comparison:
             prompt_tokens=config.data.prompt_tokens,
         )
         self._calibration = _real(feed.calibration(config.optim.calibration_rows))
-        self._held_out = _real(feed.held_out())[: -(-config.data.held_out // _ROWS)]
+        self._held_out = spread_batches(_real(feed.held_out()), -(-config.data.held_out // _ROWS))
         if not self._held_out:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
         self._pairs: list[Batch] = []
@@ -286,3 +286,9 @@ def _hits(measured: Sequence[Measured]) -> Any:
 
 def _real(batches: Sequence[Batch | None]) -> list[Batch]:
     return [batch for batch in batches if batch is not None]
+
+
+def spread_batches(batches: Sequence[Any], count: int) -> Sequence[Any]:
+    """Return `count` batches from all over the text: a file's first documents may be of one
+    source, on which routers keep less or more than on the others."""
+    return batches[:: max(len(batches) // count, 1)][:count]

@@ -12,7 +12,7 @@ from routed_models import randomise
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.errors import ConfigError
-from megaskip.evaluation.comparison import Comparison, contrasts
+from megaskip.evaluation.comparison import Comparison, contrasts, spread_batches
 from megaskip.evaluation.pareto import draw, draw_layers, markdown
 from megaskip.parallel.load import DEMO_FOLDER
 from megaskip.parallel.topology import process_group, read_topology
@@ -95,3 +95,8 @@ def test_what_cannot_be_compared_is_refused(comparison: Comparison, tmp_path: Pa
     save_routers(tmp_path / "routers", attach_routers(model, RouterConfig(layers="4-6")))
     with pytest.raises(ConfigError, match="routes layers"):
         comparison.take(tmp_path / "routers", 0.25)
+
+
+def test_documents_come_from_all_over_the_held_out_text() -> None:
+    assert spread_batches(list(range(10)), 3) == [0, 3, 6]
+    assert spread_batches(list(range(4)), 8) == [0, 1, 2, 3]
