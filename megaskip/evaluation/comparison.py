@@ -291,4 +291,5 @@ def _real(batches: Sequence[Batch | None]) -> list[Batch]:
 def spread_batches(batches: Sequence[Any], count: int) -> Sequence[Any]:
     """Return `count` batches from all over the text: a file's first documents may be of one
     source, on which routers keep less or more than on the others."""
-    return batches[:: max(len(batches) // count, 1)][:count]
+    count = min(count, len(batches))
+    return [batches[index * len(batches) // count] for index in range(count)]

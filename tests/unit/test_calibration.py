@@ -136,6 +136,15 @@ def test_one_budget_follows_every_capacity_it_asks_for() -> None:
     assert other.state() == budget.state()
 
 
+def test_one_budget_is_trained_for_less_than_it_will_be_asked() -> None:
+    budget, targets = AnyBudget(asked=0.5, low=0.5, gain=0.1), []
+    for _ in range(100):
+        budget.steer(Measured(capacity=0.5, units=64.0, spread=1.0), None)
+        targets.append(budget.target)
+    assert min(targets) == pytest.approx(0.2, abs=0.02)
+    assert max(targets) == pytest.approx(1.0, abs=0.02)
+
+
 def test_a_layer_that_keeps_more_than_the_others_pays_the_hinge_on_top() -> None:
     budget = Budget(target=0.5, gain=0.1)
     # Units kept and seen by two layers, sums of their logits and of the squares.

@@ -100,3 +100,5 @@ def test_what_cannot_be_compared_is_refused(comparison: Comparison, tmp_path: Pa
 def test_documents_come_from_all_over_the_held_out_text() -> None:
     assert spread_batches(list(range(10)), 3) == [0, 3, 6]
     assert spread_batches(list(range(4)), 8) == [0, 1, 2, 3]
+    assert spread_batches(list(range(7)), 4) == [0, 1, 3, 5]  # not the first four
+    assert spread_batches([], 8) == []
