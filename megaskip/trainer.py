@@ -123,9 +123,9 @@ class Trainer:
             return
         self.calibrated = self.engine.calibrate(self.feed.calibration(rows))
         logger.info(
-            "calibrated on training data: capacity %.4f at threshold %.4f",
+            "calibrated on training data: capacity %.4f at threshold %s",
             self.calibrated,
-            routers.settled_config().threshold,
+            routers.settled_config().describe_threshold(),
         )
 
     def _seed(self) -> None:

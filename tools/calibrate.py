@@ -4,6 +4,9 @@
     deepspeed tools/calibrate.py --routers my_routers --base path/to/base --data text.jsonl \\
         --capacity 0.75,0.5 --ds_config ds_configs/zero3.json --output calibrated
 
+With --allocate 3 each layer gets its own threshold, so that the calibration text loses least: it
+measures, three times, what skipping costs in each layer. For decisions per sequence.
+
 The table goes into router_config.json, and with it into what tools/convert_to_hf.py writes; then
 model.set_capacity(0.6) chooses. Routers that were trained with --capacity_low do this best.
 """
@@ -79,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
         )
     with (
         process_group(topology, timeout=config.parallel.dist_timeout),
-        tqdm(total=len(capacities), desc="capacities", disable=None) as bar,
+        tqdm(total=len(capacities) * (1 + options.allocate), disable=None) as bar,
     ):
         engine = routed_engine(config, topology, base, routers)
         points = calibrate_all(
@@ -87,7 +90,8 @@ def main(argv: Sequence[str]) -> None:
             feed.calibration(options.rows),
             held_out,
             capacities,
-            progress=lambda _: bar.update() and None,
+            rounds=options.allocate,
+            progress=bar.update,
         )
         dense = engine.evaluate(held_out, routed=False).loss
         output = Path(options.output) if options.output else routers
@@ -112,6 +116,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="text on which the capacities are checked [carved off the calibration text]",
     )
     parser.add_argument("--rows", type=int, default=4096, help="rows to calibrate on [4096]")
+    parser.add_argument(
+        "--allocate",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="give each layer its own threshold, in so many rounds; 3 is enough [0: all alike]",
+    )
     parser.add_argument("--micro_batch_size", type=int, default=4, help="as in training [4]")
     parser.add_argument("--ds_config", help="DeepSpeed JSON that owns sharding, as in training")
     parser.add_argument("--output", help="folder to write [the router folder itself]")
@@ -147,7 +158,7 @@ def row(point: Point) -> tuple[str, str]:
     return (
         f"capacity {point.capacity:g}",
         f"{realised}, {point.kept:.4f} calibrated, loss {point.loss:.4f}, "
-        f"threshold {point.threshold:.6f}",
+        f"threshold {point.described}",
     )
 
 

@@ -19,6 +19,7 @@ methods:
              published settings; measured on prompts like all others, at a threshold that is
              searched afterwards, which the published code does not do
   ours       one training for all skips (--capacity_low)
+  allocated  the same routers, each layer with its own threshold (tools/calibrate.py --allocate)
   separate   ours, with one training for every skip
   layerwise  separate, with the published hinge as its budget
   distill, noise, sharp, smooth, affine, mlp
@@ -71,6 +72,7 @@ RECIPES = {
     "separate": OURS,
     "layerwise": [*OURS, "--budget", "layer"],
     "ours": OURS,
+    "allocated": OURS,
     "distill": [*OURS, "--distill", "0.5"],
     "noise": [*OURS, "--noise", "0.5"],
     "sharp": [*OURS, "--temperature", "0.3"],
@@ -79,6 +81,9 @@ RECIPES = {
     "mlp": [*OURS, "--router", "mlp"],
 }
 FOR_ONE_SKIP = {"published", "separate", "layerwise"}
+TRAINED_AS = {"allocated": "ours"}
+_ROUNDS = 3
+"""Of allocation."""
 METHODS = (*BASELINES, *RECIPES)
 _RANK = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
@@ -140,7 +145,8 @@ def measure_all(
             comparison.measure(comparison.policy(order, skip)) for order in orders.get(method, ())
         ]
         for run in runs:
-            kept = comparison.take(run / "routers", skip)
+            rounds = _ROUNDS if method == "allocated" else 0
+            kept = comparison.take(run / "routers", skip, rounds=rounds)
             logger.info("%s: capacity %.4f for %.4f", run.name, kept, 1 - comparison.share(skip))
             measured.append(comparison.measure(None))
             if method == options.ours and skip == shown and run == runs[0]:
@@ -151,7 +157,9 @@ def measure_all(
             points.append(comparison.point(method, skip, measured, dense, train_seconds=seconds))
             found[method, skip] = measured
             logger.info("%s", "  ".join(table_rows(points[-1:])[0]))
-    write(points, contrasts(found, options.ours), options)
+            # Again after every point: a comparison takes hours.
+            write(points, contrasts(found, options.ours), options)
+    show(points, contrasts(found, options.ours), options)
 
 
 def draw_tokens(comparison: Comparison, title: str, output: Path) -> None:
@@ -177,7 +185,7 @@ def trained(
         else:
             low = 1 - comparison.share(max(options.skip))
             middle = 1 - comparison.share(statistics.mean(options.skip))
-            name = f"{method}-s{seed}"
+            name = f"{TRAINED_AS.get(method, method)}-s{seed}"
             flags = ["--capacity", f"{middle:.6f}", "--capacity_low", f"{low:.6f}"]
         run = Path(options.output) / "runs" / name
         if not (run / "routers" / CONFIG).is_file():
@@ -216,7 +224,7 @@ def train_seconds(run: Path) -> float:
 def write(
     points: Sequence[Point], against: Sequence[Contrast], options: argparse.Namespace
 ) -> None:
-    """Write the report and print the table."""
+    """Write the report of what is measured so far."""
     output = Path(options.output)
     report = {
         "options": vars(options),
@@ -226,13 +234,18 @@ def write(
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     lines = "".join(f"- {one}\n" for one in against)
     (output / "report.md").write_text(markdown(points) + "\n" + lines)
+
+
+def show(points: Sequence[Point], against: Sequence[Contrast], options: argparse.Namespace) -> None:
+    """Draw the figures and print the table."""
+    output = Path(options.output)
     name = Path(options.model).name
     draw(points, output / "pareto.png", title=f"{name}: loss against cost")
     draw_layers(points, output / "layers.png", title=f"{name}: what is skipped")
     print("  ".join(HEADER))
     for row in table_rows(points):
         print("  ".join(row))
-    print(lines)
+    print("".join(f"- {one}\n" for one in against))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -34,12 +34,14 @@ class TaskLoss(nn.Module):
         teacher: Tensor | None = None,
         share: float = 0.0,
         states_only: bool = False,
+        each: bool = False,
     ) -> Tensor:
         """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED
         has no loss.
 
         With `states_only` return the hidden states [N, D] that predict them instead. Given back as
-        `teacher`, they predict `share` of each label.
+        `teacher`, they predict `share` of each label. With `each` return the loss of each of them,
+        float32 [N], in the order of `labels[:, 1:]`; without gradient.
         """
         decoder = find_decoder(self.model).decoder
         hidden_states = decoder(
@@ -50,7 +52,7 @@ class TaskLoss(nn.Module):
         )[0]
         if states_only:
             return hidden_states[:, :-1][labels[:, 1:] != IGNORED]
-        return self.head.of_batch(hidden_states, labels, teacher, share)
+        return self.head.of_batch(hidden_states, labels, teacher, share, each=each)
 
 
 def head_loss(model: nn.Module, chunk_tokens: int) -> "HeadLoss":
@@ -83,13 +85,17 @@ class HeadLoss(nn.Module):
         labels: Tensor,
         teacher: Tensor | None = None,
         share: float = 0.0,
+        *,
+        each: bool = False,
     ) -> Tensor:
         """Return the summed loss, float32 [], of hidden states [B, T, D] and labels int64 [B, T],
-        not shifted; IGNORED has no loss. `teacher` and `share` as in `forward`."""
+        not shifted; IGNORED has no loss. `teacher`, `share` and `each` as in `forward`."""
         targets = labels[:, 1:]
         supervised = targets != IGNORED
         states = hidden_states[:, :-1][supervised]
-        return self(states, targets[supervised], teacher, share)  # type: ignore[no-any-return]
+        return self(  # type: ignore[no-any-return]
+            states, targets[supervised], teacher, share, each=each
+        )
 
     def forward(
         self,
@@ -97,11 +103,16 @@ class HeadLoss(nn.Module):
         targets: Tensor,
         teacher: Tensor | None = None,
         share: float = 0.0,
+        *,
+        each: bool = False,
     ) -> Tensor:
         """Return the summed loss, float32 [], of hidden states [N, D] and targets int64 [N].
 
-        `share` of each target is what the hidden states `teacher` [N, D] predict.
+        `share` of each target is what the hidden states `teacher` [N, D] predict. With `each`
+        return the losses one by one, float32 [N], without gradient.
         """
+        if each:
+            return self._each(hidden_states, targets)
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
             hidden_states,
             self.linear.weight,
@@ -112,6 +123,15 @@ class HeadLoss(nn.Module):
             teacher,
             share,
         )
+
+    @torch.no_grad()
+    def _each(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        losses = [hidden_states.new_zeros(0, dtype=torch.float32)]
+        for start in range(0, len(targets), self._chunk_tokens):
+            part = slice(start, start + self._chunk_tokens)
+            logits = self._transform(self.linear(hidden_states[part]).float())
+            losses.append(nn.functional.cross_entropy(logits, targets[part], reduction="none"))
+        return torch.cat(losses)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -5,7 +5,7 @@ Promise: a RunConfig that exists is valid in itself, and each value has one owne
 
 from megaskip.config.cli import build_parser, parse_run_config
 from megaskip.config.layers import resolve_layers
-from megaskip.config.router import GRANULARITIES, RouterConfig
+from megaskip.config.router import GRANULARITIES, RouterConfig, Threshold
 from megaskip.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -26,6 +26,7 @@ __all__ = [
     "ParallelConfig",
     "RouterConfig",
     "RunConfig",
+    "Threshold",
     "build_parser",
     "parse_run_config",
     "resolve_layers",

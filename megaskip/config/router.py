@@ -22,6 +22,10 @@ BUDGETS = ("global", "layer")
 ROUTERS = ("linear", "affine", "mlp")
 
 
+Threshold = float | tuple[float, ...]
+"""Of all routed layers alike, or one of each, in ascending order of the layers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """The routers of one model: what they skip, where, and how much of it they keep."""
@@ -41,8 +45,9 @@ class RouterConfig:
     capacity_low: float | None = None
     """Train one set of routers for every capacity from this to 1: each step asks for another one,
     some for less. Then tools/calibrate.py finds the thresholds [off: for --capacity alone]."""
-    threshold: float = 0.5
-    """A unit runs when its score (a sigmoid) is at least this."""
+    threshold: Threshold = 0.5
+    """A unit runs when its score (a sigmoid) is at least this; tools/calibrate.py --allocate finds
+    one for each routed layer."""
     pool: str = "prompt"
     """Tokens that a sequence's decision looks at: "prompt" (causal: the same in training, scoring
     and generation) or "all" (every real token, as published)."""
@@ -55,12 +60,13 @@ class RouterConfig:
     penalty_weight: float = 0.1
     """Strength of the capacity penalty: gain of the steering (global) or factor of the hinge
     (layer)."""
-    calibrated: tuple[tuple[float, float], ...] = field(default=(), metadata={"flag": False})
+    calibrated: tuple[tuple[float, Threshold], ...] = field(default=(), metadata={"flag": False})
     """(capacity, threshold) pairs, ascending: where calibration text kept which capacity."""
 
     def __post_init__(self) -> None:
-        pairs = tuple(sorted((float(c), float(t)) for c, t in self.calibrated))
-        object.__setattr__(self, "calibrated", pairs)
+        pairs = {float(c): _as_threshold(t) for c, t in self.calibrated}
+        object.__setattr__(self, "calibrated", tuple((c, pairs[c]) for c in sorted(pairs)))
+        object.__setattr__(self, "threshold", _as_threshold(self.threshold))
         problems = tuple(self._problems())
         if problems:
             raise ConfigError(*problems)
@@ -91,6 +97,12 @@ class RouterConfig:
         """Return what one decision covers: sequence or token."""
         return self.granularity.split("_")[1]
 
+    def describe_threshold(self) -> str:
+        """Return the threshold as text: "0.5", or "0.31 to 0.62 by layer"."""
+        if isinstance(self.threshold, float):
+            return f"{self.threshold:.6g}"
+        return f"{min(self.threshold):.4g} to {max(self.threshold):.4g} by layer"
+
     def _problems(self) -> Iterator[str]:
         yield from one_of("granularity", self.granularity, GRANULARITIES)
         yield from within("capacity", self.capacity, 0.0, 1.0)
@@ -104,10 +116,20 @@ class RouterConfig:
             if self.budget != "global":
                 yield "--capacity_low needs --budget global: the hinge has no threshold to move"
         for threshold in (self.threshold, *(one for _, one in self.calibrated)):
-            if not 0.0 < threshold < 1.0:
-                yield f"--threshold {threshold:g} must lie inside (0, 1): scores are sigmoids"
+            for one in (threshold,) if isinstance(threshold, float) else threshold:
+                if not 0.0 < one < 1.0:
+                    yield f"--threshold {one:g} must lie inside (0, 1): scores are sigmoids"
+            if not isinstance(threshold, float) and not threshold:
+                yield "--threshold has no number; it needs one, or one for each routed layer"
         yield from one_of("router", self.router, ROUTERS)
         yield from one_of("pool", self.pool, POOLS)
         yield from one_of("budget", self.budget, BUDGETS)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)
         yield from at_least("penalty_weight", self.penalty_weight, 0.0)
+
+
+def _as_threshold(value: Threshold | list[float]) -> Threshold:
+    """Return a threshold as it is stored; JSON has lists."""
+    if isinstance(value, (list, tuple)):
+        return tuple(float(one) for one in value)
+    return float(value)

@@ -2,22 +2,20 @@
 out."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.checkpoint.routers import load_router_tensors, read_router_config
-from megaskip.config import RouterConfig, RunConfig
+from megaskip.config import RouterConfig, RunConfig, Threshold
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
+from megaskip.evaluation.allocation import TOLERANCE, allocate
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import Topology
 
-TOLERANCE = 0.01
-"""How far the capacity may be from the asked one."""
 _ROUNDS = 8
 
 Batches = Sequence[Batch | None]
@@ -28,7 +26,9 @@ class Point:
     """One calibrated capacity, and what it comes to on other text."""
 
     capacity: float
-    threshold: float
+    threshold: Threshold
+    described: str
+    """The threshold as text."""
     kept: float
     """Of the calibration text."""
     held_out: float
@@ -41,8 +41,10 @@ class Point:
 def routed_engine(config: RunConfig, topology: Topology, folder: Path, routers: Path) -> Engine:
     """Return an engine with the routers of a router folder on the model in `folder`. Collective."""
     stored, layers, _ = read_router_config(routers)
-    # Its own threshold is where every search begins; capacity_low matters to training alone.
-    stored = dataclasses.replace(stored, layers=layers, capacity_low=None)
+    # Its own threshold is where every search begins, all layers alike; capacity_low matters to
+    # training alone.
+    alike = stored.threshold if isinstance(stored.threshold, float) else 0.5
+    stored = dataclasses.replace(stored, layers=layers, capacity_low=None, threshold=alike)
     config = dataclasses.replace(config, router=stored)
     engine = build_engine(config, topology, folder, read_ds_config(config))
     assert engine.routers is not None
@@ -56,16 +58,23 @@ def calibrate_all(
     held_out: Batches,
     capacities: Sequence[float],
     *,
-    progress: Callable[[Point], None] = lambda point: None,
+    rounds: int = 0,
+    progress: Callable[[], object] = lambda: None,
 ) -> list[Point]:
-    """Return the thresholds of `capacities`. Collective.
+    """Return the thresholds of `capacities`: one for all layers or, after some `rounds` of
+    `allocate`, one of each; `progress` is called once a capacity and once a round. Collective.
 
     Raises ConfigError for one that the routers cannot realise, on either text.
     """
-    points = []
+    assert engine.routers is not None
+    level, points = engine.routers.config, []
     for capacity in capacities:
-        points.append(_calibrate(engine, calibration, held_out, capacity))
-        progress(points[-1])
+        engine.routers.configure(level)
+        kept = engine.calibrate(calibration, capacity=capacity, rounds=_ROUNDS)
+        progress()
+        if rounds and _is_near(kept, capacity):
+            kept = allocate(engine, calibration, capacity, rounds=rounds, progress=progress)
+        points.append(_checked(engine, held_out, capacity, kept))
     return points
 
 
@@ -75,11 +84,13 @@ def with_points(config: RouterConfig, points: Sequence[Point]) -> RouterConfig:
     return dataclasses.replace(config, calibrated=tuple(table.items()))
 
 
-def _calibrate(engine: Engine, calibration: Batches, held_out: Batches, capacity: float) -> Point:
-    routers = engine.routers
-    assert routers is not None
-    kept = engine.calibrate(calibration, capacity=capacity, rounds=_ROUNDS)
-    if not abs(kept - capacity) <= TOLERANCE:
+def _is_near(kept: float, capacity: float) -> bool:
+    return abs(kept - capacity) <= TOLERANCE
+
+
+def _checked(engine: Engine, held_out: Batches, capacity: float, kept: float) -> Point:
+    """Return the point of the thresholds that the routers have now, which kept so much."""
+    if not _is_near(kept, capacity):
         raise ConfigError(
             f"--capacity {capacity:g} cannot be reached: the nearest that these routers keep of "
             f"the calibration text is {kept:.3f}, because too many of their scores are equal. "
@@ -94,10 +105,12 @@ def _calibrate(engine: Engine, calibration: Batches, held_out: Batches, capacity
             "Calibrate on more text (--rows), or on text like that which the model will read "
             "(--data)"
         )
-    logit = routers.base_threshold_logit + routers.budget.offset
+    assert engine.routers is not None
+    settled = engine.routers.settled_config()
     return Point(
         capacity=capacity,
-        threshold=1 / (1 + math.exp(-logit)),
+        threshold=settled.threshold,
+        described=settled.describe_threshold(),
         kept=kept,
         held_out=found.capacity,
         held_out_error=found.capacity_error,

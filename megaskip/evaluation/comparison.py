@@ -3,6 +3,7 @@
 Knows a model and its texts, not how routers were trained.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from megaskip.data import Batch, build_dataset
 from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
+from megaskip.evaluation.allocation import allocate
 from megaskip.evaluation.baselines import (
     Order,
     Policy,
@@ -73,6 +75,8 @@ class Comparison:
         self._costs = CostModel(self.model, self.routers)
         self._tokenizer = load_tokenizer(folder)
         data = build_dataset(config.data, self._tokenizer)
+        documents = spread(data.held_out, config.data.held_out)
+        data = dataclasses.replace(data, held_out=documents)
         feed = Feed(
             data=data,
             rank=0,
@@ -84,7 +88,7 @@ class Comparison:
             prompt_tokens=config.data.prompt_tokens,
         )
         self._calibration = _real(feed.calibration(config.optim.calibration_rows))
-        self._held_out = spread_batches(_real(feed.held_out()), -(-config.data.held_out // _ROWS))
+        self._held_out = _real(feed.held_out())
         if not self._held_out:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
         self._pairs: list[Batch] = []
@@ -137,15 +141,20 @@ class Comparison:
         """Return the policy that skips `skip` of all attention in that order."""
         return skipping(order, self.layers, skip * self.depth)
 
-    def take(self, routers: Path, skip: float) -> float:
+    def take(self, routers: Path, skip: float, *, rounds: int = 0) -> float:
         """Put the routers of a folder on the model, with the threshold at which the calibration
-        text skips `skip`; returns the capacity it came to."""
+        text skips `skip`, or after `rounds` of `allocate` one a layer; returns the capacity it
+        came to."""
         config, layers, _ = read_router_config(routers)
         if layers != self.layers:
             raise ConfigError(f"{routers}: routes layers {layers}, the comparison {self.layers}")
         self._attach(config)
         self.routers.load_state_dict(load_router_tensors(routers, self.routers))
-        return self._engine.calibrate(self._calibration, capacity=1 - self.share(skip), rounds=6)
+        capacity = 1 - self.share(skip)
+        kept = self._engine.calibrate(self._calibration, capacity=capacity, rounds=6)
+        if rounds:
+            kept = allocate(self._engine, self._calibration, capacity, rounds=rounds)
+        return kept
 
     def _attach(self, config: RouterConfig) -> None:
         # The capacity asked in training plays no role any more, for the threshold is searched. All
@@ -288,8 +297,9 @@ def _real(batches: Sequence[Batch | None]) -> list[Batch]:
     return [batch for batch in batches if batch is not None]
 
 
-def spread_batches(batches: Sequence[Any], count: int) -> Sequence[Any]:
-    """Return `count` batches from all over the text: a file's first documents may be of one
-    source, on which routers keep less or more than on the others."""
-    count = min(count, len(batches))
-    return [batches[index * len(batches) // count] for index in range(count)]
+def spread(documents: Any, count: int) -> list[Any]:
+    """Return `count` documents from all over the text: a file's first ones may be of one source,
+    on which routers keep less or more than on the others."""
+    there = len(documents)
+    count = min(count, there)
+    return [documents[index * there // count] for index in range(count)]

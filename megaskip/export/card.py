@@ -48,7 +48,7 @@ def write_card(
         ("method", "Router-Tuning / MindSkip (arXiv 2410.13184), one linear router a layer"),
         ("skips", f"{config.granularity} of layers {describe_layers(layers)}"),
         ("asked capacity", f"{config.capacity:g} of the routed units run"),
-        ("threshold", f"{config.threshold:.6g} (scores are sigmoids), pool `{config.pool}`"),
+        ("threshold", f"{config.describe_threshold()} (scores are sigmoids), pool `{config.pool}`"),
         ("keys and values of skipped tokens", "kept" if kv == "keep" else "dropped"),
         *facts.items(),
         ("megaskip", __version__),

@@ -54,7 +54,7 @@ class ImportReport:
             ("stored as", f"{self.example} [1, {self.hidden_size}] and so on"),
             ("dtype", f"{', '.join(self.dtypes)}; written as float32"),
             ("granularity", config.granularity),
-            ("threshold", f"{config.threshold:g}"),
+            ("threshold", config.describe_threshold()),
             ("capacity", f"{config.capacity:g}, penalty weight {config.penalty_weight:g}"),
             ("semantics", f"pool {config.pool}, budget {config.budget}, as published"),
             ("base model", described),

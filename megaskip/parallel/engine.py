@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from megaskip.config import RunConfig
 from megaskip.data import Batch
+from megaskip.data.row import IGNORED
 from megaskip.parallel.results import EvalResult, StepResult, Totals, quarters, share_of
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Measured, RouterSet, RoutingDecision, ThresholdSearch
 
-_CALIBRATED = 0.002
+CALIBRATED = 0.002
 """Distance from the asked capacity at which calibration stops."""
 
 
@@ -115,27 +116,71 @@ class Engine:
         for last in [False] * rounds + [True]:
             if last:
                 budget.place(search.best)
-            kept, logits = self._decide_all(batches)
+            kept, above = self._decide_all(batches)
             search.note(budget.offset, kept)
-            if last or search.distance <= _CALIBRATED:
+            if last or search.distance <= CALIBRATED:
                 break
-            place = _quantile(logits, 1 - target) - self.routers.base_threshold_logit
-            budget.place(search.next(place))
+            budget.place(search.next(quantile(above, 1 - target)))
         return kept
 
     def _decide_all(self, batches: Sequence[Batch | None]) -> tuple[float, Tensor]:
-        """Return (share kept, all logits of real units float32 [N]) over the batches of all
-        ranks."""
+        """Return (share kept, how far all real units' logits are above the layer's own threshold,
+        float32 [N]) over the batches of all ranks."""
         assert self.routers is not None
-        kept, logits = [torch.zeros(0)], [torch.zeros(0)]
+        kept, above = [torch.zeros(0)], [torch.zeros(0)]
         for batch, _ in self._forwards(batches):
-            for one in self._own_decisions().values() if batch is not None else ():
-                logits.append(one.logit[one.unit_mask].cpu())
+            decisions = self._own_decisions() if batch is not None else {}
+            for layer, one in decisions.items():
+                logit = one.logit[one.unit_mask].cpu()
+                above.append(logit - self.routers.threshold_logits[layer])
                 kept.append(one.keep[one.unit_mask].cpu())
         everywhere: list[Any] = [None] * self._topology.world_size
-        dist.all_gather_object(everywhere, (torch.cat(kept), torch.cat(logits)))
+        dist.all_gather_object(everywhere, (torch.cat(kept), torch.cat(above)))
         shares = torch.cat([k for k, _ in everywhere])
         return float(shares.double().mean()), torch.cat([z for _, z in everywhere])
+
+    @torch.no_grad()
+    def skip_costs(self, batches: Sequence[Batch | None]) -> tuple[Tensor, Tensor]:
+        """Return (logits, costs) of all units of all ranks' `batches`, float64 [R, N], R routed
+        layers; for decisions per sequence, without pipeline stages.
+
+        A cost is what skipping the unit adds to the summed loss of its tokens, measured by running
+        the batch with the layer's decisions turned around; all other layers decide by themselves.
+        """
+        assert self.routers is not None
+        mine = [torch.zeros(2, len(self.routers.layers), 0, dtype=torch.float64)]
+        for batch in batches:
+            here = batch.to(self._topology.device) if batch is not None else self._filler()
+            found = self._skip_costs(self.routers, here)
+            if batch is not None:
+                mine.append(found.cpu())
+        everywhere: list[Any] = [None] * self._topology.world_size
+        dist.all_gather_object(everywhere, torch.cat(mine, dim=2))
+        logits, costs = torch.cat(everywhere, dim=2)
+        return logits, costs
+
+    def _skip_costs(self, routers: RouterSet, batch: Batch) -> Tensor:
+        before = self._unit_losses(batch)
+        decided, columns = routers.decisions(), []
+        try:
+            for layer, one in decided.items():
+                routers.force({layer: 1 - one.keep})
+                change = (self._unit_losses(batch) - before) * (2 * one.keep - 1)
+                columns.append(torch.stack([one.logit, change])[:, one.unit_mask])
+        finally:
+            routers.force({})
+        return torch.stack(columns, dim=1).double()
+
+    def _unit_losses(self, batch: Batch) -> Tensor:
+        """Return the summed loss of each unit's tokens, float32 [B, U]."""
+        losses = self._forward(batch, each=True)
+        first = next(iter(self._own_decisions().values()))
+        rows, units = first.unit_mask.shape
+        place = torch.arange(rows, device=losses.device)[:, None].expand_as(batch.labels) * units
+        if first.unit_of_token is not None:
+            place = place + first.unit_of_token
+        place = place[:, 1:][batch.labels[:, 1:] != IGNORED]
+        return losses.new_zeros(rows * units).index_add_(0, place, losses).view(rows, units)
 
     def scores(self) -> dict[int, Tensor]:
         """Return the router scores of this rank's last micro-batch, by layer; for histograms.
@@ -329,7 +374,7 @@ def _materialise(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def _quantile(values: Tensor, share: float) -> float:
+def quantile(values: Tensor, share: float) -> float:
     """Return the middle between the two values that `share` of all lie below; any size of [N]."""
     ordered = values.double().sort().values
     at = round(share * len(ordered))

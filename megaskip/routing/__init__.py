@@ -10,6 +10,7 @@ from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
 from megaskip.routing.routers import PREFIX, Router, RouterSet, make_router
 from megaskip.routing.search import ThresholdSearch
+from megaskip.routing.worth import Worth
 
 __all__ = [
     "PREFIX",
@@ -24,6 +25,7 @@ __all__ = [
     "RoutingDecision",
     "SparseFlow",
     "ThresholdSearch",
+    "Worth",
     "make_router",
     "straight_through",
 ]

@@ -81,7 +81,7 @@ class Gate:
         # gradient.
         keep = straight_through(
             routers.disturbed(logit) - routers.budget.offset,
-            routers.base_threshold_logit,
+            routers.threshold_logits[self.layer],
             routers.temperature,
         )
         segments = pooling.unit_of_token

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.config import RouterConfig
+from megaskip.errors import ConfigError
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget, Measured, layer_hinge
 from megaskip.routing.decision import RoutingDecision
@@ -21,6 +22,8 @@ from megaskip.routing.pooling import Pooling
 
 PREFIX = "skip_routers"
 _MLP_WIDTH = 16
+_FAR = 30.0
+"""Logit of a threshold that no score is above: float64 still holds its sigmoid apart from 1."""
 
 
 class Router(nn.Module):
@@ -89,13 +92,11 @@ class RouterSet(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
         self.layers = tuple(layers)
         self.hidden_size = hidden_size
         self.noise = 0.0
         self.temperature = 1.0
-        self.base_threshold_logit = _logit(config.threshold)
-        self.budget = _budget(config)
+        self.configure(config)
         self.flow: Flow = DenseFlow()
         self.held: Mapping[int, RoutingDecision] = {}
         self.gates = {layer: Gate(self, layer) for layer in self.layers}
@@ -271,17 +272,38 @@ class RouterSet(nn.Module):
         offset = self.budget.settled_offset()
         if not offset:
             return self.config
-        threshold = 1 / (1 + math.exp(-(self.base_threshold_logit + offset)))
-        return dataclasses.replace(self.config, threshold=threshold)
+        moved = [_score(logit + offset) for logit in self.threshold_logits.values()]
+        alike = isinstance(self.config.threshold, float)
+        return dataclasses.replace(self.config, threshold=moved[0] if alike else tuple(moved))
 
     def set_capacity(self, capacity: float) -> None:
         """Move the threshold to where calibration text kept `capacity`, one of config.calibrated.
 
         For inference; raises ConfigError for a capacity that was not calibrated.
         """
-        self.config = self.config.at_capacity(capacity)
-        self.base_threshold_logit = _logit(self.config.threshold)
-        self.budget = _budget(self.config)
+        self.configure(self.config.at_capacity(capacity))
+
+    def place(self, logits: Sequence[float]) -> None:
+        """Put the threshold of each routed layer, in their order, at so many logits."""
+        threshold = tuple(_score(min(max(one, -_FAR), _FAR)) for one in logits)
+        self.configure(dataclasses.replace(self.config, threshold=threshold))
+
+    def configure(self, config: RouterConfig) -> None:
+        """Take over thresholds and budget of `config`, as a fresh set would have them.
+
+        Raises ConfigError when it has another number of thresholds than there are routed layers.
+        """
+        given = config.threshold
+        thresholds = [given] * len(self.layers) if isinstance(given, float) else given
+        if len(thresholds) != len(self.layers):
+            raise ConfigError(
+                f"threshold holds {len(thresholds)} numbers for {len(self.layers)} routed layers"
+            )
+        self.config = config
+        self.threshold_logits = {
+            layer: _logit(one) for layer, one in zip(self.layers, thresholds, strict=True)
+        }
+        self.budget = _budget(config)
 
     # -- for gates
 
@@ -342,5 +364,9 @@ def _budget(config: RouterConfig) -> Budget:
     return AnyBudget(asked=config.capacity, low=config.capacity_low, gain=config.penalty_weight)
 
 
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))
+def _logit(score: float) -> float:
+    return math.log(score / (1 - score))
+
+
+def _score(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))

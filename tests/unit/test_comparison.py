@@ -12,7 +12,7 @@ from routed_models import randomise
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.errors import ConfigError
-from megaskip.evaluation.comparison import Comparison, contrasts, spread_batches
+from megaskip.evaluation.comparison import Comparison, contrasts, spread
 from megaskip.evaluation.pareto import draw, draw_layers, markdown
 from megaskip.parallel.load import DEMO_FOLDER
 from megaskip.parallel.topology import process_group, read_topology
@@ -98,7 +98,11 @@ def test_what_cannot_be_compared_is_refused(comparison: Comparison, tmp_path: Pa
 
 
 def test_documents_come_from_all_over_the_held_out_text() -> None:
-    assert spread_batches(list(range(10)), 3) == [0, 3, 6]
-    assert spread_batches(list(range(4)), 8) == [0, 1, 2, 3]
-    assert spread_batches(list(range(7)), 4) == [0, 1, 3, 5]  # not the first four
-    assert spread_batches([], 8) == []
+    assert spread(list(range(10)), 3) == [0, 3, 6]
+    assert spread(list(range(4)), 8) == [0, 1, 2, 3]
+    assert spread(list(range(7)), 4) == [0, 1, 3, 5]  # not the first four
+    assert spread([], 8) == []
+
+
+def test_as_many_documents_are_measured_as_are_asked(comparison: Comparison) -> None:
+    assert len(comparison.measure(comparison.everything).text.nll) == DOCUMENTS

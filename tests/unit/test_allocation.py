@@ -1,0 +1,183 @@
+"""Each layer gets as much of the capacity as its units are worth, as measured."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+from routed_models import VOCABULARY, as_exported, randomise
+
+from megaskip import RouterConfig, attach_routers, load_routers, save_routers
+from megaskip.arch.task_loss import TaskLoss
+from megaskip.config import RunConfig
+from megaskip.data import Batch
+from megaskip.errors import ConfigError
+from megaskip.evaluation.allocation import allocate
+from megaskip.evaluation.calibration import calibrate_all, with_points
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.topology import process_group, read_topology
+from megaskip.routing import Worth
+
+COSTLY = 2
+"""The layer whose attention changes the most."""
+
+
+def batch(seed: int, rows: int = 32, tokens: int = 8) -> Batch:
+    ids = torch.randint(
+        3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed)
+    )
+    real = torch.ones_like(ids, dtype=torch.bool)
+    return Batch(
+        input_ids=ids,
+        labels=ids,
+        token_mask=real,
+        prompt_mask=real,
+        position_ids=torch.arange(tokens).expand_as(ids),
+    )
+
+
+def built(granularity: str = "attn_sequence") -> Iterator[Engine]:
+    topology = read_topology({})
+    with process_group(topology, timeout=60):
+        model = tiny_model()
+        with torch.no_grad():
+            for index, layer in enumerate(model.model.layers):
+                layer.self_attn.o_proj.weight.mul_(4.0 if index == COSTLY else 0.2)
+        config = RouterConfig(layers="1-4", granularity=granularity)
+        routers = attach_routers(model, config, register=False)
+        randomise(routers)
+        yield Engine(TaskLoss(model, chunk_tokens=64), routers, RunConfig(), topology)
+
+
+def said(engine: Engine, count: int) -> list[Batch | None]:
+    """Return batches whose labels are what the unrouted model says: skipping costs there."""
+    assert engine.routers is not None
+    labelled: list[Batch | None] = []
+    for one in map(batch, range(count)):
+        with engine.routers.every_gate_open(), torch.no_grad():
+            logits = engine.module.model(one.input_ids).logits
+        labels = torch.cat([one.labels[:, :1], logits[:, :-1].argmax(-1)], dim=1)
+        labelled.append(dataclasses.replace(one, labels=labels))
+    return labelled
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    yield from built()
+
+
+def test_lines_are_found_and_those_of_noise_are_flat() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 400, generator=generator, dtype=torch.float64) * 2 + 1
+    noise = torch.randn(3, 400, generator=generator, dtype=torch.float64)
+    lines = torch.tensor([[0.5], [0.0], [-0.5]], dtype=torch.float64)
+    worth = Worth.fit(logits, lines * logits + 0.1 * noise + 3.0)
+    assert worth.slope[0] == pytest.approx(0.5, abs=0.02)
+    assert worth.intercept[0] == pytest.approx(3.0, abs=0.05)
+    assert (worth.slope[1:] > 0).all()
+    assert (worth.slope[1:] < 0.02).all()  # says nothing; says the opposite
+    for layer, threshold in enumerate(worth.thresholds(3.2)):
+        at = torch.full((3, 1), threshold, dtype=torch.float64)
+        assert worth.of(at)[layer] == pytest.approx(3.2)
+
+
+def test_a_cost_is_what_turning_the_decision_around_changes(engine: Engine) -> None:
+    texts: list[Batch | None] = [batch(1, rows=3), batch(2, rows=2)]
+    logits, costs = engine.skip_costs(texts)
+    assert logits.shape == costs.shape == (4, 5)
+    assert engine.routers is not None
+    one = batch(1, rows=3)
+    row = dataclasses.replace(
+        one, **{name: getattr(one, name)[1:2] for name in ("input_ids", "labels", "token_mask")}
+    )
+    row = dataclasses.replace(row, prompt_mask=row.token_mask, position_ids=one.position_ids[:1])
+    loss = {}
+    for keep in (0.0, 1.0):
+        engine.routers.force({3: keep})
+        with torch.no_grad():
+            loss[keep] = float(engine._forward(row))
+    engine.routers.force({})
+    assert costs[2, 1] == pytest.approx(loss[0.0] - loss[1.0], rel=1e-4, abs=1e-5)
+
+
+def test_segments_of_a_packed_row_have_their_own_costs(engine: Engine) -> None:
+    apart = batch(3, rows=2)
+    segments = torch.arange(2).repeat_interleave(8)[None]
+    labels = apart.labels.reshape(1, 16).clone()
+    labels[0, 8] = -100  # the second segment's first token has nothing before it
+    packed = Batch(
+        input_ids=apart.input_ids.reshape(1, 16),
+        labels=labels,
+        token_mask=apart.token_mask.reshape(1, 16),
+        prompt_mask=apart.prompt_mask.reshape(1, 16),
+        position_ids=apart.position_ids.reshape(1, 16),
+        segment_ids=segments,
+    )
+    for mine, theirs in zip(engine.skip_costs([packed]), engine.skip_costs([apart]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_cost_more_keep_more_and_the_text_loses_less(engine: Engine) -> None:
+    texts = said(engine, 8)
+    engine.calibrate(texts, capacity=0.5)
+    level = engine.evaluate(texts, routed=True)
+    kept = allocate(engine, texts, 0.5, rounds=2)
+    found = engine.evaluate(texts, routed=True)
+    assert kept == pytest.approx(0.5, abs=0.01)
+    assert kept == found.capacity
+    assert found.loss < level.loss - 0.05
+    by_layer = dict(zip((1, 2, 3, 4), found.capacity_per_layer, strict=True))
+    assert by_layer[COSTLY] > 0.95 > dict(zip((1, 2, 3, 4), level.capacity_per_layer))[COSTLY]
+
+
+def test_what_does_not_lose_less_is_not_taken(engine: Engine) -> None:
+    texts = said(engine, 4)
+    allocate(engine, texts, 0.5, rounds=2)
+    best = engine.evaluate(texts, routed=True)
+    assert engine.routers is not None
+    before = engine.routers.config.threshold
+    real = engine.skip_costs
+    engine.skip_costs = lambda t: (real(t)[0], -real(t)[1])  # type: ignore[method-assign]
+    allocate(engine, texts, 0.5, rounds=2)
+    assert engine.routers.config.threshold == before
+    assert engine.evaluate(texts, routed=True) == best
+
+
+def test_thresholds_by_layer_are_stored_exported_and_chosen(engine: Engine, tmp_path: Path) -> None:
+    texts = said(engine, 8)
+    points = calibrate_all(engine, texts, texts, [0.3, 0.5], rounds=2)
+    routers = engine.routers
+    assert routers is not None
+    routers.configure(with_points(RouterConfig(layers="1-4"), points))
+    folder = save_routers(tmp_path / "routers", routers)
+    model = tiny_model()
+    model.load_state_dict(engine.module.model.state_dict())
+    loaded = load_routers(model, folder)
+    assert loaded.config.calibrated == tuple((p.capacity, p.threshold) for p in points)
+    exported = as_exported(model, loaded)
+    for point in points:
+        assert isinstance(point.threshold, tuple)
+        loaded.set_capacity(point.capacity)
+        assert loaded.config.threshold == point.threshold
+        exported.set_capacity(point.capacity)
+        kept = []
+        for text in texts:
+            assert text is not None
+            exported(text.input_ids, attention_mask=text.token_mask.long(), use_cache=False)
+            kept.append(exported.capacity())
+        assert sum(kept) / len(kept) == pytest.approx(point.kept, abs=1e-6)
+
+
+def test_a_wrong_number_of_thresholds_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"threshold holds 3 numbers for 4 routed layers"):
+        attach_routers(tiny_model(), RouterConfig(layers="1-4", threshold=(0.5, 0.5, 0.5)))
+    with pytest.raises(ConfigError, match=r"--threshold 1 must lie inside"):
+        RouterConfig(layers="1-4", threshold=(0.5, 1.0, 0.5, 0.5))
+
+
+def test_decisions_per_token_are_refused() -> None:
+    for engine in built("attn_token"):
+        with pytest.raises(ConfigError, match="not for attn_token: calibrate without --allocate"):
+            allocate(engine, [batch(1)], 0.5, rounds=1)
