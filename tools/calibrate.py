@@ -4,8 +4,8 @@
     deepspeed tools/calibrate.py --routers my_routers --base path/to/base --data text.jsonl \\
         --capacity 0.75,0.5 --ds_config ds_configs/zero3.json --output calibrated
 
-With --allocate 3 each layer gets its own threshold, so that the calibration text loses least: it
-measures, three times, what skipping costs in each layer. For decisions per sequence.
+With --allocate 2 each layer gets its own threshold, so that the calibration text loses least: it
+measures, twice, what skipping costs in each layer. For decisions per sequence.
 
 The table goes into router_config.json, and with it into what tools/convert_to_hf.py writes; then
 model.set_capacity(0.6) chooses. Routers that were trained with --capacity_low do this best.
@@ -121,7 +121,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="ROUNDS",
-        help="give each layer its own threshold, in so many rounds; 3 is enough [0: all alike]",
+        help="give each layer its own threshold, in so many rounds; 2 are enough [0: all alike]",
     )
     parser.add_argument("--micro_batch_size", type=int, default=4, help="as in training [4]")
     parser.add_argument("--ds_config", help="DeepSpeed JSON that owns sharding, as in training")

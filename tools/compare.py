@@ -82,7 +82,7 @@ RECIPES = {
 }
 FOR_ONE_SKIP = {"published", "separate", "layerwise"}
 TRAINED_AS = {"allocated": "ours"}
-_ROUNDS = 3
+_ROUNDS = 2
 """Of allocation."""
 METHODS = (*BASELINES, *RECIPES)
 _RANK = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
