@@ -5,6 +5,11 @@ matters more than another is measured afterwards, on calibration text.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
@@ -50,12 +55,45 @@ def allocate(
     return kept.capacity
 
 
+def skip_costs(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tensor, Tensor]:
+    """Return (logits, costs) of all units of all ranks' `batches`, float64 [R, N], R routed
+    layers; for decisions per sequence, without pipeline stages. Collective.
+
+    A cost is what skipping the unit adds to the summed loss of its tokens, measured by running
+    the batch with the layer's decisions turned around; all other layers decide by themselves.
+    """
+    assert engine.routers is not None
+    mine = [torch.zeros(2, len(engine.routers.layers), 0, dtype=torch.float64)]
+    for batch in batches:
+        found = _skip_costs(engine, engine.routers, batch)
+        if batch is not None:
+            mine.append(found)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, torch.cat(mine, dim=2))
+    logits, costs = torch.cat(everywhere, dim=2)
+    return logits, costs
+
+
+def _skip_costs(engine: Engine, routers: RouterSet, batch: Batch | None) -> Tensor:
+    """Return the logits and costs of one batch's units, float64 [2, R, N]."""
+    before = engine.unit_losses(batch)
+    decided, columns = routers.decisions(), []
+    try:
+        for layer, one in decided.items():
+            routers.force({layer: 1 - one.keep})
+            change = (engine.unit_losses(batch) - before) * (2 * one.keep - 1)
+            columns.append(torch.stack([one.logit, change])[:, one.unit_mask].double().cpu())
+    finally:
+        routers.force({})
+    return torch.stack(columns, dim=1)
+
+
 def _round(
     engine: Engine, routers: RouterSet, batches: Sequence[Batch | None], capacity: float
 ) -> EvalResult:
     """Place thresholds by what skipping costs beside the present decisions; returns what they
     do."""
-    logits, costs = engine.skip_costs(batches)
+    logits, costs = skip_costs(engine, batches)
     worth, search = Worth.fit(logits, costs), ThresholdSearch(capacity)
     price = quantile(worth.of(logits).flatten(), 1 - capacity)
     for _ in range(_TRIES):

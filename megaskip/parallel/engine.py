@@ -140,46 +140,17 @@ class Engine:
         return float(shares.double().mean()), torch.cat([z for _, z in everywhere])
 
     @torch.no_grad()
-    def skip_costs(self, batches: Sequence[Batch | None]) -> tuple[Tensor, Tensor]:
-        """Return (logits, costs) of all units of all ranks' `batches`, float64 [R, N], R routed
-        layers; for decisions per sequence, without pipeline stages.
-
-        A cost is what skipping the unit adds to the summed loss of its tokens, measured by running
-        the batch with the layer's decisions turned around; all other layers decide by themselves.
-        """
-        assert self.routers is not None
-        mine = [torch.zeros(2, len(self.routers.layers), 0, dtype=torch.float64)]
-        for batch in batches:
-            here = batch.to(self._topology.device) if batch is not None else self._filler()
-            found = self._skip_costs(self.routers, here)
-            if batch is not None:
-                mine.append(found.cpu())
-        everywhere: list[Any] = [None] * self._topology.world_size
-        dist.all_gather_object(everywhere, torch.cat(mine, dim=2))
-        logits, costs = torch.cat(everywhere, dim=2)
-        return logits, costs
-
-    def _skip_costs(self, routers: RouterSet, batch: Batch) -> Tensor:
-        before = self._unit_losses(batch)
-        decided, columns = routers.decisions(), []
-        try:
-            for layer, one in decided.items():
-                routers.force({layer: 1 - one.keep})
-                change = (self._unit_losses(batch) - before) * (2 * one.keep - 1)
-                columns.append(torch.stack([one.logit, change])[:, one.unit_mask])
-        finally:
-            routers.force({})
-        return torch.stack(columns, dim=1).double()
-
-    def _unit_losses(self, batch: Batch) -> Tensor:
-        """Return the summed loss of each unit's tokens, float32 [B, U]."""
-        losses = self._forward(batch, each=True)
+    def unit_losses(self, batch: Batch | None) -> Tensor:
+        """Return the summed loss of each unit's tokens, float32 [B, U]: of `batch`, or of one that
+        counts for nothing. Collective; without pipeline stages."""
+        mine = batch.to(self._topology.device) if batch is not None else self._filler()
+        losses = self._forward(mine, each=True)
         first = next(iter(self._own_decisions().values()))
         rows, units = first.unit_mask.shape
-        place = torch.arange(rows, device=losses.device)[:, None].expand_as(batch.labels) * units
+        place = torch.arange(rows, device=losses.device)[:, None].expand_as(mine.labels) * units
         if first.unit_of_token is not None:
             place = place + first.unit_of_token
-        place = place[:, 1:][batch.labels[:, 1:] != IGNORED]
+        place = place[:, 1:][mine.labels[:, 1:] != IGNORED]
         return losses.new_zeros(rows * units).index_add_(0, place, losses).view(rows, units)
 
     def scores(self) -> dict[int, Tensor]:

@@ -14,6 +14,7 @@ from megaskip.config import parse_run_config
 from megaskip.data import Batch
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
+from megaskip.evaluation.allocation import allocate, skip_costs
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.measure import bytes_by_kind
@@ -77,6 +78,24 @@ def _evaluate(model: str, flags: list[str]) -> dict[str, Any]:
             "offset": engine.routers.budget.offset,
             "scores": scores,
         }
+
+
+def allocated(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """Return what skipping costs, and the thresholds by layer that follow, for each case."""
+    return [_allocate(model, flags) for flags in cases]
+
+
+def _allocate(model: str, flags: list[str]) -> dict[str, Any]:
+    with built(model, flags) as (engine, topology):
+        assert engine.routers is not None
+        _randomise(engine.routers)
+        batches = [_batch(part, packed=False) for part in range(7)]
+        mine: list[Batch | None] = list(batches[topology.rank :: topology.world_size])
+        mine += [None] * (-(-len(batches) // topology.world_size) - len(mine))
+        logits, costs = skip_costs(engine, mine)
+        kept = allocate(engine, mine, 0.4, rounds=2)
+        threshold = engine.routers.config.threshold
+        return {"logits": logits, "costs": costs, "kept": kept, "threshold": threshold}
 
 
 def forced_divergence(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
