@@ -4,6 +4,7 @@ Training holds all layers level, so that each learns which of its units matter. 
 matters more than another is measured afterwards, on calibration text.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +14,9 @@ from torch import Tensor
 
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.parallel.engine import CALIBRATED, Engine, quantile
-from megaskip.parallel.results import EvalResult
-from megaskip.routing import RouterSet, ThresholdSearch, Worth
+from megaskip.parallel.engine import Engine, quantile
+from megaskip.routing import RouterSet, Worth
 
-_TRIES = 6
 TOLERANCE = 0.01
 """How far a capacity may be from the asked one."""
 
@@ -30,11 +29,13 @@ def allocate(
     rounds: int,
     progress: Callable[[], object] = lambda: None,
 ) -> float:
-    """Give each routed layer its own threshold, so that `batches` of all ranks lose least when
+    """Give each routed layer its own threshold, so that `batches` of all ranks lose less when
     they keep `capacity`; returns what they keep. Collective.
 
-    The thresholds that the routers have now are where it begins, and what it returns to when
-    nothing found has a lower loss. A round costs R + 1 forward passes and those of a search.
+    Begins at the thresholds that the routers have. A round goes to what the costs of skipping say
+    is best, or half as far as the last one when that lost more: costs are those of one unit at a
+    time, and do not add up when much is skipped. Thresholds with a higher loss are never taken.
+    A round costs R + 1 forward passes, and those of the search for the capacity.
     Raises ConfigError for decisions per token: their costs are not measured one by one.
     """
     routers = engine.routers
@@ -46,13 +47,39 @@ def allocate(
         )
     routers.configure(routers.settled_config())
     best, kept = routers.config, engine.evaluate(batches, routed=True)
-    for _ in range(rounds):
-        found = _round(engine, routers, batches, capacity)
+    costs, step = skip_costs(engine, batches), 1.0
+    for left in reversed(range(rounds)):
+        routers.place(_thresholds(*costs, capacity, kept.capacity_per_layer, step))
+        engine.calibrate(batches, capacity=capacity)
+        routers.configure(routers.settled_config())
+        found = engine.evaluate(batches, routed=True)
         if abs(found.capacity - capacity) <= TOLERANCE and found.loss < kept.loss:
-            best, kept = routers.config, found
+            best, kept, step = routers.config, found, 1.0
+            costs = skip_costs(engine, batches) if left else costs
+        else:
+            step /= 2
         progress()
     routers.configure(best)
     return kept.capacity
+
+
+def _thresholds(
+    logits: Tensor, costs: Tensor, capacity: float, shares: Sequence[float], step: float
+) -> list[float]:
+    """Return each layer's threshold, in logits: a `step` from the present `shares` of its units
+    towards those that are worth most."""
+    worth = Worth.fit(logits, costs).of(logits)
+    best = (worth >= quantile(worth.flatten(), 1 - capacity)).double().mean(1)
+    present = torch.tensor(shares, dtype=torch.float64)
+    wanted = (present + step * (best - present)).tolist()
+    return [_above(of_layer, share) for of_layer, share in zip(logits, wanted, strict=True)]
+
+
+def _above(logits: Tensor, share: float) -> float:
+    """Return the threshold that `share` of the logits [N] are above."""
+    if round(share * len(logits)) in (0, len(logits)):  # all or none, of other text, too
+        return math.inf if share < 0.5 else -math.inf
+    return quantile(logits, 1 - share)
 
 
 def skip_costs(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tensor, Tensor]:
@@ -86,31 +113,3 @@ def _skip_costs(engine: Engine, routers: RouterSet, batch: Batch | None) -> Tens
     finally:
         routers.force({})
     return torch.stack(columns, dim=1)
-
-
-def _round(
-    engine: Engine, routers: RouterSet, batches: Sequence[Batch | None], capacity: float
-) -> EvalResult:
-    """Place thresholds by what skipping costs beside the present decisions; returns what they
-    do."""
-    logits, costs = skip_costs(engine, batches)
-    worth, search = Worth.fit(logits, costs), ThresholdSearch(capacity)
-    price = quantile(worth.of(logits).flatten(), 1 - capacity)
-    for _ in range(_TRIES):
-        found = _at(engine, routers, batches, worth, price)
-        search.note(price, found.capacity)
-        if search.distance <= CALIBRATED:
-            return found
-        price = search.next(price)
-    return _at(engine, routers, batches, worth, search.best)
-
-
-def _at(
-    engine: Engine,
-    routers: RouterSet,
-    batches: Sequence[Batch | None],
-    worth: Worth,
-    price: float,
-) -> EvalResult:
-    routers.place(worth.thresholds(price))
-    return engine.evaluate(batches, routed=True)

@@ -43,8 +43,8 @@ from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import RouterSet
 
 _TIMED = 7
-_ROWS = 8
-"""Rows of a batch."""
+_ROWS = 2
+"""Rows of a micro-batch; a batch for forward passes only has four times as many (Feed)."""
 _SHOWN = 60
 """Tokens of the document in the picture."""
 

@@ -20,7 +20,7 @@ from megaskip.parallel.results import EvalResult, StepResult, Totals, quarters, 
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Measured, RouterSet, RoutingDecision, ThresholdSearch
 
-CALIBRATED = 0.002
+_CALIBRATED = 0.002
 """Distance from the asked capacity at which calibration stops."""
 
 
@@ -118,7 +118,7 @@ class Engine:
                 budget.place(search.best)
             kept, above = self._decide_all(batches)
             search.note(budget.offset, kept)
-            if last or search.distance <= CALIBRATED:
+            if last or search.distance <= _CALIBRATED:
                 break
             budget.place(search.next(quantile(above, 1 - target)))
         return kept

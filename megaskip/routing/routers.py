@@ -284,9 +284,9 @@ class RouterSet(nn.Module):
         self.configure(self.config.at_capacity(capacity))
 
     def place(self, logits: Sequence[float]) -> None:
-        """Put the threshold of each routed layer, in their order, at so many logits."""
-        threshold = tuple(_score(min(max(one, -_FAR), _FAR)) for one in logits)
-        self.configure(dataclasses.replace(self.config, threshold=threshold))
+        """Put the threshold of each routed layer, in their order, at so many logits; infinite for
+        all or none."""
+        self.configure(dataclasses.replace(self.config, threshold=tuple(map(_score, logits))))
 
     def configure(self, config: RouterConfig) -> None:
         """Take over thresholds and budget of `config`, as a fresh set would have them.
@@ -369,4 +369,4 @@ def _logit(score: float) -> float:
 
 
 def _score(logit: float) -> float:
-    return 1 / (1 + math.exp(-logit))
+    return 1 / (1 + math.exp(-min(max(logit, -_FAR), _FAR)))

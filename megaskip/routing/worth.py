@@ -3,7 +3,6 @@
 Shapes: R routed layers, N units.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ class Worth:
     """A line for each layer: what a unit's logit says about the cost of skipping it.
 
     Logits of one layer are ranked by training, those of two layers are not: their routers never
-    meet. The lines make them comparable, so that one price decides for all layers.
+    meet. The lines make them comparable.
     """
 
     slope: Tensor
@@ -47,7 +46,3 @@ class Worth:
     def of(self, logits: Tensor) -> Tensor:
         """Return the worth of units with `logits` float64 [R, N], in nats."""
         return self.slope[:, None] * logits + self.intercept[:, None]
-
-    def thresholds(self, price: float) -> Sequence[float]:
-        """Return the logit, by layer, from which on a unit is worth `price` nats."""
-        return ((price - self.intercept) / self.slope).tolist()  # type: ignore[no-any-return]
