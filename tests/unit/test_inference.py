@@ -145,7 +145,7 @@ def test_dropped_tokens_are_invisible_and_nothing_else_changes(
 def hide_skipped(routers: Any, layer: int, mask: torch.Tensor) -> Any:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         logit = routers.router(layer)(kwargs["hidden_states"].float())
-        kept = (logit >= routers.base_threshold_logit) & mask.bool()
+        kept = (logit >= routers.threshold_logits[layer]) & mask.bool()
         tokens = mask.shape[1]
         visible = torch.ones(tokens, tokens, dtype=torch.bool).tril() & kept[:, None, :]
         visible |= torch.eye(tokens, dtype=torch.bool)  # queries that are skipped are not used
