@@ -20,7 +20,7 @@ from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.dry_run import dry_run_lines
 from megaskip.errors import ConfigError, MegaskipError
-from megaskip.log import get_logger, quiet_libraries, set_up_logging
+from megaskip.log import get_logger, no_progress_bar, quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
@@ -178,7 +178,8 @@ def _trainer(
 ) -> Trainer:
     def save_hf(path: Path) -> None:
         model: Any = engine.module.model
-        model.save_pretrained(path, max_shard_size="1TB")
+        with no_progress_bar():  # one of a single shard, again at every checkpoint
+            model.save_pretrained(path, max_shard_size="1TB")
         load_tokenizer(config.model.tokenizer or folder).save_pretrained(path)
 
     return Trainer(
