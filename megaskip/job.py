@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from megaskip.arch.anatomy import describe_layers, describe_trainable
 from megaskip.checkpoint import BaseModel, describe_base
 from megaskip.checkpoint.resume import read_state
@@ -20,7 +22,7 @@ from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.dry_run import dry_run_lines
 from megaskip.errors import ConfigError, MegaskipError
-from megaskip.log import get_logger, no_progress_bar, quiet_libraries, set_up_logging
+from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
@@ -178,8 +180,8 @@ def _trainer(
 ) -> Trainer:
     def save_hf(path: Path) -> None:
         model: Any = engine.module.model
-        with no_progress_bar():  # one of a single shard, again at every checkpoint
-            model.save_pretrained(path, max_shard_size="1TB")
+        transformers_logging.disable_progress_bar()  # of one shard, again at every checkpoint
+        model.save_pretrained(path, max_shard_size="1TB")
         load_tokenizer(config.model.tokenizer or folder).save_pretrained(path)
 
     return Trainer(

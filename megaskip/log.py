@@ -1,11 +1,9 @@
 """Logging of one run: the first rank speaks, the others only warn. Knows no process group."""
 
-import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 
 _FORMAT = "%(asctime)s %(message)s"
 
@@ -26,18 +24,6 @@ def set_up_logging(*, rank: int) -> None:
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False
-
-
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Hold a context in which transformers draws no progress bar."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()
 
 
 def quiet_libraries() -> None:
