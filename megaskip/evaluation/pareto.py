@@ -14,6 +14,9 @@ from matplotlib.figure import Figure
 
 from megaskip.evaluation.paired import Difference
 
+_LINEAR = 0.002
+"""Nats up to which the figure's loss axis is linear; it is logarithmic from there on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
@@ -114,7 +117,11 @@ def draw(points: Sequence[Point], path: Path, *, title: str) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     _curves(left, points, [point.flops for point in points])
     _curves(right, points, [point.latency for point in points])
-    left.set(xlabel="FLOPs, of the dense model's", ylabel="held-out loss, nats a token")
+    # Methods that lose little would lie on each other beside one that loses much.
+    left.set_yscale("symlog", linthresh=_LINEAR)
+    left.set(
+        xlabel="FLOPs, of the dense model's", ylabel="loss over the dense model's, nats a token"
+    )
     right.set(xlabel="prefill time, of the dense model's (measured)")
     left.legend()
     figure.suptitle(title)
@@ -145,12 +152,10 @@ def _curves(axes: Axes, points: Sequence[Point], spent: Sequence[float]) -> None
     for method in dict.fromkeys(point.method for point in points):
         mine = [(x, p) for x, p in zip(spent, points, strict=True) if p.method == method]
         gaps = [p.loss_gap for _, p in mine]
-        losses = [p.loss for _, p in mine]
         low = [gap.value - gap.low for gap in gaps]
         high = [gap.high - gap.value for gap in gaps]
-        axes.errorbar(
-            [x for x, _ in mine], losses, yerr=[low, high], marker="o", capsize=3, label=method
-        )
+        places = ([x for x, _ in mine], [gap.value for gap in gaps])
+        axes.errorbar(*places, yerr=[low, high], marker="o", capsize=3, label=method)
     axes.grid(alpha=0.3)
 
 
