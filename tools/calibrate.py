@@ -121,7 +121,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="ROUNDS",
-        help="give each layer its own threshold, in so many rounds; 2 are enough [0: all alike]",
+        help="give each layer its own threshold, in so many rounds, each of a forward pass a layer "
+        "over --rows; 2 are enough [0: all alike]",
     )
     parser.add_argument("--micro_batch_size", type=int, default=4, help="as in training [4]")
     parser.add_argument("--ds_config", help="DeepSpeed JSON that owns sharding, as in training")

@@ -98,10 +98,10 @@ class RouterConfig:
         return self.granularity.split("_")[1]
 
     def describe_threshold(self) -> str:
-        """Return the threshold as text: "0.5", or "0.31 to 0.62 by layer"."""
+        """Return the threshold as text: "0.5", or "0.3113 to 0.6201 by layer"."""
         if isinstance(self.threshold, float):
             return f"{self.threshold:.6g}"
-        return f"{min(self.threshold):.4g} to {max(self.threshold):.4g} by layer"
+        return f"{min(self.threshold):.4f} to {max(self.threshold):.4f} by layer"
 
     def _problems(self) -> Iterator[str]:
         yield from one_of("granularity", self.granularity, GRANULARITIES)
