@@ -32,10 +32,11 @@ def allocate(
     """Give each routed layer its own threshold, so that `batches` of all ranks lose less when
     they keep `capacity`; returns what they keep. Collective.
 
-    Begins at the thresholds that the routers have. A round goes to what the costs of skipping say
-    is best, or half as far as the last one when that lost more: costs are those of one unit at a
-    time, and do not add up when much is skipped. Thresholds with a higher loss are never taken.
-    A round costs R + 1 forward passes, and those of the search for the capacity.
+    Begins at the thresholds that the routers have. A round tries what the costs of skipping say is
+    best, for routers that are trusted and for routers that are not (whole layers, as in a static
+    drop), or half as far when that lost more: costs are those of one unit at a time, and do not
+    add up when much is skipped. Thresholds with a higher loss are never taken. A round costs R + 1
+    forward passes, and those of two searches for the capacity.
     Raises ConfigError for decisions per token: their costs are not measured one by one.
     """
     routers = engine.routers
@@ -49,26 +50,29 @@ def allocate(
     best, kept = routers.config, engine.evaluate(batches, routed=True)
     costs, step = skip_costs(engine, batches), 1.0
     for left in reversed(range(rounds)):
-        routers.place(_thresholds(*costs, capacity, kept.capacity_per_layer, step))
-        engine.calibrate(batches, capacity=capacity)
-        routers.configure(routers.settled_config())
-        found = engine.evaluate(batches, routed=True)
-        if abs(found.capacity - capacity) <= TOLERANCE and found.loss < kept.loss:
-            best, kept, step = routers.config, found, 1.0
-            costs = skip_costs(engine, batches) if left else costs
-        else:
-            step /= 2
+        before = kept
+        for trust in (1.0, 0.0):
+            worth, shares = Worth.fit(*costs, trust=trust), before.capacity_per_layer
+            routers.place(_thresholds(costs[0], worth, capacity, shares, step))
+            engine.calibrate(batches, capacity=capacity)
+            routers.configure(routers.settled_config())
+            found = engine.evaluate(batches, routed=True)
+            if abs(found.capacity - capacity) <= TOLERANCE and found.loss < kept.loss:
+                best, kept = routers.config, found
+        step = step / 2 if kept is before else 1.0
+        routers.configure(best)
+        if left and kept is not before:
+            costs = skip_costs(engine, batches)
         progress()
-    routers.configure(best)
     return kept.capacity
 
 
 def _thresholds(
-    logits: Tensor, costs: Tensor, capacity: float, shares: Sequence[float], step: float
+    logits: Tensor, lines: Worth, capacity: float, shares: Sequence[float], step: float
 ) -> list[float]:
     """Return each layer's threshold, in logits: a `step` from the present `shares` of its units
     towards those that are worth most."""
-    worth = Worth.fit(logits, costs).of(logits)
+    worth = lines.of(logits)
     best = (worth >= quantile(worth.flatten(), 1 - capacity)).double().mean(1)
     present = torch.tensor(shares, dtype=torch.float64)
     wanted = (present + step * (best - present)).tolist()

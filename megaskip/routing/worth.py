@@ -26,12 +26,12 @@ class Worth:
     """float64 [R]."""
 
     @classmethod
-    def fit(cls, logits: Tensor, costs: Tensor) -> "Worth":
+    def fit(cls, logits: Tensor, costs: Tensor, *, trust: float = 1.0) -> "Worth":
         """Return the least-squares lines through float64 [R, N], their slopes drawn towards 0.
 
         A slope that is not larger than its error is noise. It is shrunk by 1 - (error / slope)^2
         (James-Stein), so a layer whose router knows nothing is run or skipped as a whole, by its
-        mean cost.
+        mean cost. `trust` is a factor on all slopes: with 0 every layer is.
         """
         middle, spread = logits.mean(1, keepdim=True), logits.std(1, keepdim=True)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))
@@ -40,7 +40,7 @@ class Worth:
         error = (costs - mean - slope * at).square().mean(1, keepdim=True) / logits.shape[1]
         shrunk = slope.clamp(min=0) * (1 - error / slope.square().clamp(min=1e-30)).clamp(min=0)
         least = max(_LEAST_SLOPE * float(mean.abs().max()), 1e-12)
-        slope = shrunk.clamp(min=least) / spread
+        slope = (trust * shrunk).clamp(min=least) / spread
         return cls(slope=slope.squeeze(1), intercept=(mean - slope * middle).squeeze(1))
 
     def of(self, logits: Tensor) -> Tensor:

@@ -81,6 +81,10 @@ def test_lines_are_found_and_those_of_noise_are_flat() -> None:
     assert (worth.slope[1:] < 0.02).all()  # says nothing; says the opposite
     at = torch.full((3, 1), 0.4, dtype=torch.float64)
     assert worth.of(at)[0].item() == pytest.approx(3.2, abs=0.05)
+    flat = Worth.fit(logits, lines * logits + 0.1 * noise + 3.0, trust=0.0)
+    assert (flat.slope > 0).all()
+    assert (flat.slope < 0.02).all()
+    assert flat.of(at)[0].item() == pytest.approx(3.5, abs=0.05)  # the mean at the mean logit, 1
 
 
 def test_a_cost_is_what_turning_the_decision_around_changes(engine: Engine) -> None:
@@ -130,6 +134,21 @@ def test_layers_that_cost_more_keep_more_and_the_text_loses_less(engine: Engine)
     assert found.loss < level.loss - 0.05
     at = (1, 2, 3, 4).index(COSTLY)
     assert found.capacity_per_layer[at] > 0.95 > level.capacity_per_layer[at]
+
+
+def test_routers_that_mislead_give_way_to_whole_layers(engine: Engine) -> None:
+    """Two layers cost nothing: whatever the routers say, half is skipped there, and only there."""
+    assert engine.routers is not None
+    with torch.no_grad():
+        for index in (1, 3):
+            engine.module.model.model.layers[index].self_attn.o_proj.weight.zero_()
+    texts = said(engine, 4)
+    engine.calibrate(texts, capacity=0.5)
+    allocate(engine, texts, 0.5, rounds=2)
+    found = engine.evaluate(texts, routed=True)
+    assert found.capacity_per_layer == pytest.approx((0.0, 1.0, 0.0, 1.0), abs=0.1)
+    with engine.routers.every_gate_open():
+        assert engine.evaluate(texts, routed=True).loss == pytest.approx(found.loss, abs=0.01)
 
 
 def test_what_does_not_lose_less_is_not_taken(
