@@ -32,6 +32,7 @@ from megaskip.data import build_dataset
 from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
+from megaskip.evaluation.allocation import require_rounds
 from megaskip.evaluation.calibration import Point, calibrate_all, routed_engine, with_points
 from megaskip.job import run_cli
 from megaskip.log import quiet_libraries, set_up_logging
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     routers, base, _ = sources(options)
     stored, _, described = read_router_config(routers)
+    require_rounds(stored, options.allocate)
     if described is not None:
         described.require(describe_folder(base), "the router folder")
     if options.ds_config is not None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaskip.config import RouterConfig
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine, quantile
@@ -37,15 +38,11 @@ def allocate(
     drop), or half as far when that lost more: costs are those of one unit at a time, and do not
     add up when much is skipped. Thresholds with a higher loss are never taken. A round costs R + 1
     forward passes, and those of two searches for the capacity.
-    Raises ConfigError for decisions per token: their costs are not measured one by one.
+    Raises ConfigError for decisions per token.
     """
     routers = engine.routers
     assert routers is not None
-    if routers.config.unit == "token":
-        raise ConfigError(
-            "layers get their own thresholds for decisions per sequence, not for "
-            f"{routers.config.granularity}: calibrate without --allocate"
-        )
+    require_rounds(routers.config, rounds)
     routers.configure(routers.settled_config())
     best, kept = routers.config, engine.evaluate(batches, routed=True)
     costs, step = skip_costs(engine, batches), 1.0
@@ -65,6 +62,18 @@ def allocate(
             costs = skip_costs(engine, batches)
         progress()
     return kept.capacity
+
+
+def require_rounds(config: RouterConfig, rounds: int) -> None:
+    """Raise ConfigError where so many rounds cannot be done: the costs of tokens are not measured
+    one by one."""
+    if rounds < 0:
+        raise ConfigError(f"--allocate {rounds} must be a number of rounds, 0 or more")
+    if rounds and config.unit == "token":
+        raise ConfigError(
+            "layers get their own thresholds for decisions per sequence, not for "
+            f"{config.granularity}: calibrate without --allocate"
+        )
 
 
 def _thresholds(

@@ -23,7 +23,8 @@ from megaskip.routing.pooling import Pooling
 PREFIX = "skip_routers"
 _MLP_WIDTH = 16
 _FAR = 30.0
-"""Logit of a threshold that no score is above: float64 still holds its sigmoid apart from 1."""
+"""Logit of a threshold above every score, or with its sign turned below: float64 still holds its
+sigmoid apart from 1."""
 
 
 class Router(nn.Module):
