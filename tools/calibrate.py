@@ -84,7 +84,9 @@ def main(argv: Sequence[str]) -> None:
         )
     with (
         process_group(topology, timeout=config.parallel.dist_timeout),
-        tqdm(total=len(capacities) * (1 + options.allocate), disable=None) as bar,
+        tqdm(
+            total=len(capacities) * (1 + options.allocate), desc="calibrating", disable=None
+        ) as bar,
     ):
         engine = routed_engine(config, topology, base, routers)
         points = calibrate_all(

@@ -12,9 +12,9 @@ import torch
 
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
+from megaskip.evaluation.allocation import allocate, skip_costs
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
-from megaskip.evaluation.allocation import allocate, skip_costs
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.measure import bytes_by_kind
@@ -62,9 +62,7 @@ def _evaluate(model: str, flags: list[str]) -> dict[str, Any]:
     with built(model, flags) as (engine, topology):
         assert engine.routers is not None
         _randomise(engine.routers)
-        batches = [_batch(part, packed=False) for part in range(7)]
-        mine: list[Batch | None] = list(batches[topology.replica :: topology.num_replicas])
-        mine += [None] * (-(-len(batches) // topology.num_replicas) - len(mine))
+        mine = _share(topology)
         dense = engine.evaluate(mine, routed=False)
         routed = engine.evaluate(mine, routed=True)
         scores = sorted(engine.scores())
@@ -89,13 +87,19 @@ def _allocate(model: str, flags: list[str]) -> dict[str, Any]:
     with built(model, flags) as (engine, topology):
         assert engine.routers is not None
         _randomise(engine.routers)
-        batches = [_batch(part, packed=False) for part in range(7)]
-        mine: list[Batch | None] = list(batches[topology.rank :: topology.world_size])
-        mine += [None] * (-(-len(batches) // topology.world_size) - len(mine))
+        mine = _share(topology)
         logits, costs = skip_costs(engine, mine)
         kept = allocate(engine, mine, 0.4, rounds=2)
         threshold = engine.routers.config.threshold
         return {"logits": logits, "costs": costs, "kept": kept, "threshold": threshold}
+
+
+def _share(topology: Topology) -> list[Batch | None]:
+    """Return this replica's of seven batches, and None where there are fewer for it than for
+    others."""
+    batches = [_batch(part, packed=False) for part in range(7)]
+    mine: list[Batch | None] = list(batches[topology.replica :: topology.num_replicas])
+    return mine + [None] * (-(-len(batches) // topology.num_replicas) - len(mine))
 
 
 def forced_divergence(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
