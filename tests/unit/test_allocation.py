@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,9 +137,16 @@ def test_layers_that_cost_more_keep_more_and_the_text_loses_less(engine: Engine)
     assert found.capacity_per_layer[at] > 0.95 > level.capacity_per_layer[at]
 
 
-def test_routers_that_mislead_give_way_to_whole_layers(engine: Engine) -> None:
-    """Two layers cost nothing: whatever the routers say, half is skipped there, and only there."""
+def test_routers_that_mislead_give_way_to_whole_layers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers cost nothing; trusted routers say the opposite, so only whole layers find that."""
     assert engine.routers is not None
+
+    def fit(logits: Tensor, costs: Tensor, *, trust: float) -> Worth:
+        return Worth.fit(logits, -costs if trust else costs, trust=trust)
+
+    monkeypatch.setattr("megaskip.evaluation.allocation.Worth", SimpleNamespace(fit=fit))
     with torch.no_grad():
         for index in (1, 3):
             engine.module.model.model.layers[index].self_attn.o_proj.weight.zero_()
