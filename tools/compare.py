@@ -280,7 +280,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _shares(text: str) -> list[float]:
-    return [float(part) / 100 for part in text.split(",")]
+    return sorted(float(part) / 100 for part in text.split(","))
 
 
 def _numbers(text: str) -> list[int]:

@@ -28,6 +28,7 @@ def allocate(
     capacity: float,
     *,
     rounds: int,
+    near: RouterConfig | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> float:
     """Give each routed layer its own threshold, so that `batches` of all ranks lose less when
@@ -36,8 +37,10 @@ def allocate(
     Begins at the thresholds that the routers have. A round tries what the costs of skipping say is
     best, for routers that are trusted and for routers that are not (whole layers, as in a static
     drop), or half as far when that lost more: costs are those of one unit at a time, and do not
-    add up when much is skipped. Thresholds with a higher loss are never taken. A round costs R + 1
-    forward passes, and those of two searches for the capacity.
+    add up when much is skipped. They are measured beside the best decisions so far, in the first
+    round beside those of `near`, which has thresholds allocated for a capacity next to this one.
+    Thresholds with a higher loss are never taken. A round costs R + 1 forward passes, and those of
+    two searches for the capacity.
     Raises ConfigError for decisions per token.
     """
     routers = engine.routers
@@ -45,22 +48,23 @@ def allocate(
     require_rounds(routers.config, rounds)
     routers.configure(routers.settled_config())
     best, kept = routers.config, engine.evaluate(batches, routed=True)
-    costs, step = skip_costs(engine, batches), 1.0
-    for left in reversed(range(rounds)):
-        before = kept
+    beside, measured, step = near or best, None, 1.0
+    for _ in range(rounds):
+        if measured is not beside:
+            routers.configure(beside)
+            present = list(routers.threshold_logits.values())
+            measured, step, costs = beside, 1.0, skip_costs(engine, batches)
         for trust in (1.0, 0.0):
-            worth, shares = Worth.fit(*costs, trust=trust), before.capacity_per_layer
-            routers.place(_thresholds(costs[0], worth, capacity, shares, step))
+            worth = Worth.fit(*costs, trust=trust)
+            routers.place(_thresholds(costs[0], worth, capacity, present, step))
             engine.calibrate(batches, capacity=capacity)
             routers.configure(routers.settled_config())
             found = engine.evaluate(batches, routed=True)
             if abs(found.capacity - capacity) <= TOLERANCE and found.loss < kept.loss:
                 best, kept = routers.config, found
-        step = step / 2 if kept is before else 1.0
-        routers.configure(best)
-        if left and kept is not before:
-            costs = skip_costs(engine, batches)
+        beside, step = best, step / 2
         progress()
+    routers.configure(best)
     return kept.capacity
 
 
@@ -77,14 +81,15 @@ def require_rounds(config: RouterConfig, rounds: int) -> None:
 
 
 def _thresholds(
-    logits: Tensor, lines: Worth, capacity: float, shares: Sequence[float], step: float
+    logits: Tensor, lines: Worth, capacity: float, present: Sequence[float], step: float
 ) -> list[float]:
-    """Return each layer's threshold, in logits: a `step` from the present `shares` of its units
-    towards those that are worth most."""
+    """Return each layer's threshold, in logits: a `step` from the share of its units that is above
+    the `present` one towards the share that is worth most."""
     worth = lines.of(logits)
     best = (worth >= quantile(worth.flatten(), 1 - capacity)).double().mean(1)
-    present = torch.tensor(shares, dtype=torch.float64)
-    wanted = (present + step * (best - present)).tolist()
+    above = logits > torch.tensor(present, dtype=torch.float64)[:, None]
+    now = above.double().mean(1)
+    wanted = (now + step * (best - now)).tolist()
     return [_above(of_layer, share) for of_layer, share in zip(logits, wanted, strict=True)]
 
 

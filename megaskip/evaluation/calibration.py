@@ -61,21 +61,25 @@ def calibrate_all(
     rounds: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> list[Point]:
-    """Return the thresholds of `capacities`: one for all layers or, after some `rounds` of
-    `allocate`, one of each; `progress` is called once a capacity and once a round. Collective.
+    """Return the thresholds of `capacities`, ascending: one for all layers or, after some `rounds`
+    of `allocate`, one of each; `progress` is called once a capacity and once a round. Collective.
 
     Raises ConfigError for one that the routers cannot realise, on either text.
     """
     assert engine.routers is not None
     level, points = engine.routers.config, []
-    for capacity in capacities:
+    near: RouterConfig | None = None
+    for capacity in sorted(capacities, reverse=True):
         engine.routers.configure(level)
         kept = engine.calibrate(calibration, capacity=capacity, rounds=_ROUNDS)
         progress()
         if rounds and _is_near(kept, capacity):
-            kept = allocate(engine, calibration, capacity, rounds=rounds, progress=progress)
+            kept = allocate(
+                engine, calibration, capacity, rounds=rounds, near=near, progress=progress
+            )
+            near = engine.routers.config
         points.append(_checked(engine, held_out, capacity, kept))
-    return points
+    return points[::-1]
 
 
 def with_points(config: RouterConfig, points: Sequence[Point]) -> RouterConfig:

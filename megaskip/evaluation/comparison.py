@@ -92,6 +92,7 @@ class Comparison:
         if not self._held_out:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
         self._pairs: list[Batch] = []
+        self._near: dict[Path, RouterConfig] = {}
 
     def add_pairs(self, folder: Path, limit: int) -> None:
         """Measure minimal pairs, too: `limit` of every set in `folder`."""
@@ -143,8 +144,8 @@ class Comparison:
 
     def take(self, routers: Path, skip: float, *, rounds: int = 0) -> float:
         """Put the routers of a folder on the model, with the threshold at which the calibration
-        text skips `skip`, or after `rounds` of `allocate` one a layer; returns the capacity it
-        came to."""
+        text skips `skip`, or after `rounds` of `allocate` one a layer, near those found for the
+        share before; returns the capacity it came to."""
         config, layers, _ = read_router_config(routers)
         if layers != self.layers:
             raise ConfigError(f"{routers}: routes layers {layers}, the comparison {self.layers}")
@@ -153,7 +154,9 @@ class Comparison:
         capacity = 1 - self.share(skip)
         kept = self._engine.calibrate(self._calibration, capacity=capacity, rounds=6)
         if rounds:
-            kept = allocate(self._engine, self._calibration, capacity, rounds=rounds)
+            near = self._near.get(routers)
+            kept = allocate(self._engine, self._calibration, capacity, rounds=rounds, near=near)
+            self._near[routers] = self.routers.config
         return kept
 
     def _attach(self, config: RouterConfig) -> None:

@@ -178,6 +178,25 @@ def test_what_does_not_lose_less_is_not_taken(
     assert engine.evaluate(texts, routed=True) == best
 
 
+def test_costs_are_measured_beside_what_was_found_for_the_next_capacity(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, seen = said(engine, 8), []
+
+    def watched(engine: Engine, texts: list[Batch | None]) -> tuple[Tensor, Tensor]:
+        assert engine.routers is not None
+        seen.append(engine.routers.config.threshold)
+        return skip_costs(engine, texts)
+
+    monkeypatch.setattr("megaskip.evaluation.allocation.skip_costs", watched)
+    small, large = calibrate_all(engine, texts, texts, [0.5, 0.3], rounds=1)
+    assert (small.capacity, large.capacity) == (0.3, 0.5)
+    alike, beside = seen
+    assert isinstance(alike, float)
+    assert beside == large.threshold
+    assert isinstance(beside, tuple)
+
+
 def test_thresholds_by_layer_are_stored_exported_and_chosen(engine: Engine, tmp_path: Path) -> None:
     texts = said(engine, 8)
     points = calibrate_all(engine, texts, texts, [0.3, 0.5], rounds=2)
