@@ -203,7 +203,9 @@ def train(options: argparse.Namespace, run: Path, flags: Sequence[str]) -> None:
         command += ["--data", entry]
     command += ["--seq_length", str(options.seq_length), "--layers", options.layers]
     command += ["--max_steps", str(options.steps), "--micro_batch_size", "16", "--no-progress"]
-    command += ["--calibration_rows", str(options.calibration_rows), "--held_out", "16"]
+    # What is measured here is carved off the same text, and must not be trained on.
+    held_out = 16 if options.eval_data else options.documents
+    command += ["--calibration_rows", str(options.calibration_rows), "--held_out", str(held_out)]
     command += ["--dtype", "float32", "--save_every", "0", "--output_dir", str(run), *flags]
     command += ["--cache_dir", options.cache_dir] if options.cache_dir else []
     logger.info("%s", " ".join(command))

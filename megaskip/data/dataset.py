@@ -61,7 +61,7 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
     for source in held_out:
         if source.weight != 1:
             raise DataError(f"--eval_data {source.name}: held-out data take no weight; remove it")
-    key = fingerprint(config, tokenizer, sample_tokenizer, (*train, *held_out))
+    key = fingerprint(config, tokenizer, sample_tokenizer, train, held_out)
     if config.streaming:
         return _stream(config, sample_tokenizer, train, held_out, key)
     root = Path(config.cache_dir or "~/.cache/megaskip/data").expanduser()
@@ -175,14 +175,15 @@ def _tokenise(
 def _split(
     hashes: NDArray[np.uint64], config: DataConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Choose the held-out rows by seed, and the copies of them that must leave the training rows.
+    """Choose the held-out rows, and the copies of them that must leave the training rows.
 
-    Both together are at most a fifth of the rows: a row with too many copies is not held out.
+    The choice is the same for every seed, so that runs with other seeds can be compared on rows
+    that none of them was trained on. Both together are at most a fifth of the rows: a row with too many copies is not held out.
     """
     _, group, copies = np.unique(hashes, return_inverse=True, return_counts=True)
     room = len(hashes) // 5
     chosen: dict[int, int] = {}
-    for row in permutation(len(hashes), config.seed, _HELD_OUT):
+    for row in permutation(len(hashes), 0, _HELD_OUT):
         if len(chosen) == config.held_out or room == 0:
             break
         if group[row] not in chosen and copies[group[row]] <= room:

@@ -50,11 +50,9 @@ def test_every_sample_is_in_training_or_held_out_and_never_in_both(config: DataC
     assert len({tuple(row) for row in train + held_out}) == 40
 
 
-def test_held_out_is_at_most_a_fifth_and_depends_on_the_seed(config: DataConfig) -> None:
+def test_held_out_is_at_most_a_fifth(config: DataConfig) -> None:
     assert len(build_dataset(changed(config, held_out=100), fast_tokenizer()).held_out) == 8
     assert len(build_dataset(changed(config, held_out=0), fast_tokenizer()).held_out) == 0
-    one, other = (build_dataset(changed(config, seed=s), fast_tokenizer()) for s in (1, 2))
-    assert ids(one.held_out) != ids(other.held_out)
 
 
 def test_copies_of_held_out_rows_leave_the_training_rows(
@@ -65,6 +63,12 @@ def test_copies_of_held_out_rows_leave_the_training_rows(
     train, held_out = ids(data.train), ids(data.held_out)
     assert len(held_out) == 4 and data.stats.duplicates_of_held_out == 4 and len(train) == 52
     assert not any(row in train for row in held_out)
+
+
+def test_runs_with_other_seeds_hold_the_same_rows_out(config: DataConfig) -> None:
+    one, other = (build_dataset(changed(config, seed=seed), fast_tokenizer()) for seed in (1, 2))
+    assert ids(one.held_out) == ids(other.held_out)
+    assert ids(one.train) == ids(other.train)  # shuffled by the seed as they are read
 
 
 def test_own_eval_data_are_taken_whole_and_leave_the_training_data_alone(
