@@ -5,34 +5,33 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import transformers
-
 from megaskip.config import DataConfig
 from megaskip.data.source import Source, load_hub
 from megaskip.data.tokenize import SampleTokenizer
 
-_VERSION = 1
+_VERSION = 2
 """Raise when the same input would give other rows, or the store another layout."""
 
 _PROBE = "Hello  world,\n it's 12,345.67 o'clock \u2014 na\u00efve \u4f60\u597d <s> </s>"
 
-_SETTINGS = ("data", "eval_data", "held_out", "seq_length", "packing", "max_samples", "seed")
+_SETTINGS = ("held_out", "seq_length", "packing", "max_samples", "seed")
 
 
 def fingerprint(
     config: DataConfig,
     tokenizer: Any,
     sample_tokenizer: SampleTokenizer,
-    sources: Sequence[Source],
+    train: Sequence[Source],
+    held_out: Sequence[Source],
 ) -> str:
     """Return 32 hex digits; equal when, and only when, the tokenised data would be."""
     parts = {
         "version": _VERSION,
-        "transformers": transformers.__version__,
         "settings": {name: getattr(config, name) for name in _SETTINGS},
         "template": sample_tokenizer.template.identity,
         "tokenizer": _tokenizer_identity(tokenizer),
-        "content": [_content(source) for source in sources],
+        "train": [(source.weight, _content(source)) for source in train],
+        "held_out": [_content(source) for source in held_out],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
