@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from megaskip.arch.anatomy import describe_layers, describe_trainable
 from megaskip.checkpoint import BaseModel, describe_base
+from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.resume import read_state
 from megaskip.config import DataConfig, RunConfig, parse_run_config
 from megaskip.config.run import DEMO
@@ -77,6 +78,7 @@ def train(argv: Sequence[str]) -> None:
             world_size = config.parallel.world_size or max(topology.world_size, stages)
             print("\n".join(dry_run_lines(config, folder, world_size)))
         return
+    require_whole_shards(folder)
     data, pad_token_id = _read_data(config, folder)
     if ds_content is not None and topology.num_stages == 1:
         from megaskip.parallel.zero3 import prepare_deepspeed
@@ -84,17 +86,19 @@ def train(argv: Sequence[str]) -> None:
         prepare_deepspeed()
     with process_group(topology, timeout=config.parallel.dist_timeout), _watch(config, topology):
         output_dir, resume = on_first_rank(topology, lambda: choose_run_folder(config))
-        nodes = preflight(config, topology, output_dir, folder, data.fingerprint, versions())
+        nodes = preflight(
+            config, topology, output_dir, folder, data.fingerprint, versions(), ds_content or {}
+        )
         for line in table(nodes, title="nodes"):
             logger.info("%s", line)
         engine = build_engine(config, topology, folder, ds_content)
         base = describe_base(load_hf_config(folder, config.model), folder, config.model.revision)
         feed = _feed(config, topology, data, pad_token_id, resume)
         trainer = _trainer(config, topology, engine, feed, base, output_dir, folder)
-        on_first_rank(topology, lambda: write_run_file(output_dir, config, topology.world_size))
-        _print_header(trainer, folder)
         if resume is not None:
             trainer.resume(resume)
+        on_first_rank(topology, lambda: write_run_file(output_dir, config, topology.world_size))
+        _print_header(trainer, folder)
         trainer.run()
 
 

@@ -17,6 +17,7 @@ from megaskip.checkpoint.resume import (
     TrainerState,
     prune,
     read_state,
+    require_same_routers,
     require_same_run,
     restore,
     save_checkpoint,
@@ -84,10 +85,10 @@ class Trainer:
                 result, seconds = self._timed_step(batches)
                 self.step, self.tokens = self.step + 1, self.tokens + result.tokens
                 self._record(metrics, bar, result, seconds)
-                if self.step == self.total_steps:
-                    break
                 if preemption.requested():
                     return self._stop_early()
+                if self.step == self.total_steps:
+                    break
                 if self._due(self.config.checkpoint.save_every):
                     self.save()
                 if self._due(self.config.log.eval_every):
@@ -121,6 +122,7 @@ class Trainer:
         rows = self.config.optim.calibration_rows
         if routers is None or routers.config.budget != "global" or not rows:
             return
+        self.save()  # what is trained is safe while this takes its time
         self.calibrated = self.engine.calibrate(self.feed.calibration(rows))
         logger.info(
             "calibrated on training data: capacity %.4f at threshold %s",
@@ -215,6 +217,8 @@ class Trainer:
         effect."""
         state = read_state(path)
         require_same_run(path, state, self._state())
+        if self.engine.routers is not None:
+            require_same_routers(path, self.engine.routers)
         weights, prefix = (
             (WEIGHTS, f"{PREFIX}.")
             if self.engine.routers is not None

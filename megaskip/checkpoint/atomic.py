@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,17 +24,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+    old = draft.with_name(f"{draft.name}.old.tmp")
     try:
         yield draft
         draft.chmod(0o755)
         _sync(draft)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(draft, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {path}: {why}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tensors(

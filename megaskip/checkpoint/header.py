@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megaskip.checkpoint.atomic import read_json
 from megaskip.errors import CheckpointError
 
 METADATA = "__metadata__"
@@ -38,8 +39,14 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def require_whole_shards(folder: Path) -> None:
-    """Raise CheckpointError when a safetensors file of a model's folder is cut off."""
-    for file in sorted(folder.glob("*.safetensors")):
+    """Raise CheckpointError when a safetensors file of a model's folder is cut off or missing."""
+    files = set(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files |= {folder / name for name in read_json(index).get("weight_map", {}).values()}
+    for file in sorted(files):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, which {index.name} names")
         read_header(file)
 
 

@@ -13,14 +13,18 @@ from torch import Tensor
 
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel
+from megaskip.checkpoint.routers import read_router_config
 from megaskip.checkpoint.routers import read_tensors
 from megaskip.errors import CheckpointError
+from megaskip.routing import RouterSet
 
 COMPLETE = "COMPLETE"
 STATE = "trainer.json"
 OPTIMIZER = "optim.safetensors"
 FORMAT = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOVED = {"layers", "threshold", "calibrated"}
+"""Router settings that a run itself changes or resolves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +112,25 @@ def require_same_run(path: Path, old: TrainerState, new: TrainerState) -> None:
         "data_fingerprint": "--data (or its files, or --seq_length)",
     }
     for field, flag in flags.items():
-        if getattr(old, field) != getattr(new, field):
-            raise CheckpointError(
-                f"--resume {path}: {flag} differs from the run that wrote it "
-                f"({getattr(old, field)} there, {getattr(new, field)} now); use the same, or start "
-                "a new run in another --output_dir"
-            )
+        _require_equal(path, flag, getattr(old, field), getattr(new, field))
+
+
+def require_same_routers(path: Path, routers: RouterSet) -> None:
+    """Raise CheckpointError when `routers` are set up in another way than those of a checkpoint."""
+    stored, layers, _ = read_router_config(path)
+    _require_equal(path, "--layers", layers, routers.layers)
+    for field in dataclasses.fields(stored):
+        if field.name not in _MOVED:
+            values = (getattr(one, field.name) for one in (stored, routers.config))
+            _require_equal(path, f"--{field.name}", *values)
+
+
+def _require_equal(path: Path, flag: str, there: object, now: object) -> None:
+    if there != now:
+        raise CheckpointError(
+            f"--resume {path}: {flag} differs from the run that wrote it ({there} there, {now} "
+            "now); use the same, or start a new run in another --output_dir"
+        )
 
 
 def restore(

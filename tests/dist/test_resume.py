@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from spawn import Ranks, start, train
 
+from megaskip import job
+from megaskip.parallel.engine import Engine
+
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 STAGES = ["--ds_config", "ds_configs/pipeline.json", "--pipeline_stages", "2"]
 STEPS = 10
@@ -99,6 +102,24 @@ def test_sigterm_on_one_rank_saves_on_all_and_resume_is_exact(
     again = train(tmp_path / "again", *settings, "--resume", "auto")
     assert [p.returncode for p in again.processes] == [0, 0], again.tails()
     assert metrics(folder) == metrics(uninterrupted)
+
+
+def test_what_is_trained_is_safe_before_it_is_calibrated(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: object, **options: object) -> float:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    settings = flags(data, folder, "--save_every", "0", "--no-progress")
+    monkeypatch.setattr(Engine, "calibrate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job.train(settings)
+    assert (folder / f"step_{STEPS:06d}" / "COMPLETE").is_file()
+    monkeypatch.undo()
+    job.train([*settings, "--resume", "auto"])
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["steps"], report["calibrated_capacity"] is not None) == (STEPS, True)
 
 
 def test_run_continues_on_other_numbers_of_ranks(

@@ -101,6 +101,22 @@ def test_corrupted_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path, *flags, *RESUME, says="is damaged")
 
 
+def test_other_routers_on_resume(tmp_path: Path) -> None:
+    flags = trained(tmp_path)
+    before = (tmp_path / "run/run.json").read_text()
+    other = ("--granularity", "attn_token")
+    refused(tmp_path, *flags, *RESUME, *other, says="--granularity differs from the run", ranks=1)
+    assert (tmp_path / "run/run.json").read_text() == before
+
+
+def test_model_with_a_shard_that_is_cut_off(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(DEMO / "backbone", model)
+    shard = next(model.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(tmp_path, "--model", str(model), says=f"{shard.name} is damaged", ranks=1)
+
+
 def test_wrong_base_model_on_resume(tmp_path: Path) -> None:
     flags = trained(tmp_path)
     other = tmp_path / "other"

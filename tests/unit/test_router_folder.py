@@ -1,15 +1,21 @@
 """Router folders: whole or absent, for the right base model, readable by other tools."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.checkpoint import describe_base
+from megaskip.checkpoint.atomic import new_folder
+from megaskip.checkpoint.header import require_whole_shards
+from megaskip.checkpoint.resume import require_same_routers
 from megaskip.errors import CheckpointError
 
 
@@ -92,6 +98,55 @@ def test_a_folder_appears_whole_or_not_at_all(
     with pytest.raises(CheckpointError, match="No space left on device"):
         save_routers(tmp_path / "r", routers)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_message_whoever_notices_it(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "kept").touch()
+    with pytest.raises(CheckpointError, match="cannot write .*No space left"):
+        with new_folder(tmp_path / "r"):
+            raise SafetensorError("No space left on device (os error 28)")
+    assert [path.name for path in tmp_path.rglob("*")] == ["r", "kept"]
+    with new_folder(tmp_path / "r"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"granularity": "attn_token"}, "--granularity"),
+        ({"router": "affine"}, "--router"),
+        ({"capacity_low": 0.25}, "--capacity_low"),
+        ({"layers": "2-4"}, "--layers"),
+        ({"capacity": 0.7}, "--capacity"),
+    ],
+)
+def test_a_run_does_not_continue_with_other_routers(
+    change: dict[str, Any], flag: str, tmp_path: Path
+) -> None:
+    config = RouterConfig(layers="1-4", capacity=0.5)
+    routers = attach_routers(tiny_model(), config)
+    routers.place([0.3, 0.1, 0.2, 0.0])
+    save_routers(tmp_path / "routers", routers)
+    require_same_routers(tmp_path / "routers", attach_routers(tiny_model(), config))
+    other = attach_routers(tiny_model(), dataclasses.replace(config, **change))
+    with pytest.raises(CheckpointError, match=f"{flag} differs from the run that wrote it"):
+        require_same_routers(tmp_path / "routers", other)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_shard_that_is_cut_off_or_missing_is_named(missing: bool, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    require_whole_shards(tmp_path)
+    if missing:
+        shards[1].unlink()
+    else:
+        shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"{shards[1].name} is "):
+        require_whole_shards(tmp_path)
 
 
 def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
