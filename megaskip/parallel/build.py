@@ -11,7 +11,7 @@ from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.stage import DecoderStage, slices, verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
-from megaskip.parallel.ds_config import zero3_config
+from megaskip.parallel.ds_config import require_dtype, zero3_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.load import (
     build_from_config,
@@ -50,6 +50,7 @@ def build_engine(
         model = load_whole(folder, hf_config, dtype, config.model, topology.device).eval()
         loss, handle = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), None
     else:
+        require_dtype(ds_content, str(dtype).removeprefix("torch."))
         loss, handle = shard_backbone(config, folder, hf_config, dtype, ds_content)
     verify_task_loss(loss)
     routers = attach_routers(loss.model, config.router, register=False)

@@ -1,6 +1,8 @@
 """The DeepSpeed JSON: it owns sharding, and nothing that RunConfig owns. No silent overrides."""
 
+import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
         raise ConfigError(f"--ds_config {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise ConfigError(f"--ds_config {path}: not valid JSON ({error})") from None
+    _require_objects(path, content)
     problems = _conflicts(path, content, config) + _unsupported(path, content)
     if config.model.train == "full":
         problems.append(
@@ -68,6 +71,37 @@ _PASSED_ON = (
     "steps_per_print",
     "communication_data_type",
 )
+_SECTIONS = ("zero_optimization", "pipeline", "bf16", "fp16")
+_CHECKED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+"""What the flags own."""
+
+
+def require_dtype(content: dict[str, Any], dtype: str) -> None:
+    """Raise ConfigError when the JSON says something else about bfloat16 than the type, such as
+    "float32", that the weights get (--dtype auto takes the stored one)."""
+    asked = content.get("bf16", {}).get("enabled", "auto")
+    if asked not in ("auto", dtype == "bfloat16"):
+        raise ConfigError(
+            f"the DeepSpeed JSON sets bf16.enabled to {asked}, but the backbone is loaded as "
+            f'{dtype}; name the type with --dtype, and write "auto" in the JSON'
+        )
+
+
+def _require_objects(path: str, content: Any) -> None:
+    """Raise ConfigError unless the JSON and its sections are objects."""
+    sections = {"the file": content}
+    if isinstance(content, dict):
+        sections |= {name: content[name] for name in _SECTIONS if name in content}
+    for name, value in sections.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"--ds_config {path}: {name} must be an object, found {value!r}")
 
 
 def _conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[str]:
@@ -154,10 +188,20 @@ def _pipeline_conflicts(path: str, content: dict[str, Any], config: RunConfig) -
 
 
 def _unsupported(path: str, content: dict[str, Any]) -> list[str]:
-    problems = []
+    known = (*_PASSED_ON, *_SECTIONS, *_CHECKED)
+    problems = [
+        f"--ds_config {path} sets {key}, which has no effect here{_meant(key, known)}; remove it"
+        for key in content
+        if key not in known
+    ]
     if "offload_optimizer" in content.get("zero_optimization", {}):
         problems.append(
             f"--ds_config {path} has offload_optimizer; the optimizer state is a few kilobytes, "
             "remove the section"
         )
     return problems
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
