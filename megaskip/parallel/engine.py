@@ -78,17 +78,19 @@ class Engine:
         """Return held-out loss and capacity over this and all other ranks' `batches`.
 
         Every rank passes as many; a rank that has run out passes None, and takes part in the
-        collectives with a batch that counts for nothing. `routed=False` keeps everything: the dense
-        model.
+        collectives with a batch that counts for nothing. Decisions are those of the asked capacity;
+        `routed=False` keeps everything: the dense model.
         """
         routers = self.routers
         if routers is not None and not routed:
             routers.force(dict.fromkeys(routers.layers, 1.0))
         sums = self._zeros(5)
+        settled = routers.budget.settled() if routers is not None else contextlib.nullcontext()
         try:
-            for batch, loss in self._forwards(batches):
-                if batch is not None:
-                    sums += self._eval_sums(batch, loss)
+            with settled:
+                for batch, loss in self._forwards(batches):
+                    if batch is not None:
+                        sums += self._eval_sums(batch, loss)
         finally:
             if routers is not None:
                 routers.force({})

@@ -1,6 +1,7 @@
 """A budget that trains one set of routers for every capacity: each step asks for another one."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 from megaskip.routing.budget import Budget, Measured, ramped
 
@@ -39,6 +40,16 @@ class AnyBudget(Budget):
     def settled_offset(self) -> float:
         """Return where the threshold of the asked capacity is, in logits."""
         return self._position_of(self._asked) * self.spread
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Let decisions in here be those at the threshold of the asked capacity."""
+        aim = self.target, self.position
+        self._aim(self._asked)
+        try:
+            yield
+        finally:
+            self.target, self.position = aim
 
     def place(self, offset: float) -> None:
         """Put the threshold of the asked capacity at `offset`, in logits, and aim at it."""

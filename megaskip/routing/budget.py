@@ -1,7 +1,8 @@
 """The capacity penalty: steered for the whole model, or the published hinge for each layer."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +120,11 @@ class Budget:
     def settled_offset(self) -> float:
         """Return where the threshold of the asked capacity is, in logits."""
         return self.offset
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Let decisions in here be those at the threshold of the asked capacity."""
+        yield
 
     def _target_at(self, progress: float | None) -> float:
         return self.target if progress is None else ramped(self.target, progress)

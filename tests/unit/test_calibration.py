@@ -145,6 +145,21 @@ def test_one_budget_is_trained_for_less_than_it_will_be_asked() -> None:
     assert max(targets) == pytest.approx(1.0, abs=0.02)
 
 
+def test_held_out_decisions_are_those_of_the_asked_capacity(engine: Engine) -> None:
+    routers = engine.routers
+    assert routers is not None
+    randomise(routers)
+    routers.configure(dataclasses.replace(routers.config, capacity=0.5, capacity_low=0.25))
+    for _ in range(7):  # the next step would ask for another capacity
+        engine.evaluate(batches(1), routed=True)
+        routers.steer()
+    found = engine.evaluate(batches(2), routed=True)
+    aimed = routers.budget.offset
+    routers.configure(dataclasses.replace(routers.settled_config(), capacity_low=None))
+    assert aimed != 0.0
+    assert engine.evaluate(batches(2), routed=True) == found
+
+
 def test_a_layer_that_keeps_more_than_the_others_pays_the_hinge_on_top() -> None:
     budget = Budget(target=0.5, gain=0.1)
     # Units kept and seen by two layers, sums of their logits and of the squares.
