@@ -265,6 +265,13 @@ class RunConfig(Checked):
     """Print what the job would do and need, without loading weights or starting ranks."""
 
     def _problems(self) -> Iterator[str]:
+        attention = self.model.attn_implementation
+        if self.data.packing and "flash" in attention:
+            yield (
+                f"--packing does not go with --attn_implementation {attention}: in batches of "
+                "several rows it would let samples of a row see each other; take sdpa, or leave "
+                "--packing out"
+            )
         if self.parallel.pipeline_stages == 1:
             return
         stages = f"(--pipeline_stages {self.parallel.pipeline_stages})"

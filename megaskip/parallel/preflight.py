@@ -39,6 +39,8 @@ class Report:
     visible_devices: int
     free_memory: int
     """Bytes free where the weights will live: on the rank's GPU, or on the node."""
+    shares_memory: bool
+    """It is the node's, whose other ranks need theirs of it, too."""
     free_disk: int
     """Bytes free in the run folder, as this node sees it; -1 where it does not see it."""
     versions: Mapping[str, str]
@@ -60,14 +62,21 @@ def preflight(
     model_folder: Path,
     data_fingerprint: str,
     versions: Mapping[str, str],
+    ds_content: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
-    """Return the rows of the table of nodes; raises RankError on every rank. Collective."""
+    """Return the rows of the table of nodes; raises RankError on every rank. Collective.
+
+    `ds_content` is the DeepSpeed JSON, empty without one.
+    """
+    offload = ds_content.get("zero_optimization", {}).get("offload_param", {}).get("device")
+    on_gpu = topology.device.type == "cuda" and offload in (None, "none")
     mine = Report(
         rank=topology.rank,
         node=socket.gethostname(),
         device=_device_name(topology.device),
         visible_devices=torch.cuda.device_count() if topology.device.type == "cuda" else 0,
-        free_memory=_free_memory(topology.device),
+        free_memory=_free_memory(topology.device if on_gpu else torch.device("cpu")),
+        shares_memory=not on_gpu,
         free_disk=shutil.disk_usage(output_dir).free if output_dir.is_dir() else -1,
         versions=versions,
         config=_hash(dataclasses.asdict(config)),
@@ -80,7 +89,8 @@ def preflight(
     parts = topology.num_stages
     if parts == 1 and config.parallel.ds_config is not None:
         parts = topology.world_size
-    problems = find_problems(everyone, weights // parts)
+    # What lives on disk needs no memory that could be told beforehand.
+    problems = find_problems(everyone, 0 if offload == "nvme" else weights // parts)
     if problems:
         raise RankError("before loading weights: " + "\n  ".join(problems))
     return [(node, _node_line(reports)) for node, reports in _by_node(everyone).items()]
@@ -96,8 +106,7 @@ def find_problems(reports: Sequence[Report], weights_per_rank: int) -> list[str]
     problems += _odd_ones(reports, "the model's files", lambda one: one.model)
     problems += _odd_ones(reports, "the device", lambda one: one.device)
     for node, ones in _by_node(reports).items():
-        # The ranks of a node share its memory, unless each has a GPU of its own.
-        share = 1 if ones[0].visible_devices else len(ones)
+        share = len(ones) if ones[0].shares_memory else 1
         free = min(one.free_memory for one in ones)
         needed = int(_SPARE * weights_per_rank * share)
         if free < needed:

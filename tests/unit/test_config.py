@@ -13,7 +13,7 @@ from megaskip.config import (
     resolve_layers,
 )
 from megaskip.errors import ConfigError
-from megaskip.parallel.ds_config import read_ds_config, zero3_config
+from megaskip.parallel.ds_config import read_ds_config, require_dtype, zero3_config
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("zero3*.json"))
 
@@ -104,6 +104,13 @@ def test_every_flag_is_explained() -> None:
     assert all(action.help for action in actions)
 
 
+def test_packed_rows_are_refused_where_attention_would_mix_them() -> None:
+    packed = ["--packing", "--attn_implementation"]
+    with pytest.raises(ConfigError, match="--packing does not go with .* flash_attention_2"):
+        parse_run_config([*packed, "flash_attention_2"])
+    assert parse_run_config([*packed, "sdpa"]).data.packing
+
+
 def test_seed_and_prompt_length_have_one_owner() -> None:
     config = parse_run_config(["--seed", "5", "--prompt_tokens", "9"])
     assert (config.optim.seed, config.data.seed) == (5, 5)
@@ -138,6 +145,9 @@ def test_shipped_deepspeed_files_are_accepted_and_resolved(path: Path) -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {}}}, "offload_optimizer"),
         ({"fp16": {"enabled": True}}, "enables fp16"),
         ({"bf16": {"enabled": True}}, "enables bf16, but --dtype is float32"),
+        ({"bf16": True}, "bf16 must be an object, found True"),
+        ({"steps_per_prints": 1}, "no effect here (did you mean steps_per_print?)"),
+        ({"activation_checkpointing": {}}, "sets activation_checkpointing, which has no effect"),
     ],
 )
 def test_deepspeed_json_that_contradicts_the_flags_names_both_values(
@@ -160,6 +170,22 @@ def test_equal_values_in_the_deepspeed_json_are_no_conflict(tmp_path: Path) -> N
 def test_broken_or_missing_deepspeed_json_is_named(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text("{")
-    for path, message in ((file, "not valid JSON"), (tmp_path / "no.json", "No such file")):
+    array = tmp_path / "array.json"
+    array.write_text("[]")
+    for path, message in (
+        (file, "not valid JSON"),
+        (array, "must be an object"),
+        (tmp_path / "no.json", "No such file"),
+    ):
         with pytest.raises(ConfigError, match=message):
             read_ds_config(parse_run_config(["--ds_config", str(path)]))
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [(True, "float32"), (False, "bfloat16")])
+def test_deepspeed_json_that_contradicts_the_stored_type_is_refused(
+    asked: bool, dtype: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"to {asked}, but the backbone is loaded as {dtype}"):
+        require_dtype({"bf16": {"enabled": asked}}, dtype)
+    for same in ({}, {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": not asked}}):
+        require_dtype(same, dtype)

@@ -1,8 +1,16 @@
 """Preflight names the node that differs or has too little."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
-from megaskip.parallel.preflight import Report, find_problems
+import pytest
+import torch
+
+from megaskip.config import RunConfig
+from megaskip.errors import RankError
+from megaskip.parallel.preflight import Report, find_problems, preflight
+from megaskip.parallel.topology import process_group, read_topology
 
 GIB = 2**30
 
@@ -14,6 +22,7 @@ def report(rank: int, node: str, **changes: object) -> Report:
         device="CPU",
         visible_devices=0,
         free_memory=10 * GIB,
+        shares_memory=True,
         free_disk=10 * GIB,
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
         config="a",
@@ -48,7 +57,7 @@ def test_what_differs_is_named_with_its_node() -> None:
 def test_ranks_of_a_node_share_its_memory() -> None:
     (problem,) = find_problems(four(free_memory=GIB), GIB)
     assert problem.startswith("node two: 1.00 GiB of memory free")
-    gpus = [dataclasses.replace(one, visible_devices=2) for one in four(free_memory=2 * GIB)]
+    gpus = [dataclasses.replace(one, shares_memory=False) for one in four(free_memory=2 * GIB)]
     assert find_problems(gpus, GIB) == []
 
 
@@ -56,3 +65,34 @@ def test_a_full_disk_is_noticed_where_checkpoints_are_written() -> None:
     reports = [report(0, "one", free_disk=1024), report(1, "two", free_disk=-1)]
     (problem,) = find_problems(reports, 0)
     assert problem.startswith("node one: 0.00 GiB of disk free for --output_dir")
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "nvme"])
+def test_weights_need_memory_where_they_are_kept(
+    device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU of 1 GiB and a node of 9, for a model of 2 GiB."""
+    free = {"cuda": GIB, "cpu": 9 * GIB}
+    monkeypatch.setattr("megaskip.parallel.preflight._free_memory", lambda where: free[where.type])
+    monkeypatch.setattr("megaskip.parallel.preflight._device_name", lambda where: "a GPU")
+    monkeypatch.setattr("megaskip.parallel.preflight._weight_bytes", lambda folder: 2 * GIB)
+    topology = read_topology({})
+    on_gpu = dataclasses.replace(topology, device=torch.device("cuda"))
+    zero: dict[str, Any] = {"stage": 3} | ({"offload_param": {"device": device}} if device else {})
+
+    def checked() -> None:
+        content = {"zero_optimization": zero}
+        preflight(RunConfig(), on_gpu, tmp_path, tmp_path, "data", {}, content)
+
+    with process_group(topology, timeout=60):
+        if device is None:
+            with pytest.raises(RankError, match="1.00 GiB of memory free"):
+                checked()
+            return
+        checked()
+        free["cpu"] = GIB
+        if device == "nvme":
+            checked()
+        else:
+            with pytest.raises(RankError, match="1.00 GiB of memory free"):
+                checked()
