@@ -13,8 +13,7 @@ from torch import Tensor
 
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel
-from megaskip.checkpoint.routers import read_router_config
-from megaskip.checkpoint.routers import read_tensors
+from megaskip.checkpoint.routers import read_router_config, read_tensors
 from megaskip.errors import CheckpointError
 from megaskip.routing import RouterSet
 

@@ -178,7 +178,8 @@ def _split(
     """Choose the held-out rows, and the copies of them that must leave the training rows.
 
     The choice is the same for every seed, so that runs with other seeds can be compared on rows
-    that none of them was trained on. Both together are at most a fifth of the rows: a row with too many copies is not held out.
+    that none of them was trained on. Both together are at most a fifth of the rows: a row with
+    too many copies is not held out.
     """
     _, group, copies = np.unique(hashes, return_inverse=True, return_counts=True)
     room = len(hashes) // 5

@@ -103,9 +103,9 @@ def test_a_folder_appears_whole_or_not_at_all(
 def test_a_full_disk_is_one_message_whoever_notices_it(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "kept").touch()
-    with pytest.raises(CheckpointError, match="cannot write .*No space left"):
-        with new_folder(tmp_path / "r"):
-            raise SafetensorError("No space left on device (os error 28)")
+    says = pytest.raises(CheckpointError, match="cannot write .*No space left")
+    with says, new_folder(tmp_path / "r"):
+        raise SafetensorError("No space left on device (os error 28)")
     assert [path.name for path in tmp_path.rglob("*")] == ["r", "kept"]
     with new_folder(tmp_path / "r"):
         pass
