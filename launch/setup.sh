@@ -6,8 +6,8 @@ extra=${1:-}
 stamp="$root/.venv/.megaskip-$(cat "$root/constraints.txt" "$root/setup.cfg" | cksum | cut -d' ' -f1)${extra:+-$extra}"
 if [ ! -f "$stamp" ]; then
   python=${PYTHON:-python3}
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { echo "megaskip needs Python 3.10 or newer, $python is $("$python" -V)" >&2; exit 1; }
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "megaskip needs Python 3.11 or newer, $python is $("$python" -V)" >&2; exit 1; }
   echo "installing into $root/.venv (a few minutes, once)"
   [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
   # The pinned torch comes first: an unpinned one would pull packages for another platform.

@@ -53,6 +53,7 @@ from megaskip.arch.anatomy import describe_layers
 from megaskip.config import resolve_layers
 from megaskip.config.router import GRANULARITIES
 from megaskip.inference.flow import KV_CHOICES
+from megaskip.job import run_cli
 from megaskip.reporting.summary import versions
 
 FIELDS = (
@@ -65,6 +66,7 @@ FIELDS = (
 )
 SHAPES = {
     "demo-110m": (8192, 768, 2048, 14, 12, 4),
+    "llama3-1b": (128256, 2048, 8192, 16, 32, 8),
     "llama3-8b": (128256, 4096, 14336, 32, 32, 8),
     "llama3-70b": (128256, 8192, 28672, 80, 64, 8),
 }
@@ -90,9 +92,9 @@ COLUMNS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure and print the table."""
-    options = parse()
+    options = parse(argv)
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     model = build(options)
@@ -118,7 +120,7 @@ def main() -> None:
                 Path(options.output).write_text(text, encoding="utf-8")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,7 +149,7 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads [all]")
     add("--cpu_time", action="store_true", help="count what the CPU spends here, not what passes")
     add("--output", metavar="FILE.json", help="write the rows there, too")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if min(options.decode_steps, options.repeats, *options.batch, *options.prompt) < 1:
         parser.error("--batch, --prompt, --decode_steps and --repeats must be at least 1")
     if not all(0 <= capacity <= 1 for capacity in options.capacity):
@@ -296,4 +298,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

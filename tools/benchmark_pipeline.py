@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,8 @@ sys.path.insert(0, str(ROOT))  # runs from a clone
 
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
+from megaskip.errors import ConfigError
+from megaskip.job import run_cli
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.pipeline import PipelineEngine
@@ -38,11 +40,15 @@ from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.summary import versions
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure and print the table; every rank calls it."""
-    options = parse()
+    options = parse(argv)
     torch.set_num_threads(1)
     stages = int(os.environ.get("WORLD_SIZE", 1))
+    if stages < 2:
+        raise ConfigError(
+            "a pipeline has two stages or more; start it with torchrun, as --help says"
+        )
     topology = read_topology(os.environ, num_stages=stages)
     flags = ["--pipeline_stages", str(stages), "--granularity", options.granularity]
     if options.partition:
@@ -60,7 +66,7 @@ def main() -> None:
         show_bytes(engine, topology)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,7 +82,7 @@ def parse() -> argparse.Namespace:
     add("--partition", help="first layers of stages 1, 2, ... [balanced]")
     add("--micro_batches", type=int, nargs="+", default=[1, 2, 4, 8], help="[1 2 4 8]")
     add("--repeats", type=int, default=3, help="timed steps, the fastest counts [3]")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> Path:
@@ -164,4 +170,4 @@ def show_bytes(engine: PipelineEngine, topology: Topology) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

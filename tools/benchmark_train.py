@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from megaskip import RouterConfig, attach_routers
 from megaskip.arch.task_loss import TaskLoss
+from megaskip.job import run_cli
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.reporting.summary import versions
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure and print the table."""
-    options = parse()
+    options = parse(argv)
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +52,7 @@ def main() -> None:
     )
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed turns")
     parser.add_argument("--warmup", type=int, default=2, help="turns that are not timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def shape(folder: str | None) -> Any:
@@ -192,4 +193,4 @@ def report(times: dict[str, list[float]], counted: dict[str, float], peaks: dict
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -34,6 +34,7 @@ from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.evaluation.allocation import require_rounds
 from megaskip.evaluation.calibration import Point, calibrate_all, routed_engine, with_points
+from megaskip.export.folder import require_new
 from megaskip.job import run_cli
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
@@ -49,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
     set_up_logging(rank=topology.rank)
     quiet_libraries()
     routers, base, _ = sources(options)
+    if options.output and Path(options.output).resolve() != routers.resolve():
+        require_new(Path(options.output))
     stored, _, described = read_router_config(routers)
     require_rounds(stored, options.allocate)
     if described is not None:
@@ -75,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         global_batch_size=options.micro_batch_size * topology.world_size,
         seed=data.seed,
         pad_token_id=tokenizer.pad_token_id,
-        prompt_tokens=data.prompt_tokens,
+        prompt_tokens=stored.prompt_tokens,
     )
     held_out = feed.held_out()
     if not held_out:

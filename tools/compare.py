@@ -278,6 +278,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     unknown = [method for method in options.methods if method not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {unknown[0]!r} is not one of {', '.join(METHODS)}")
+    if options.ours not in options.methods:
+        raise ConfigError(f"--ours {options.ours} is not among --methods; add it there")
     return options
 
 

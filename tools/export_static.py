@@ -133,7 +133,7 @@ def measured(
         global_batch_size=4,
         seed=data.seed,
         pad_token_id=tokenizer.pad_token_id,
-        prompt_tokens=data.prompt_tokens,
+        prompt_tokens=read_router_config(routers)[0].prompt_tokens,
     )
     batches = [batch for batch in feed.calibration(options.rows) if batch is not None]
     rows = sum(len(batch.input_ids) for batch in batches)

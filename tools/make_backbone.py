@@ -44,6 +44,8 @@ def main() -> None:
     args = _parse()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     documents = [text for path in _text_files(args.text) for text in split(clean(path.read_text()))]
+    if len(documents) < 2:
+        raise SystemExit(f"--text {args.text}: {len(documents)} document(s); give more text")
     kept = [text for index, text in enumerate(documents) if index % HELD_OUT]
     _write(args.work_dir / "text.jsonl", kept)
     _write(args.work_dir / "heldout_text.jsonl", documents[::HELD_OUT])
@@ -134,7 +136,11 @@ def _parse() -> argparse.Namespace:
         help="instruction files (.json, .jsonl) that the tokenizer learns from, too",
     )
     parser.add_argument("--work_dir", type=Path, required=True, help="where everything goes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for path in args.instruct:
+        if not path.is_file():
+            parser.error(f"--instruct {path}: no such file")
+    return args
 
 
 if __name__ == "__main__":

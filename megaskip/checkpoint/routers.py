@@ -25,8 +25,10 @@ _ADDED = {"capacity_low", "calibrated", "router"}
 
 def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None = None) -> Path:
     """Write a router folder, atomically, and return its path. `base` names the model they belong
-    to."""
+    to. Older routers there are replaced; raises CheckpointError where something else is."""
     path = Path(path)
+    if path.exists() and not (path / CONFIG).is_file() and not _is_empty(path):
+        raise CheckpointError(f"{path} holds something else than routers; name a new folder")
     with new_folder(path) as folder:
         write_router_files(folder, routers, base)
     return path
@@ -46,6 +48,10 @@ def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -
     routers = attach_routers(model, dataclasses.replace(config, layers=layers), register=register)
     routers.load_state_dict(tensors)
     return routers
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def write_router_files(folder: Path, routers: RouterSet, base: BaseModel | None) -> None:

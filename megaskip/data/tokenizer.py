@@ -15,7 +15,8 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"no tokenizer in {source} ({reason}); name one with --tokenizer"
+            f"no tokenizer in {source} ({reason}); put its files there, or name one with "
+            "--tokenizer where a command has that"
         ) from None
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere, so any token does.

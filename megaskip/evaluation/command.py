@@ -30,7 +30,7 @@ _PATIENCE = 24 * 3600
 _SILENCE = 120
 """Seconds without a sign of life after which a rank counts as dead."""
 
-_LEAST = {"limit": 1, "batch_size": 1, "num_fewshot": 0, "pipeline_stages": 1}
+_LEAST = {"limit": 1, "batch_size": 1, "num_fewshot": 0, "pipeline_stages": 1, "max_length": 2}
 
 _DESCRIPTION = """\
 Evaluate a routed model with lm-eval, beside its unrouted base: the same requests are answered with
@@ -101,6 +101,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     folder = Path(options.output).absolute().parent
     if not folder.is_dir():
         problems.append(f"--output {options.output}: there is no folder {folder}; make it first")
+    if Path(options.output).is_dir():
+        problems.append(f"--output {options.output} is a folder; name a .json file")
+    if not _named(options.tasks):
+        problems.append(f"--tasks {options.tasks!r} names no task")
     if problems:
         raise ConfigError(*problems)
     return options
@@ -109,7 +113,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def evaluate_on_ranks(options: argparse.Namespace, topology: Topology) -> EvalReport | None:
     """Return the report on the first rank, None elsewhere. Collective."""
     settings = EvalSettings(
-        tasks=tuple(name.strip() for name in options.tasks.split(",") if name.strip()),
+        tasks=_named(options.tasks),
         include_path=options.include_path,
         data_dir=options.data_dir,
         num_fewshot=options.num_fewshot,
@@ -163,9 +167,14 @@ def _ds_content(options: argparse.Namespace) -> dict[str, Any] | None:
     return content
 
 
+def _named(tasks: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in tasks.split(",") if name.strip())
+
+
 def _write(report: EvalReport, options: argparse.Namespace) -> None:
+    for line in report.lines():
+        logger.info("%s", line)
     write_json(
         Path(options.output), {"model": options.model, **report.to_json(records=options.records)}
     )
-    for line in [*report.lines(), f"report: {options.output}"]:
-        logger.info("%s", line)
+    logger.info("report: %s", options.output)

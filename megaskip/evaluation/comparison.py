@@ -87,8 +87,8 @@ class Comparison:
             pad_token_id=self._tokenizer.pad_token_id,
             prompt_tokens=config.data.prompt_tokens,
         )
-        self._calibration = _real(feed.calibration(config.optim.calibration_rows))
-        self._held_out = _real(feed.held_out())
+        self._calibration = self._here(feed.calibration(config.optim.calibration_rows))
+        self._held_out = self._here(feed.held_out())
         if not self._held_out:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
         self._pairs: list[Batch] = []
@@ -99,7 +99,10 @@ class Comparison:
         sets = read_pairs(folder, limit)
         texts = [text for pairs in sets.values() for pair in pairs for text in pair]
         prompt = self._config.data.prompt_tokens
-        self._pairs = text_batches(texts, self._tokenizer, prompt_tokens=prompt)
+        self._pairs = self._here(text_batches(texts, self._tokenizer, prompt_tokens=prompt))
+
+    def _here(self, batches: Sequence[Batch | None]) -> list[Batch]:
+        return [batch.to(self._topology.device) for batch in batches if batch is not None]
 
     @property
     def routers(self) -> RouterSet:
@@ -209,7 +212,7 @@ class Comparison:
         return TokenMap(
             tokens=token_map_texts(self._tokenizer, tokens.tolist()),
             layers=self.layers,
-            ran=(keep[:, : len(tokens)] > 0).numpy(),
+            ran=(keep[:, : len(tokens)] > 0).cpu().numpy(),
             num_layers=self.depth,
             prompt_tokens=0,
             title=title,
@@ -294,10 +297,6 @@ def _hits(measured: Sequence[Measured]) -> Any:
     """Return the pairs' hits averaged over seeds, None without pairs."""
     hits = [pair_accuracy(one.pairs) for one in measured if one.pairs is not None]
     return np.mean(hits, axis=0) if hits else None
-
-
-def _real(batches: Sequence[Batch | None]) -> list[Batch]:
-    return [batch for batch in batches if batch is not None]
 
 
 def spread(documents: Any, count: int) -> list[Any]:

@@ -139,6 +139,7 @@ class MegaskipLM(HFLM):
         """Return the text generated for each prompt; the prompt is what is pooled."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
+            self._require_room(request.args[1].get("max_gen_toks", self.max_gen_toks))
             groups[repr(request.args[1])].append(number)
         order: list[list[int]] = []
         for numbers in groups.values():
@@ -154,6 +155,13 @@ class MegaskipLM(HFLM):
         self._last_call = [found[number][1] for number in range(len(requests))]
         self._note(requests)
         return [found[number][0] for number in range(len(requests))]
+
+    def _require_room(self, answer: int) -> None:
+        if answer >= self.max_length:
+            raise ConfigError(
+                f"an answer may have {answer} tokens, which leaves a text of --max_length "
+                f"{self.max_length} no room for a prompt"
+            )
 
     def _generation_key(self, context: str) -> tuple[int, str]:
         # As HFLM sorts a batch, so that its rows come back in the order they were given.
@@ -185,6 +193,11 @@ class MegaskipLM(HFLM):
         return [answers[number][0] for number in range(len(requests))]
 
     def _row(self, text: Any, context: Sequence[int], continuation: Sequence[int]) -> _Row:
+        if len(continuation) > self.max_length:
+            raise ConfigError(
+                f"an answer has {len(continuation)} tokens, which is more than a text of "
+                f"--max_length {self.max_length} holds"
+            )
         tokens = tuple([*context, *continuation][-(self.max_length + 1) :][:-1])
         length = len(continuation)
         is_plain = text is None or text[0] == ""

@@ -28,11 +28,6 @@ class Difference:
     low: float
     high: float
 
-    @property
-    def is_significant(self) -> bool:
-        """Return whether the interval leaves 0 out."""
-        return self.low > 0 or self.high < 0
-
 
 def standard_error(values: Sequence[Any], aggregate: Aggregate | None) -> float | None:
     """Return the standard error over documents; `aggregate` is None for a mean of numbers."""

@@ -78,8 +78,8 @@ class EvalReport:
 
     def difference(self, task: str, metric: str) -> Difference | None:
         """Return routed minus dense, paired by document."""
-        if self.dense is None:
-            return None
+        if self.dense is None or len(self.outcome[task].documents) < 2:
+            return None  # one document has no interval
         ours, theirs = self.outcome[task], self.dense[task]
         if ours.prompt_hash() != theirs.prompt_hash():
             raise ValueError(f"{task}: the two models were asked different things")
@@ -134,10 +134,11 @@ class EvalReport:
                 "index": ours.index,
                 "prompt_hash": ours.prompt_hash,
                 "answers": ours.answers,
-                "metrics": ours.metrics,
+                "metrics": _plain(ours.metrics),
                 "skip_ratio": ours.cost.skip_ratio,
                 "flop_ratio": ours.cost.flop_ratio,
-                **({} if base is None else {"dense": base.metrics, "dense_answers": base.answers}),
+                **({} if base is None else {"dense": _plain(base.metrics)}),
+                **({} if base is None else {"dense_answers": base.answers}),
             }
             for ours, base in zip(self.outcome[name].documents, dense, strict=True)
         ]
@@ -198,6 +199,15 @@ def outcome_of(
         for name, task in tasks.items()
         if name in results["samples"]
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold: metrics of lm-eval keep NumPy's numbers for their aggregation."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _task_outcome(

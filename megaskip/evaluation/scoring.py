@@ -84,10 +84,18 @@ def read_pairs(folder: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
 def text_batches(
     texts: Sequence[str], tokenizer: Any, *, prompt_tokens: int, size: int = 64
 ) -> list[Batch]:
-    """Return texts as batches in which every token but the first is predicted."""
+    """Return texts as batches in which every token but the first is predicted.
+
+    The first is the tokenizer's begin token, or its end token where it has none (as in lm-eval);
+    raises DataError where it has neither.
+    """
+    begin = tokenizer.bos_token_id
+    begin = tokenizer.eos_token_id if begin is None else begin
+    if begin is None:
+        raise DataError("the tokenizer has no token to begin a text with, neither bos nor eos")
     rows = []
     for text in texts:
-        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = [begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
         supervised = np.arange(len(ids)) > 0
         rows.append(
             Row(

@@ -10,6 +10,7 @@ from routed_models import VOCABULARY
 
 from megaskip import RouterConfig, attach_routers
 from megaskip.data import Batch
+from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import DataError
 from megaskip.evaluation.baselines import (
     random_order,
@@ -19,7 +20,8 @@ from megaskip.evaluation.baselines import (
     update_similarity,
 )
 from megaskip.evaluation.paired import ratio_difference
-from megaskip.evaluation.scoring import read_pairs, score
+from megaskip.evaluation.scoring import read_pairs, score, text_batches
+from megaskip.parallel.load import DEMO_FOLDER
 
 LAYERS = (1, 2, 3, 4)
 
@@ -103,6 +105,19 @@ def test_an_interval_covers_a_difference_that_is_there() -> None:
     gap = ratio_difference(ours, theirs, np.ones(400))
     assert gap.low < 0.1 < gap.high
     assert gap.low > 0
+
+
+def test_texts_begin_with_the_end_token_where_there_is_no_other() -> None:
+    tokenizer = load_tokenizer(DEMO_FOLDER / "backbone")
+    (usual,) = text_batches(["abc"], tokenizer, prompt_tokens=1)
+    begin, end, tokenizer.bos_token = tokenizer.bos_token_id, tokenizer.eos_token_id, None
+    (batch,) = text_batches(["abc"], tokenizer, prompt_tokens=1)
+    assert begin != end
+    assert usual.input_ids.tolist()[0] == [begin, *batch.input_ids.tolist()[0][1:]]
+    assert batch.input_ids[0, 0] == end
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="neither bos nor eos"):
+        text_batches(["abc"], tokenizer, prompt_tokens=1)
 
 
 def test_a_line_that_is_no_pair_is_named(tmp_path: Path) -> None:

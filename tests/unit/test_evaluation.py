@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.evaluation import EvalReport, evaluate_model, quick_table
 from megaskip.evaluation.command import parse
+from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.paired import difference, standard_error
 from megaskip.evaluation.tasks import load_tasks
@@ -295,12 +297,34 @@ def test_more_examples_than_documents_are_refused() -> None:
         (["--output", "/nowhere/out.json"], "there is no folder /nowhere"),
         (["--pipeline_stages", "2", "--ds_config", "x"], "choose one"),
         (["--limit", "0", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["--max_length", "0"], "--max_length 0 must be at least 2"),
+        (["--output", str(ROOT)], "is a folder; name a .json file"),
+        (["--tasks", " , "], "names no task"),
     ],
 )
 def test_wrong_flags_are_refused(flags: list[str], says: str, tmp_path: Path) -> None:
     usual = ["--model", "demo", "--tasks", "demo", "--output", str(tmp_path / "out.json")]
     with pytest.raises(ConfigError, match=says):
         parse([*usual, *flags])
+
+
+@pytest.mark.parametrize(("task", "length"), [("demo_answers", 8), ("demo_choice", 1)])
+def test_texts_too_short_for_an_answer_are_refused(task: str, length: int) -> None:
+    lm = MegaskipLM(demo(None), TOKENIZER, max_length=length)
+    found = load_tasks([task], limit=2)
+    with pytest.raises(ConfigError, match=f"--max_length {length}"):
+        evaluate_lm(lm, found, EvalSettings(tasks=(task,), limit=2))
+
+
+def test_records_hold_what_metrics_of_many_kinds_hold_and_one_document_has_no_interval() -> None:
+    report = run(demo(), ["demo_choice"], limit=1)
+    (document,) = report.outcome["demo_choice"].documents
+    document.metrics.update({"f1,none": (1, np.int64(2)), "brier_score,none": np.ones((1, 2))})
+    (record,) = report._task_json("demo_choice", True)["records"]
+    found = json.loads(json.dumps(record))["metrics"]
+    assert (found["f1,none"], found["brier_score,none"]) == ([1, 2], [[1.0, 1.0]])
+    assert report.difference("demo_choice", "acc,none") is None
+    assert len(report.lines()) > 1
 
 
 @pytest.mark.parametrize("name", ["/nowhere", str(ROOT / "tests")])
