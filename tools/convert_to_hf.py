@@ -51,10 +51,7 @@ def main(argv: Sequence[str]) -> None:
         rows.append(("verified", f"fresh process, fp32: logits differ by at most {difference}"))
     print("\n".join(table(rows, title=f"exported: {done.folder}")))
     if verified is not None and not verified.passed:
-        raise CheckpointError(
-            f"{done.folder}: its logits differ by {verified.difference:.1e} from the trained "
-            f"model's, whose largest is {verified.scale:.1e}; do not use this folder"
-        )
+        raise CheckpointError(verified.explain(done.folder))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -160,7 +160,10 @@ def _put_weights(
     folder: Path, base: Path, added: list[str], done: Exported, progress: Callable[[int], None]
 ) -> None:
     """Link or copy the base's shards and write the index that names them and the routers."""
-    weight_map = weight_map_of(base)
+    weight_map = {
+        tensor: RENAMED_SINGLE if file == SINGLE else file
+        for tensor, file in weight_map_of(base).items()
+    }
     for name in sorted(set(weight_map.values())):
         source = base / (SINGLE if name == RENAMED_SINGLE else name)
         if not source.is_file():

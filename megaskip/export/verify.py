@@ -1,4 +1,5 @@
-"""Proof that an exported folder is the trained model: logits of a fresh process against its own."""
+"""Proof that an exported folder is the trained model: logits and routers of a fresh process against
+its own."""
 
 import os
 import subprocess
@@ -12,8 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.routers import load_routers
 from megaskip.errors import CheckpointError
+from megaskip.routing import PREFIX
 
 TEXT = "A frozen language model learns which of its layers it can skip."
 TOLERANCE = 1e-5
@@ -29,7 +32,11 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dty
 model.eval()
 assert "megaskip" not in sys.modules, "the folder imports megaskip"
 with torch.no_grad():
-    save_file({"logits": model(ids).logits.contiguous()}, target)
+    found = {"logits": model(ids).logits.contiguous()}
+# Beside the logits: where every router keeps, routers that were never read make no difference.
+state = model.state_dict().items()
+found |= {name: tensor for name, tensor in state if name.startswith("skip_routers.")}
+save_file(found, target)
 """
 
 
@@ -42,17 +49,31 @@ class Verified:
     scale: float
     """Largest absolute logit."""
     tokens: int
+    wrong_routers: tuple[str, ...] = ()
+    """Router weights that the folder does not load as they were trained."""
 
     @property
     def passed(self) -> bool:
-        """Return whether only rounding is left."""
-        return self.difference <= TOLERANCE * max(self.scale, 1.0)
+        """Return whether the routers are the trained ones and only rounding is left."""
+        return not self.wrong_routers and self.difference <= TOLERANCE * max(self.scale, 1.0)
+
+    def explain(self, folder: Path) -> str:
+        """Return the words for a folder that has not passed."""
+        if self.wrong_routers:
+            names = ", ".join(self.wrong_routers)
+            return f"{folder} loads other routers than the trained ones ({names}); do not use it"
+        return (
+            f"{folder}: its logits differ by {self.difference:.1e} from the trained model's, whose "
+            f"largest is {self.scale:.1e}; do not use this folder"
+        )
 
 
 def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> Verified:
-    """Compare the logits of `folder`, in a fresh process without megaskip, with the trained ones.
+    """Compare logits and routers of `folder`, in a fresh process without megaskip, with the trained
+    ones.
 
-    Both in float32 on the CPU. Raises CheckpointError when the folder does not load.
+    Both in float32 on the CPU. A folder without `routing` has no routers to compare. Raises
+    CheckpointError when the folder does not load.
     """
     ids = _probe_ids(base, text)
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,21 +89,31 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
             raise CheckpointError(
                 f"{folder} does not load in a fresh process: {lines[-1] if lines else 'no output'}"
             )
-        found = load_file(target)["logits"]
-    expected = _trained_logits(base, routers, ids)
+        found = load_file(target)
+    trained = _trained(base, routers, ids)
+    expected = trained.pop("logits")
+    if "routing" not in read_json(folder / "config.json"):
+        trained = {}
+    wrong = [name for name in trained if not _same(found.get(name), trained[name])]
     return Verified(
-        difference=float((found - expected).abs().max()),
+        difference=float((found["logits"] - expected).abs().max()),
         scale=float(expected.abs().max()),
         tokens=expected.shape[1],
+        wrong_routers=tuple(wrong),
     )
 
 
 @torch.no_grad()
-def _trained_logits(base: Path, routers: Path, ids: str) -> torch.Tensor:
+def _trained(base: Path, routers: Path, ids: str) -> dict[str, torch.Tensor]:
+    """Return the trained model's logits and, by their full names, its router weights."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    load_routers(model.eval(), routers)
+    attached = load_routers(model.eval(), routers)
     logits: torch.Tensor = model(torch.tensor([[int(i) for i in ids.split(",")]])).logits
-    return logits
+    return {"logits": logits} | {f"{PREFIX}.{k}": v for k, v in attached.state_dict().items()}
+
+
+def _same(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
+    return found is not None and torch.equal(found, expected)
 
 
 def _probe_ids(base: Path, text: str) -> str:

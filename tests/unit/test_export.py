@@ -1,5 +1,6 @@
 """An exported folder loads where megaskip is not, and is the trained model."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
+from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import bundled_code
 from megaskip.export.folder import MODES, export_folder
@@ -173,11 +175,18 @@ def test_base_tensors_are_bit_identical_and_base_folder_untouched(
     assert hashes(tmp_path / "base") == before
 
 
-def test_a_single_base_file_is_not_taken_for_the_whole_model(tmp_path: Path) -> None:
-    exported = export("llama", tmp_path, shard="1GB")
-    assert (tmp_path / "base/model.safetensors").is_file()
+@pytest.mark.parametrize("indexed", [False, True], ids=["alone", "with an index"])
+def test_a_single_base_file_is_not_taken_for_the_whole_model(indexed: bool, tmp_path: Path) -> None:
+    base, routers, exported = tmp_path / "base", tmp_path / "routers", tmp_path / "new"
+    export("llama", tmp_path, shard="1GB", mode="adapter")
+    single = base / "model.safetensors"
+    if indexed:
+        weight_map = dict.fromkeys(load_file(single), single.name)
+        (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    export_folder(routers, base, exported)
+    assert single.is_file()
     assert not (exported / "model.safetensors").exists()
-    assert verify_folder(exported, tmp_path / "base", tmp_path / "routers").passed
+    assert verify_folder(exported, base, routers).passed
 
 
 def test_adapter_holds_the_routers_alone(tmp_path: Path) -> None:
@@ -281,7 +290,25 @@ def test_verification_notices_a_wrong_folder(tmp_path: Path) -> None:
     exported = export("llama", tmp_path)
     shard = exported / "skip_routers.safetensors"
     save_file({k: -v for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
-    assert not verify_folder(exported, tmp_path / "base", tmp_path / "routers").passed
+    verified = verify_folder(exported, tmp_path / "base", tmp_path / "routers")
+    assert verified.difference > 1e-3
+    assert not verified.passed
+
+
+def test_verification_notices_routers_that_were_not_loaded_where_all_keep(tmp_path: Path) -> None:
+    base, routers, exported = tmp_path / "base", tmp_path / "routers", tmp_path / "new"
+    export("llama", tmp_path, mode="adapter")
+    config, layers, _ = read_router_config(routers)
+    update_router_config(routers, dataclasses.replace(config, layers=layers, threshold=1e-12))
+    export_folder(routers, base, exported)
+    assert verify_folder(exported, base, routers).passed
+    shard = exported / "skip_routers.safetensors"
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(shard).items()}
+    save_file(zeros, shard, metadata={"format": "pt"})
+    verified = verify_folder(exported, base, routers)
+    assert verified.difference == 0
+    assert not verified.passed
+    assert set(verified.wrong_routers) == set(zeros)
 
 
 PIPELINE = """
