@@ -21,6 +21,7 @@ from megaskip.log import quiet_libraries
 from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import PREFIX
+from megaskip.run_folder import other_tokenizer
 
 Messages = list[dict[str, str]]
 
@@ -31,7 +32,9 @@ def generate(argv: Sequence[str]) -> None:
     quiet_libraries()
     transformers.utils.logging.disable_progress_bar()
     model, folder = load_routed(options.model, options.dtype, options.base)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = other_tokenizer(options.tokenizer, Path(options.model), folder)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(folder)
     torch.manual_seed(options.seed)
     answers = []
     prompts = typed() if options.prompts is None else read_prompts(Path(options.prompts))
@@ -55,6 +58,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="exported folder, run folder or routers")
     parser.add_argument("--base", help="base model of a run or router folder [what it names]")
+    parser.add_argument(
+        "--tokenizer",
+        help="tokenizer, folder or hub id [of a run: what it was trained with; else the model's]",
+    )
     parser.add_argument(
         "--prompts", help="file: a prompt a line, or .jsonl with prompt or messages [typed in]"
     )

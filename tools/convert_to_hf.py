@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
-from run_source import add_source, sources
+from run_source import add_source, add_tokenizer, chosen_tokenizer, sources
 from tqdm import tqdm
 
 from megaskip.errors import CheckpointError, ConfigError
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     quiet_libraries()
     routers, base, facts = sources(options)
+    tokenizer = chosen_tokenizer(options, base)
     begun = time.monotonic()
     with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
         done = export_folder(
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
             Path(options.output),
             mode=options.mode,
             kv=options.kv,
+            tokenizer=tokenizer,
             facts=facts,
             progress=bar.update,
         )
@@ -60,6 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_source(parser)
+    add_tokenizer(parser)
     parser.add_argument("--output", required=True, help="new folder to write")
     parser.add_argument("--mode", default="overlay", choices=MODES, help="[overlay]")
     parser.add_argument(

@@ -18,7 +18,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
 import torch
-from run_source import add_source, add_text, read_as, sources, with_demo
+from run_source import (
+    add_source,
+    add_text,
+    add_tokenizer,
+    chosen_tokenizer,
+    read_as,
+    sources,
+    with_demo,
+)
 from tqdm import tqdm
 
 from megaskip.checkpoint.base import describe_folder
@@ -50,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     config, routed, described = read_router_config(routers)
     if described is not None:
         described.require(describe_folder(base), "the router folder")
+    tokenizer = chosen_tokenizer(options, base)
     require_exportable(base, Path(options.output), options.format)
     listed, unmeasured = listed_layers(options.layers, base), dict.fromkeys(routed, math.nan)
     if listed is not None:
@@ -65,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
             dropped,
             form=options.format,
             name=described.name if described is not None else "",
+            tokenizer=tokenizer,
             facts={"capacity per layer": capacity_text(capacity, ()), "measured on": text},
             progress=bar.update,
         )
@@ -88,6 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_source(parser)
+    add_tokenizer(parser)
     add_text(parser)
     parser.add_argument("--rows", type=int, default=256, help="rows of it to measure on [256]")
     way = parser.add_mutually_exclusive_group(required=True)

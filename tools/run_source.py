@@ -15,6 +15,7 @@ from megaskip.config import DataConfig, ModelConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import ConfigError
 from megaskip.parallel.load import DEMO_FOLDER, find_model_folder
+from megaskip.run_folder import other_tokenizer
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,19 @@ def add_text(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="calibration text, as --data of launch/train.py [that of --run]",
     )
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add --tokenizer, which `chosen_tokenizer` reads."""
+    parser.add_argument(
+        "--tokenizer",
+        help="tokenizer, folder or hub id [with --run: what it was trained with; else the base's]",
+    )
+
+
+def chosen_tokenizer(options: argparse.Namespace, base: Path) -> Any | None:
+    """Return the tokenizer that is exported in place of the base's; None for the base's own."""
+    return other_tokenizer(options.tokenizer, Path(options.run) if options.run else None, base)
 
 
 def sources(options: argparse.Namespace) -> tuple[Path, Path, dict[str, Any]]:

@@ -34,6 +34,12 @@ ROUTER_SHARD = "skip_routers.safetensors"
 RENAMED_SINGLE = "base.safetensors"
 """transformers takes a model.safetensors for the whole model, whatever an index says."""
 _NOT_CARRIED = {"config.json", "README.md", INDEX, SINGLE}
+_TOKENIZER = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json"),
+}
+"""What a base's tokenizer is read from; beside another one's files it would be mixed with them."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
 _SMALL = 1 << 20
 """Bytes up to which an overlay copies a file, so that editing it leaves the base alone."""
@@ -59,13 +65,15 @@ def export_folder(
     *,
     mode: str = "overlay",
     kv: str = "keep",
+    tokenizer: Any | None = None,
     facts: dict[str, Any] | None = None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Exported:
     """Write `output` from a router folder and its base model's folder, whole or not at all.
 
-    `facts` are numbers of the run for the model card; `progress` is told the bytes of each file
-    that is done. Raises CheckpointError or ConfigError.
+    `tokenizer` takes the place of the base's (None leaves its files as they are); `facts` are
+    numbers of the run for the model card; `progress` is told the bytes of each file that is done.
+    Raises CheckpointError or ConfigError.
     """
     if mode not in MODES:
         raise ConfigError(f"--mode {mode!r} is not one of {', '.join(MODES)}")
@@ -78,11 +86,13 @@ def export_folder(
     with new_folder(output) as folder:
         if mode == "adapter":
             _put_adapter(folder, routers)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         else:
             named = {f"{PREFIX}.{name}": tensor for name, tensor in tensors.items()}
             write_tensors(folder / ROUTER_SHARD, named)
             _put_weights(folder, base, list(named), done, progress)
-            put_rest(folder, base, done)
+            put_rest(folder, base, done, tokenizer)
             write_json(folder / "config.json", routed_config(base_config, config, layers, kv))
             (folder / CODE).write_text(bundled_code(), encoding="utf-8")
         family = str(base_config.get("model_type"))
@@ -190,10 +200,14 @@ def weight_map_of(base: Path) -> dict[str, str]:
     return dict.fromkeys(sorted(names), RENAMED_SINGLE)
 
 
-def put_rest(folder: Path, base: Path, done: Exported) -> None:
-    """Bring tokenizer, chat template, generation config and licence along."""
+def put_rest(folder: Path, base: Path, done: Exported, tokenizer: Any | None = None) -> None:
+    """Bring generation config, licence, tokenizer and chat template along; the last two from
+    `tokenizer` where it is given."""
+    left = _NOT_CARRIED
+    if tokenizer is not None:
+        left = left | _TOKENIZER | {Path(f).name for f in tokenizer.save_pretrained(folder)}
     for source in sorted(base.iterdir()):
-        hidden = source.name.startswith(".") or source.name in _NOT_CARRIED
+        hidden = source.name.startswith(".") or source.name in left
         if hidden or source.suffix in _WEIGHT_SUFFIXES or not source.is_file():
             continue
         if source.name.endswith(".index.json"):

@@ -76,6 +76,7 @@ def export_static(
     *,
     form: str = "hf",
     name: str = "",
+    tokenizer: Any | None = None,
     facts: Mapping[str, Any] | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> StaticExport:
@@ -83,9 +84,10 @@ def export_static(
     all.
 
     `dropped` has the layers by attn or mlp, as `sublayers` returns it; `form` is "hf" for
-    transformers or "decilm" for servers; `name` is the base's hub id, if known; `facts` are rows of
-    the model card; `progress` is told the bytes of each shard that is done. Shards that lose
-    nothing are hard links. Raises CheckpointError, ConfigError or UnsupportedModelError.
+    transformers or "decilm" for servers; `name` is the base's hub id, if known; `tokenizer` takes
+    the place of the base's; `facts` are rows of the model card; `progress` is told the bytes of
+    each shard that is done. Shards that lose nothing are hard links. Raises CheckpointError,
+    ConfigError or UnsupportedModelError.
     """
     content, hf_config, weight_map = require_exportable(base, output, form)
     _require_droppable(base, hf_config, dropped)
@@ -97,7 +99,7 @@ def export_static(
     done = StaticExport(folder=output, mode="overlay")
     with new_folder(output) as folder:
         _put_weights(folder, base, weight_map, gone, done, progress)
-        put_rest(folder, base, done)
+        put_rest(folder, base, done, tokenizer)
         write_json(folder / "config.json", config)
         if form == "hf":
             (folder / CODE).write_text(bundled_code(), encoding="utf-8")

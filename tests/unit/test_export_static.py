@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.atomic import read_json
 from megaskip.data.collate import collate
 from megaskip.data.row import Row
+from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from megaskip.export.decilm import ffn_mult, intermediate_size_of
 from megaskip.export.shards import copy_without, names_of_dropped
@@ -480,6 +482,23 @@ def test_tool_measures_drops_and_verifies(
     tool([*source, "--layers", "5", "--output", str(tmp_path / "five")])
     assert read_json(tmp_path / "five/config.json")["dropped"]["attn"] == [5]
     assert "not measured" in capsys.readouterr().out
+
+
+def test_tool_writes_the_tokenizer_that_is_named_and_nothing_of_the_base_s(
+    tool: Any, tmp_path: Path
+) -> None:
+    source = demo_routers(tmp_path)
+    base = tmp_path / "base"
+    shutil.copytree(DEMO, base)
+    (base / "vocab.json").write_text("{}")
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "named")
+    named = ["--base", str(base), "--tokenizer", str(tmp_path / "named")]
+    tool([*source, *named, "--layers", "5", "--output", str(tmp_path / "out")])
+    assert "<new>" in load_tokenizer(tmp_path / "out").get_vocab()
+    assert not (tmp_path / "out/vocab.json").exists()
+    assert (tmp_path / "out/generation_config.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """launch/generate.py: answers, shares and pictures from runs and exported folders."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,11 @@ import torch
 
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import ConfigError
 from megaskip.export.folder import export_folder
+from megaskip.generation import Conversation, generate
+from megaskip.run_folder import other_tokenizer
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "megaskip/demo/backbone"
@@ -64,6 +69,71 @@ def test_typed_turns_share_a_conversation_until_new(exported: Path) -> None:
     done = run("--model", str(exported / "exported"), typed="Hi\nAgain\n/new\nHi\n/quit\nno\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("of the routed units") == 3
+
+
+TEMPLATE = "{% for message in messages %}Q: {{ message['content'] }} A:{% endfor %}"
+
+
+def own_tokenizer(root: Path) -> Path:
+    """Let the run of `root` have been given a chat template and a tokenizer with a further token;
+    return the tokenizer's folder."""
+    tokenizer = load_tokenizer(BASE)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(root / "other")
+    (root / "own.jinja").write_text(TEMPLATE)
+    model = {"model": "demo", "tokenizer": str(root / "other"), "trust_remote_code": False}
+    config = {"model": model, "data": {"data": ["demo"], "chat_template": str(root / "own.jinja")}}
+    (root / "run").mkdir(exist_ok=True)
+    (root / "run/run.json").write_text(json.dumps({"config": config}))
+    report = {"config": config, "steps": 1, "versions": {}}
+    (root / "run/report.json").write_text(json.dumps(report))
+    return root / "other"
+
+
+def test_a_run_is_asked_with_the_tokenizer_and_template_it_was_trained_with(tmp_path: Path) -> None:
+    other = own_tokenizer(tmp_path)
+    found = other_tokenizer(None, tmp_path / "run", BASE)
+    assert len(found) == len(load_tokenizer(BASE)) + 1
+    assert found.chat_template == TEMPLATE
+    assert other_tokenizer(None, tmp_path, BASE) is None
+    named = other_tokenizer(str(other), tmp_path / "run", BASE)
+    assert (len(named), named.chat_template) == (len(found), load_tokenizer(BASE).chat_template)
+
+
+def test_a_run_whose_template_is_gone_is_one_message(tmp_path: Path) -> None:
+    own_tokenizer(tmp_path)
+    (tmp_path / "own.jinja").unlink()
+    with pytest.raises(ConfigError, match="own.jinja.*--tokenizer"):
+        other_tokenizer(None, tmp_path / "run", BASE)
+
+
+def test_export_and_generation_take_the_tokenizer_of_the_run(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_tokenizer(tmp_path)
+    shutil.copytree(exported / "run/routers", tmp_path / "run/routers")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import convert_to_hf
+
+    convert_to_hf.main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "exported")])
+    written = load_tokenizer(tmp_path / "exported")
+    assert written.chat_template == TEMPLATE
+    assert "<new>" in written.get_vocab()
+    (tmp_path / "prompts.txt").write_text("Hi\n")
+    asked: list[str] = []
+    encode = Conversation._encode
+
+    def spy(self: Conversation) -> torch.Tensor:
+        ids = encode(self)
+        asked.append(self.tokenizer.decode(ids[0]))
+        return ids
+
+    monkeypatch.setattr(Conversation, "_encode", spy)
+    for name in ("run", "exported"):
+        prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--max_new_tokens", "1"]
+        generate(["--model", str(tmp_path / name), *prompts])
+    assert len(asked) == 2
+    assert all("Q: Hi A:" in text for text in asked)
 
 
 @pytest.mark.parametrize(
