@@ -92,7 +92,8 @@ def train(argv: Sequence[str]) -> None:
         for line in table(nodes, title="nodes"):
             logger.info("%s", line)
         engine = build_engine(config, topology, folder, ds_content)
-        base = describe_base(load_hf_config(folder, config.model), folder, config.model.revision)
+        hf_config, named = load_hf_config(folder, config.model), config.model
+        base = describe_base(hf_config, folder, named.revision, name=named.model)
         feed = _feed(config, topology, data, pad_token_id, resume)
         trainer = _trainer(config, topology, engine, feed, base, output_dir, folder)
         if resume is not None:

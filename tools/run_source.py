@@ -55,15 +55,15 @@ def sources(options: argparse.Namespace) -> tuple[Path, Path, dict[str, Any]]:
     routers = Path(options.routers or Path(options.run) / "routers")
     if not (routers / CONFIG).is_file():
         raise ConfigError(f"{routers}: no {CONFIG} there; give a finished run or a router folder")
-    name = options.base
+    recorded = read_json(routers / CONFIG).get("base_model") or {}
+    name, revision = options.base, None
     if options.run:
-        facts, recorded = run_facts(Path(options.run))
-        name = name or recorded
+        facts, recorded["name"] = run_facts(Path(options.run))
     if name is None:
-        name = (read_json(routers / CONFIG).get("base_model") or {}).get("name")
+        name, revision = recorded.get("name"), recorded.get("revision")
     if not name:
         raise ConfigError(f"{routers} does not name its base model; give --base")
-    return routers, find_model_folder(ModelConfig(model=name)), facts
+    return routers, find_model_folder(ModelConfig(model=name, revision=revision)), facts
 
 
 def run_facts(run: Path) -> tuple[dict[str, Any], str | None]:

@@ -55,19 +55,37 @@ class BaseModel:
 
 
 def describe_base(
-    config: Any, folder: str | Path | None = None, revision: str | None = None
+    config: Any,
+    folder: str | Path | None = None,
+    revision: str | None = None,
+    *,
+    name: str | None = None,
 ) -> BaseModel:
     """Return the identity of a model with HF `config`, whose weight files lie in `folder`, if
-    any."""
+    any.
+
+    `name` is what the model was asked for by: a hub id is recorded instead of the folder of the
+    cache, which exists on one machine only, and with the commit where no revision was named.
+    """
     text = config.get_text_config(decoder=True)
+    path = str(getattr(config, "_name_or_path", "") or folder or "")
+    if name is not None and is_hub_id(name):
+        path = name
+        if folder is not None and Path(folder).parent.name == "snapshots":
+            revision = revision or Path(folder).name
     return BaseModel(
-        name=str(getattr(config, "_name_or_path", "") or folder or ""),
+        name=path,
         revision=revision or getattr(config, "_commit_hash", None),
         model_type=config.model_type,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         weights=_fingerprint(Path(folder)) if folder is not None else None,
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a model's name is one of the hub, such as org/model, and no folder here."""
+    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
 
 
 def describe_folder(folder: Path) -> BaseModel:

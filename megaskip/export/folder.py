@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
-from megaskip.checkpoint.base import BaseModel, describe_folder
+from megaskip.checkpoint.base import BaseModel, describe_folder, is_hub_id
 from megaskip.checkpoint.header import METADATA, read_header
 from megaskip.checkpoint.routers import (
     CONFIG,
@@ -136,8 +136,7 @@ def own_config(base: dict[str, Any]) -> dict[str, Any]:
 
 def base_name(recorded: str, base: Path) -> str:
     """Return the base's hub id, or the name of its folder."""
-    is_hub_id = recorded.count("/") == 1 and not recorded.startswith((".", "/"))
-    return recorded if is_hub_id else base.resolve().name
+    return recorded if is_hub_id(recorded) else base.resolve().name
 
 
 def require_new(output: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 from megaskip.arch import attach_routers
 from megaskip.checkpoint import load_routers
 from megaskip.checkpoint.atomic import read_json
+from megaskip.checkpoint.base import is_hub_id
 from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.routers import CONFIG, read_router_config, read_tensors
 from megaskip.config import ModelConfig, RouterConfig, RunConfig
@@ -89,8 +90,7 @@ def load_for_inference(
     routers = folder if (folder / CONFIG).is_file() else folder / "routers"
     if (routers / CONFIG).is_file() and not (folder / "config.json").is_file():
         return _with_router_folder(routers, base, backbone, place)
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/")) and not folder.exists()
-    if name != DEMO and not is_hub_id and not (folder / "config.json").is_file():
+    if name != DEMO and not is_hub_id(name) and not (folder / "config.json").is_file():
         raise ConfigError(
             f"--model {folder}: found neither config.json (exported) nor {CONFIG} (routers) there"
         )
@@ -111,7 +111,8 @@ def _with_router_folder(
     named = base or (described.name if described is not None else "")
     if not named:
         raise ConfigError(f"--model {routers} does not name its base model; give --base")
-    backbone = dataclasses.replace(backbone, model=named)
+    revision = described.revision if described is not None and base is None else None
+    backbone = dataclasses.replace(backbone, model=named, revision=revision)
     folder = find_model_folder(backbone)
     require_whole_shards(folder)
     loaded = _Backbone(folder, load_hf_config(folder, backbone), backbone, place)

@@ -21,7 +21,7 @@ from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import bundled_code
-from megaskip.export.folder import MODES, export_folder
+from megaskip.export.folder import MODES, base_name, export_folder
 from megaskip.export.verify import verify_folder
 from megaskip.generation import load_routed
 from megaskip.inference.hf import MegaskipForCausalLM
@@ -221,6 +221,15 @@ def test_card_names_base_licence_and_what_is_skipped(tmp_path: Path) -> None:
     card = (tmp_path / "again/README.md").read_text()
     for text in ("license: llama3", "attn_sequence of layers 2-4", "my.jsonl", "base_model: base"):
         assert text in card, text
+
+
+def test_only_a_name_that_is_no_folder_here_is_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert base_name("acme/tiny", Path("models/snapshots/0123abcd")) == "acme/tiny"
+    (tmp_path / "acme/tiny").mkdir(parents=True)
+    assert base_name("acme/tiny", Path("acme/tiny")) == "tiny"
 
 
 def test_wrong_base_and_used_folder_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ from megaskip.checkpoint.atomic import new_folder
 from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.resume import require_same_routers
 from megaskip.errors import CheckpointError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -157,3 +163,42 @@ def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
         model.save_pretrained(folder)
         found.append(describe_base(model.config, folder).weights)
     assert found[0] == found[2] != found[1]
+
+
+def test_a_hub_base_is_known_by_its_id_and_commit_a_local_one_by_its_folder(tmp_path: Path) -> None:
+    model = tiny_model()
+    snapshot = tmp_path / "models--acme--tiny/snapshots/0123abcd"
+    for folder in (snapshot, tmp_path / "acme/tiny"):
+        model.save_pretrained(folder)
+    config = type(model.config).from_pretrained(snapshot)
+    hub = describe_base(config, snapshot, name="acme/tiny")
+    assert (hub.name, hub.revision) == ("acme/tiny", "0123abcd")
+    assert describe_base(config, snapshot, "v2", name="acme/tiny").revision == "v2"
+    local = tmp_path / "acme/tiny"
+    config = type(model.config).from_pretrained(local)
+    for name in (str(local), "demo", None):
+        found = describe_base(config, local, name=name)
+        assert (found.name, found.revision) == (str(local), None)
+
+
+TRAIN = ("--max_steps", "1", "--max_samples", "12", "--seq_length", "16", "--micro_batch_size", "1")
+
+
+def test_a_run_on_a_hub_model_and_its_card_name_the_hub_id(tmp_path: Path) -> None:
+    cache, commit = tmp_path / "home/hub/models--acme--tiny", "a" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text(commit)
+    shutil.copytree(ROOT / "megaskip/demo/backbone", cache / "snapshots" / commit)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    for script, *flags in (
+        ("launch/train.py", "--model", "acme/tiny", "--output_dir", "run", *TRAIN),
+        ("tools/convert_to_hf.py", "--routers", "run/routers", "--output", "exported"),
+    ):
+        command = [sys.executable, str(ROOT / script), *flags]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    base = json.loads((tmp_path / "run/routers/router_config.json").read_text())["base_model"]
+    assert (base["name"], base["revision"]) == ("acme/tiny", commit)
+    assert "base_model: acme/tiny\n" in (tmp_path / "exported/README.md").read_text()
