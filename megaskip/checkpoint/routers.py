@@ -37,7 +37,9 @@ def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None
 def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -> RouterSet:
     """Attach the routers of a router folder to `model` and return them.
 
-    Raises CheckpointError when the folder is damaged, incomplete, or belongs to another base model.
+    Of the base model only the shape is compared here: a model in memory does not tell which files
+    its weights came from. Raises CheckpointError when the folder is damaged, incomplete, or belongs
+    to a model of another shape.
     """
     path = Path(path)
     config, layers, base = read_router_config(path)

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 from megaskip.arch import attach_routers
 from megaskip.checkpoint import load_routers
 from megaskip.checkpoint.atomic import read_json
-from megaskip.checkpoint.base import is_hub_id
+from megaskip.checkpoint.base import describe_folder, is_hub_id
 from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.routers import CONFIG, read_router_config, read_tensors
 from megaskip.config import ModelConfig, RouterConfig, RunConfig
@@ -115,6 +115,8 @@ def _with_router_folder(
     backbone = dataclasses.replace(backbone, model=named, revision=revision)
     folder = find_model_folder(backbone)
     require_whole_shards(folder)
+    if described is not None:
+        described.require(describe_folder(folder), "the router folder")
     loaded = _Backbone(folder, load_hf_config(folder, backbone), backbone, place)
     # Beside weights that are spread, on those that are not.
     attached = load_routers(loaded.model, routers, register=not place.is_spread)

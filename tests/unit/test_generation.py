@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
 from megaskip.data.tokenizer import load_tokenizer
-from megaskip.errors import ConfigError
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.folder import export_folder
-from megaskip.generation import Conversation, generate
+from megaskip.generation import Conversation, generate, load_routed
 from megaskip.run_folder import other_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,19 @@ def test_typed_turns_share_a_conversation_until_new(exported: Path) -> None:
     done = run("--model", str(exported / "exported"), typed="Hi\nAgain\n/new\nHi\n/quit\nno\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("of the routed units") == 3
+
+
+def test_routers_are_not_attached_to_other_weights_of_the_same_shape(
+    exported: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(BASE, other)
+    assert load_routed(str(exported / "run"), "auto", str(other))
+    tensors = load_file(other / "model.safetensors")
+    moved = {name: tensor + 0.1 for name, tensor in tensors.items()}
+    save_file(moved, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="belongs to another base model: weights is"):
+        load_routed(str(exported / "run"), "auto", str(other))
 
 
 TEMPLATE = "{% for message in messages %}Q: {{ message['content'] }} A:{% endfor %}"
