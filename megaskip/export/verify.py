@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.routers import load_routers
 from megaskip.errors import CheckpointError
+from megaskip.inference.flow import InferenceFlow
 from megaskip.routing import PREFIX
 
 TEXT = "A frozen language model learns which of its layers it can skip."
@@ -90,9 +91,10 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
                 f"{folder} does not load in a fresh process: {lines[-1] if lines else 'no output'}"
             )
         found = load_file(target)
-    trained = _trained(base, routers, ids)
+    routing = read_json(folder / "config.json").get("routing")
+    trained = _trained(base, routers, ids, "keep" if routing is None else routing["kv"])
     expected = trained.pop("logits")
-    if "routing" not in read_json(folder / "config.json"):
+    if routing is None:
         trained = {}
     wrong = [name for name in trained if not _same(found.get(name), trained[name])]
     return Verified(
@@ -104,11 +106,15 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
 
 
 @torch.no_grad()
-def _trained(base: Path, routers: Path, ids: str) -> dict[str, torch.Tensor]:
+def _trained(base: Path, routers: Path, ids: str, kv: str) -> dict[str, torch.Tensor]:
     """Return the trained model's logits and, by their full names, its router weights."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     attached = load_routers(model.eval(), routers)
-    logits: torch.Tensor = model(torch.tensor([[int(i) for i in ids.split(",")]])).logits
+    if kv == "drop":
+        # Training has no such semantics; without a cache, nothing of what holds them is shared.
+        attached.flow = InferenceFlow(unit=attached.config.unit, kv=kv)
+    inputs = torch.tensor([[int(i) for i in ids.split(",")]])
+    logits: torch.Tensor = model(inputs, use_cache=False).logits
     return {"logits": logits} | {f"{PREFIX}.{k}": v for k, v in attached.state_dict().items()}
 
 

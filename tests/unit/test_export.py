@@ -295,6 +295,19 @@ def test_a_router_file_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
+def test_verification_knows_that_a_folder_drops_keys_and_values(
+    granularity: str, tmp_path: Path
+) -> None:
+    exported = export("llama", tmp_path, granularity, kv="drop")
+    base, routers = tmp_path / "base", tmp_path / "routers"
+    assert verify_folder(exported, base, routers).passed
+    config = json.loads((exported / "config.json").read_text())
+    config["routing"]["threshold"] = 0.2
+    (exported / "config.json").write_text(json.dumps(config))
+    assert not verify_folder(exported, base, routers).passed
+
+
 def test_verification_notices_a_wrong_folder(tmp_path: Path) -> None:
     exported = export("llama", tmp_path)
     shard = exported / "skip_routers.safetensors"
