@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
 from megaskip.arch import find_decoder
+from megaskip.config.checks import at_least, within
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.log import quiet_libraries
@@ -29,6 +31,7 @@ Messages = list[dict[str, str]]
 def generate(argv: Sequence[str]) -> None:
     """Answer the prompts of a file, or those that are typed, and say what was skipped."""
     options = parse(argv)
+    prompts = typed() if options.prompts is None else read_prompts(Path(options.prompts))
     quiet_libraries()
     transformers.utils.logging.disable_progress_bar()
     model, folder = load_routed(options.model, options.dtype, options.base)
@@ -36,17 +39,18 @@ def generate(argv: Sequence[str]) -> None:
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)
     torch.manual_seed(options.seed)
-    answers = []
-    prompts = typed() if options.prompts is None else read_prompts(Path(options.prompts))
     conversation = Conversation(model=model, tokenizer=tokenizer, options=options)
+    if options.output:
+        _write(options.output, "w", "")
     for prompt in prompts:
         if prompt is None or options.prompts is not None:
             conversation.start_over()
-        if prompt is not None:
-            answers.append(conversation.answer(prompt))
+        if prompt is None:
+            continue
+        answer = conversation.answer(prompt)
+        if options.output:
+            _write(options.output, "a", json.dumps(answer, ensure_ascii=False) + "\n")
     if options.output:
-        text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        Path(options.output).write_text(text, encoding="utf-8")
         print(f"answers: {options.output}")
 
 
@@ -77,11 +81,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--picture", help="write what ran by token and layer to PICTURE.png and PICTURE.html"
     )
     options = parser.parse_args(argv)
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max_new_tokens {options.max_new_tokens} must be at least 1")
-    if options.temperature < 0:
-        raise ConfigError(f"--temperature {options.temperature:g} must not be negative")
+    problems = tuple(_problems(options))
+    if problems:
+        raise ConfigError(*problems)
     return options
+
+
+def _problems(options: argparse.Namespace) -> Iterator[str]:
+    for name in ("max_new_tokens", "num_beams"):
+        yield from at_least(name, getattr(options, name), 1)
+    if not 0 <= options.temperature < math.inf:
+        yield f"--temperature {options.temperature:g} must be 0 or a positive number"
+    yield from within("top_p", options.top_p, 0.0, 1.0, open_low=True)
+    if 0 < options.top_p < 1 and options.temperature == 0:
+        yield f"--top_p {options.top_p:g} is for sampling; give a --temperature above 0"
+    if options.picture and options.num_beams > 1:
+        yield "--picture shows one text, which beams are not; leave it out, or use --num_beams 1"
+    if options.output and Path(options.output).is_dir():
+        yield f"--output {options.output}: this is a folder; name a file"
+    elif options.output and not Path(options.output).parent.is_dir():
+        yield f"--output {options.output}: there is no folder {Path(options.output).parent}"
 
 
 def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:
@@ -93,16 +112,18 @@ def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:
     return loaded.model, loaded.folder
 
 
-def read_prompts(path: Path) -> Iterator[Messages]:
-    """Yield the prompts of a file as messages."""
+def read_prompts(path: Path) -> list[Messages]:
+    """Return the prompts of a file as messages; raises DataError with the line that is wrong."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        yield _messages(line, path, number) if path.suffix == ".jsonl" else _user(line)
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
+        raise DataError(f"--prompts {path} holds no prompt")
+    if path.suffix != ".jsonl":
+        return [_user(line) for _, line in filled]
+    return [_messages(line, f"--prompts {path}, line {number}") for number, line in filled]
 
 
 def typed() -> Iterator[Messages | None]:
@@ -124,16 +145,30 @@ def _user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def _messages(line: str, path: Path, number: int) -> Messages:
+def _messages(line: str, place: str) -> Messages:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"--prompts {path}, line {number}: not valid JSON ({error})") from None
+        raise DataError(f"{place}: not valid JSON ({error})") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return _user(row["prompt"])
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        return list(row["messages"])
-    raise DataError(f"--prompts {path}, line {number}: expected a field prompt or messages")
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise DataError(f"{place}: expected a field prompt or messages")
+    if not row["messages"]:
+        raise DataError(f"{place}: there is no message in messages")
+    for number, message in enumerate(row["messages"], 1):
+        fields = message if isinstance(message, dict) else {}
+        if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
+            raise DataError(f"{place}: message {number} is not an object with role and content")
+    return list(row["messages"])
+
+
+def _write(output: str, mode: str, text: str) -> None:
+    try:
+        with open(output, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror or error}") from None
 
 
 @dataclass(kw_only=True)

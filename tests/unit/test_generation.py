@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
 from megaskip.data.tokenizer import load_tokenizer
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, DataError
 from megaskip.export.folder import export_folder
-from megaskip.generation import Conversation, generate, load_routed
+from megaskip.generation import Conversation, generate, load_routed, parse
 from megaskip.run_folder import other_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -163,3 +163,67 @@ def test_wrong_input_is_one_message(flags: list[str], says: str) -> None:
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--output", "/nowhere/a.jsonl"], "--output /nowhere/a.jsonl: .* /nowhere"),
+        (["--output", "/"], "--output /: .*is a folder"),
+        (["--num_beams", "0"], "--num_beams 0 must be at least 1"),
+        (["--temperature", "1", "--top_p", "90"], r"--top_p 90 .*\(0, 1\]"),
+        (["--temperature", "1", "--top_p", "0"], "--top_p 0 "),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--top_p", "0.9"], "--top_p 0.9 .* --temperature"),
+        (["--num_beams", "2", "--picture", "what"], "--picture .* --num_beams 1"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused_at_once(flags: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse(["--model", "demo", *flags])
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"messages": ["hi"]}', "message 1 .*role and content"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}', "message 2 "),
+        ('{"messages": [{"role": "user", "content": 3}]}', "message 1 "),
+        ('{"messages": []}', "no message"),
+        ('{"prompts": "hi"}', "a field prompt or messages"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_malformed_prompt_is_found_before_a_model_is_loaded(
+    line: str, says: str, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(f'{{"prompt": "Hi"}}\n\n{line}\n')
+    with pytest.raises(DataError, match=f"prompts.jsonl, line 3: .*{says}"):
+        generate(["--model", "/nowhere", "--prompts", str(prompts)])
+    prompts.write_text("\n")
+    with pytest.raises(DataError, match="holds no prompt"):
+        generate(["--model", "/nowhere", "--prompts", str(prompts)])
+
+
+def test_each_answer_is_written_when_it_is_made(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("Hi\nAgain\nNo more\n")
+    out.write_text("an older answer\n")
+    encode, asked = Conversation._encode, 0
+
+    def third_fails(self: Conversation) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise KeyboardInterrupt
+        return encode(self)
+
+    monkeypatch.setattr(Conversation, "_encode", third_fails)
+    flags = ["--prompts", str(prompts), "--output", str(out), "--max_new_tokens", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        generate(["--model", str(exported / "exported"), *flags])
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["messages"][0]["content"] for answer in answers] == ["Hi", "Again"]
