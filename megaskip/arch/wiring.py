@@ -19,11 +19,17 @@ def wire(
     """Let the routed layers ask the gates of `routers`, and plain calls announce themselves.
 
     `first_layer` is the absolute index of the decoder's first layer, when it is a slice of a model;
-    layers `elsewhere` are held by other processes.
+    layers `elsewhere` are held by other processes. A model of which a layer is refused stays as it
+    was.
     """
-    for index, layer in enumerate(anatomy.layers, start=first_layer):
-        if index in routers.gates and index not in elsewhere:
-            route_layer(layer, find_sites(layer, anatomy.model_type), routers.gates[index])
+    here = {
+        index: layer
+        for index, layer in enumerate(anatomy.layers, start=first_layer)
+        if index in routers.gates and index not in elsewhere
+    }
+    sites = {index: find_sites(layer, anatomy.model_type) for index, layer in here.items()}
+    for index, layer in here.items():
+        route_layer(layer, sites[index], routers.gates[index])
     _add_hooks(anatomy.decoder, routers)
 
 

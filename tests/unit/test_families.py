@@ -74,6 +74,18 @@ def test_family_that_scales_the_residual_is_refused_with_numbers() -> None:
         attach_routers(model)
 
 
+def test_a_model_of_which_a_later_layer_is_refused_stays_as_it_was() -> None:
+    model = tiny_model()
+    # As hybrid models have it: a layer whose first half is no attention.
+    layer = model.get_decoder().layers[4]
+    layer.conv = layer.self_attn
+    del layer.self_attn
+    with pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer has the children"):
+        attach_routers(model, RouterConfig(layers=(2, 3, 4)), verify=False)
+    assert not any("Routed" in type(module).__name__ for module in model.modules())
+    assert attach_routers(model, RouterConfig(layers=(2, 3)), verify=False).layers == (2, 3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_skipping_everything_equals_the_identity_layer(family: str) -> None:
     model = tiny_model(family)
