@@ -69,8 +69,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--kv",
         default="keep",
         choices=KV_CHOICES,
-        help="token units: skipped tokens are still attended to (keep, as trained) or not (drop, "
-        "which saves their keys and values) [keep]",
+        help="attn_token, block_token: skipped tokens are still attended to (keep, as trained) or "
+        "not (drop, which saves their keys and values) [keep]",
     )
     parser.add_argument(
         "--verify", action="store_true", help="load it in a fresh process and compare logits"
@@ -83,11 +83,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def summary(done: Exported, seconds: float) -> list[tuple[str, str]]:
     """Return the rows of the closing table."""
+    load = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+    if done.mode == "adapter":
+        load = "megaskip.load_routers(model, folder) on the loaded base"
     return [
         ("mode", "; ".join([done.mode, *done.notes])),
         ("written", f"{human_bytes(done.written)} in {seconds:.2f} s"),
         ("shared with the base", human_bytes(done.linked)),
-        ("load", "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"),
+        ("load", load),
     ]
 
 

@@ -97,6 +97,11 @@ class RouterConfig:
         """Return what one decision covers: sequence or token."""
         return self.granularity.split("_")[1]
 
+    @property
+    def skips_attention_by_token(self) -> bool:
+        """Return whether single tokens skip attention, so that their keys and values matter."""
+        return self.unit == "token" and self.target != "mlp"
+
     def describe_threshold(self) -> str:
         """Return the threshold as text: "0.5", or "0.3113 to 0.6201 by layer"."""
         if isinstance(self.threshold, float):

@@ -45,11 +45,14 @@ def write_card(
 ) -> None:
     """Write README.md with the metadata that hubs read; `facts` are further rows of its table."""
     rows = [
-        ("method", "Router-Tuning / MindSkip (arXiv 2410.13184), one linear router a layer"),
+        (
+            "method",
+            f"Router-Tuning / MindSkip (arXiv 2410.13184), one {config.router} router a layer",
+        ),
         ("skips", f"{config.granularity} of layers {describe_layers(layers)}"),
         ("asked capacity", f"{config.capacity:g} of the routed units run"),
         ("threshold", f"{config.describe_threshold()} (scores are sigmoids), pool `{config.pool}`"),
-        ("keys and values of skipped tokens", "kept" if kv == "keep" else "dropped"),
+        *_kv_rows(config, kv),
         *facts.items(),
         ("megaskip", __version__),
     ]
@@ -59,6 +62,13 @@ def write_card(
     title = f"# {Path(made_from).name}, routed\n\nA model that learnt which layers it can skip."
     text = f"---\n{head}---\n\n{title}\n\n| | |\n|---|---|\n{table}\n\n{use}\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _kv_rows(config: RouterConfig, kv: str) -> list[tuple[str, str]]:
+    """Return the row on keys and values, where skipped tokens could have some."""
+    if not config.skips_attention_by_token:
+        return []
+    return [("keys and values of skipped tokens", "kept" if kv == "keep" else "dropped")]
 
 
 def card_metadata(base: Path, name: str) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def export_folder(
     if mode not in MODES:
         raise ConfigError(f"--mode {mode!r} is not one of {', '.join(MODES)}")
     config, layers, described = read_router_config(routers)
+    _require_droppable(config, mode, kv)
     require_new(output)
     name = described.name if described is not None else ""
     done = Exported(folder=output, mode=mode)
@@ -143,6 +144,19 @@ def require_new(output: Path) -> None:
     """Raise ConfigError when there is something at --output."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists and is not empty; name a new folder")
+
+
+def _require_droppable(config: RouterConfig, mode: str, kv: str) -> None:
+    """Raise ConfigError when keys and values are to be dropped that this export cannot drop."""
+    if kv == "drop" and mode == "adapter":
+        raise ConfigError(
+            "--kv drop is stored in a whole folder; --mode adapter has no place for it"
+        )
+    if kv == "drop" and not config.skips_attention_by_token:
+        raise ConfigError(
+            "--kv drop is for tokens that skip attention (attn_token, block_token); with "
+            f"{config.granularity} there is nothing to choose, leave it out"
+        )
 
 
 def _config_of(base: Path, described: BaseModel | None, mode: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from routed_models import export, padded_ids
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from megaskip import RouterConfig, attach_routers, load_routers, save_routers
+from megaskip import RouterConfig, attach_routers, detach_routers, load_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.errors import CheckpointError, ConfigError
@@ -210,6 +210,68 @@ def test_verifying_an_adapter_is_refused_before_it_is_written(
             [*source, "--output", str(tmp_path / "out"), "--mode", "adapter", "--verify"]
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "mode"),
+    [("attn_token", "adapter"), ("attn_sequence", "overlay"), ("mlp_token", "copy")],
+)
+def test_dropping_keys_and_values_that_an_export_cannot_drop_is_refused(
+    granularity: str, mode: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--kv drop"):
+        export("llama", tmp_path, granularity, mode=mode, kv="drop")
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "says"),
+    [("attn_sequence", None), ("mlp_token", None), ("block_token", "dropped")],
+)
+def test_card_tells_of_keys_and_values_where_single_tokens_skip_attention(
+    granularity: str, says: str | None, tmp_path: Path
+) -> None:
+    card = export("llama", tmp_path, granularity, kv="drop" if says else "keep") / "README.md"
+    row = f"| keys and values of skipped tokens | {says} |"
+    assert ("keys and values of skipped" in card.read_text()) == (says is not None)
+    assert (row in card.read_text()) == (says is not None)
+
+
+def test_card_names_the_kind_of_router(tmp_path: Path) -> None:
+    base, routers = tmp_path / "base", tmp_path / "routers"
+    model = tiny_model()
+    model.save_pretrained(base)
+    for kind in ("linear", "affine", "mlp"):
+        made = attach_routers(model, RouterConfig(router=kind))
+        save_routers(routers, made, base=describe_folder(base))
+        detach_routers(model)
+        export_folder(routers, base, tmp_path / kind)
+        assert f", one {kind} router a layer |" in (tmp_path / kind / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("adapter", "megaskip.load_routers(model, folder)"),
+        ("overlay", "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"),
+    ],
+)
+def test_the_closing_table_says_how_the_folder_is_loaded(
+    mode: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export("llama", tmp_path, mode="adapter")
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import convert_to_hf
+
+    source = ["--routers", str(tmp_path / "routers"), "--base", str(tmp_path / "base")]
+    convert_to_hf.main([*source, "--output", str(tmp_path / "out"), "--mode", mode])
+    loads = [line for line in capsys.readouterr().out.splitlines() if "load" in line]
+    assert len(loads) == 1
+    assert says in loads[0]
 
 
 def test_card_names_base_licence_and_what_is_skipped(tmp_path: Path) -> None:
