@@ -22,6 +22,7 @@ from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.watch import Watch
+from megaskip.run_folder import other_tokenizer
 
 logger = get_logger(__name__)
 
@@ -148,9 +149,10 @@ def _lm(options: argparse.Namespace, topology: Topology) -> MegaskipLM:
     else:
         lock_step = place.ds_content is not None
         runner = LocalRunner(loaded.model, loaded.routers, lock_step=lock_step, **shares)
+    named = other_tokenizer(None, Path(options.model), loaded.folder)
     return MegaskipLM(
         loaded.model,
-        load_tokenizer(loaded.folder),
+        load_tokenizer(loaded.folder) if named is None else named,
         runner=runner,
         shape=loaded.shape,
         batch_size=options.batch_size,
