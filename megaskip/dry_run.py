@@ -72,7 +72,8 @@ def _length(config: RunConfig, folder: Path, size: int) -> Iterator[tuple[str, s
     steps = config.optim.max_steps
     if steps is None:
         try:
-            data = build_dataset(config.data, load_tokenizer(config.model.tokenizer or folder))
+            named, trust = config.model.tokenizer or folder, config.model.trust_remote_code
+            data = build_dataset(config.data, load_tokenizer(named, trust_remote_code=trust))
         except ConfigError as error:
             yield "steps", f"not known without the data ({error}); give --max_steps"
             return

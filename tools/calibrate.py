@@ -69,7 +69,8 @@ def main(argv: Sequence[str]) -> None:
         optim=OptimConfig(micro_batch_size=options.micro_batch_size),
         parallel=ParallelConfig(ds_config=options.ds_config),
     )
-    tokenizer = load_tokenizer(model.tokenizer or base)
+    trust = model.trust_remote_code
+    tokenizer = load_tokenizer(model.tokenizer or base, trust_remote_code=trust)
     feed = Feed(
         data=build_dataset(with_demo(data), tokenizer),
         rank=topology.rank,

@@ -135,7 +135,8 @@ def measured(
     if options.layers is not None and not options.data:
         return None
     data, settings = read_as(options, base)
-    tokenizer = load_tokenizer(settings.tokenizer or base)
+    trust = settings.trust_remote_code
+    tokenizer = load_tokenizer(settings.tokenizer or base, trust_remote_code=trust)
     feed = Feed(
         data=build_dataset(with_demo(data), tokenizer),
         rank=0,

@@ -108,7 +108,7 @@ def require_same_run(path: Path, old: TrainerState, new: TrainerState) -> None:
     flags = {
         "seed": "--seed",
         "train": "--train",
-        "data_fingerprint": "--data (or its files, or --seq_length)",
+        "data_fingerprint": "--data (or its files, --seq_length, --packing, --streaming)",
     }
     for field, flag in flags.items():
         _require_equal(path, flag, getattr(old, field), getattr(new, field))

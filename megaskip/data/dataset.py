@@ -66,12 +66,17 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
         return _stream(config, sample_tokenizer, train, held_out, key)
     root = Path(config.cache_dir or "~/.cache/megaskip/data").expanduser()
     folder = root / key
-    if not folder.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock"):
-            if not folder.is_dir():
-                _build(folder, config, sample_tokenizer, train, held_out)
-    rows, kept, stats = open_store(folder)
+    try:
+        if not folder.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            with _locked(root / f"{key}.lock"):
+                if not folder.is_dir():
+                    _build(folder, config, sample_tokenizer, train, held_out)
+        rows, kept, stats = open_store(folder)
+    except OSError as error:
+        raise DataError(
+            f"--cache_dir {root}: tokenised data cannot be kept there ({error.strerror or error})"
+        ) from None
     return TokenizedData(train=rows, held_out=kept, stats=stats, fingerprint=key)
 
 

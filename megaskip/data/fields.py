@@ -34,7 +34,13 @@ class Fields:
 
     def text(self, key: str) -> str:
         value = self._present(key)
-        return value if isinstance(value, str) else self.wrong(key, value, "text")
+        if not isinstance(value, str):
+            self.wrong(key, value, "text")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half of a pair, as a cut-off emoji leaves it in JSON
+            self.wrong(key, value.encode(errors="replace").decode(), "text of whole characters")
+        return value
 
     def optional_text(self, key: str) -> str:
         return "" if self._fields.get(key) is None else self.text(key)

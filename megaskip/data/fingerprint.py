@@ -8,13 +8,14 @@ from typing import Any
 from megaskip.config import DataConfig
 from megaskip.data.source import Source, load_hub
 from megaskip.data.tokenize import SampleTokenizer
+from megaskip.errors import DataError
 
 _VERSION = 2
 """Raise when the same input would give other rows, or the store another layout."""
 
 _PROBE = "Hello  world,\n it's 12,345.67 o'clock \u2014 na\u00efve \u4f60\u597d <s> </s>"
 
-_SETTINGS = ("held_out", "seq_length", "packing", "max_samples", "seed")
+_SETTINGS = ("held_out", "seq_length", "packing", "max_samples", "seed", "streaming")
 
 
 def fingerprint(
@@ -54,8 +55,12 @@ def _content(source: Source) -> list[str]:
     if source.files:
         hashes = []
         for path in source.files:
-            with path.open("rb") as file:
-                hashes.append(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+            try:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+            hashes.append(f"{path.name}:{digest}")
         return hashes
     if source.streaming:
         return [source.name]

@@ -215,7 +215,8 @@ def _calls(turn: Fields, key: str) -> tuple[dict[str, Any], ...]:
             parsed_arguments = _from_json(arguments)
             arguments = arguments if parsed_arguments is None else parsed_arguments
         function = {"name": inner["name"], "arguments": arguments}
-        calls.append({"type": "function", "function": function})
+        identity = {"id": call["id"]} if call.get("id") else {}
+        calls.append({**identity, "type": "function", "function": function})
     return tuple(calls)
 
 

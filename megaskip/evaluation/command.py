@@ -75,6 +75,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--model", required=True, help="exported, run, router or plain Hugging Face folder, or demo"
     )
     add("--base", help="base model of a run or router folder [what it names]")
+    add(
+        "--tokenizer", help="folder or hub id [of a run: what it was trained with; else the base's]"
+    )
     add("--tasks", required=True, help="names, separated by commas")
     add("--include_path", help="folder with further task files (YAML)")
     add("--data_dir", help="folder with the files of the local_* tasks")
@@ -149,7 +152,7 @@ def _lm(options: argparse.Namespace, topology: Topology) -> MegaskipLM:
     else:
         lock_step = place.ds_content is not None
         runner = LocalRunner(loaded.model, loaded.routers, lock_step=lock_step, **shares)
-    named = other_tokenizer(None, Path(options.model), loaded.folder)
+    named = other_tokenizer(options.tokenizer, Path(options.model), loaded.folder)
     return MegaskipLM(
         loaded.model,
         load_tokenizer(loaded.folder) if named is None else named,

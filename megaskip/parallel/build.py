@@ -38,6 +38,8 @@ def build_engine(
     """
     hf_config = load_hf_config(folder, config.model)
     dtype = weight_dtype(config.model, hf_config)
+    if ds_content is not None:
+        require_dtype(ds_content, str(dtype).removeprefix("torch."))
     if topology.num_stages > 1:
         return _pipeline(config, topology, folder, hf_config, dtype)
     if config.model.train == "full":
@@ -50,7 +52,6 @@ def build_engine(
         model = load_whole(folder, hf_config, dtype, config.model, topology.device).eval()
         loss, handle = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), None
     else:
-        require_dtype(ds_content, str(dtype).removeprefix("torch."))
         loss, handle = shard_backbone(config, folder, hf_config, dtype, ds_content)
     verify_task_loss(loss)
     routers = attach_routers(loss.model, config.router, register=False)

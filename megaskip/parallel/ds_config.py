@@ -99,6 +99,9 @@ def _require_objects(path: str, content: Any) -> None:
     sections = {"the file": content}
     if isinstance(content, dict):
         sections |= {name: content[name] for name in _SECTIONS if name in content}
+        zero = content.get("zero_optimization", {})
+        if isinstance(zero, dict) and "offload_param" in zero:
+            sections["zero_optimization.offload_param"] = zero["offload_param"]
     for name, value in sections.items():
         if not isinstance(value, dict):
             raise ConfigError(f"--ds_config {path}: {name} must be an object, found {value!r}")
@@ -179,6 +182,7 @@ def _pipeline_conflicts(path: str, content: dict[str, Any], config: RunConfig) -
     zero = content.get("zero_optimization", {})
     ignored = [f"pipeline.{key}" for key in section if key not in owned]
     ignored += [f"zero_optimization.{key}" for key in zero if key != "stage"]
+    ignored += [key for key in content if key in _PASSED_ON]
     if ignored and not problems:
         names = ", ".join(ignored)
         problems.append(

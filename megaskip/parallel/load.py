@@ -102,19 +102,17 @@ def load_partitioned(
 
     Each rank maps the safetensors shards and copies its own slice of every tensor: no
     communication, and a rank reads 1/W of the bytes. Models whose stored names are not those of the
-    module (MoE experts that transformers fuses on loading) go through from_pretrained, where rank 0
-    reads and scatters.
+    module (MoE experts that transformers fuses on loading), or that store buffers, go through
+    from_pretrained, where rank 0 reads and scatters.
     """
     import deepspeed
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
     shards = tensor_files(folder)
     offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
-    names = _parameter_names(hf_config, config)
-    if not shards or offload == "nvme" or not names <= shards.keys():
-        why = (
-            "NVMe offload" if offload == "nvme" else "stored tensor names differ from the module's"
-        )
+    why = _why_scattered(skeleton(hf_config, config), shards)
+    if offload == "nvme" or why:
+        why = why or "NVMe offload"
         logger.info("weights are read by rank 0 and scattered (%s)", why)
         return _load_by_transformers(folder, hf_config, dtype, config, ds_config)
     # zero.Init makes torch.arange follow the weights' type, which would round RoPE's frequencies to
@@ -199,9 +197,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(handle.keys(), single)
 
 
-def _parameter_names(hf_config: Any, config: ModelConfig) -> set[str]:
-    """Return the names of the model's parameters, tied ones once, without making any."""
-    return {name for name, _ in skeleton(hf_config, config).named_parameters()}
+def _why_scattered(model: nn.Module, shards: Mapping[str, Path]) -> str | None:
+    """Return why ranks cannot fill their partitions of `model` from the shards, None if they
+    can."""
+    parameters = {name for name, _ in model.named_parameters()}
+    if not shards or not parameters <= shards.keys():
+        return "stored tensor names differ from the module's"
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    return "the model stores buffers, too" if buffers else None
 
 
 def skeleton(hf_config: Any, config: ModelConfig) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megaskip.arch.stage import Slice
@@ -40,27 +40,48 @@ def load_stage(
     """
     shards = tensor_files(folder)
     model = _without_weights(hf_config, config, dtype)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    alone = set(names.values()) <= shards.keys() or is_a_model(model, part)
+    alone = {name for name, _ in model.named_parameters()} <= shards.keys()
+    alone = alone or is_a_model(model, part)
     if not alone:
         logger.info("every rank reads the whole model (its layers differ by their number)")
         whole = load_whole(folder, hf_config, dtype, config, torch.device("cpu"))
         return cut(whole).eval().to(device)
+    names, exact = _stored_names(model), _kept_exact(model)
     stage = cut(model).eval()
-    wanted = {names[id(parameter)] for parameter in stage.parameters()}
-    if wanted <= shards.keys():
-        filled = _from_files(stage, names, shards, device)
+    # Buffers count that are stored, such as the bias by which experts are chosen.
+    buffers = [one for one in stage.buffers() if names.get(id(one)) in shards]
+    wanted = {names[id(one)]: one for one in (*stage.parameters(), *buffers)}
+    if wanted.keys() <= shards.keys():
+        stored = _from_files(wanted, shards)
     else:
-        stored = converted(model, part, wanted, shards, dtype)
-        filled = {
-            id(one): _parameter(stored[names[id(one)]], one, names[id(one)], device)
-            for one in stage.parameters()
-        }
+        stored = iter(converted(model, part, set(wanted), shards, dtype).items())
+    filled = {
+        id(wanted[name]): _own(tensor, wanted[name], name, device, exact(name))
+        for name, tensor in stored
+        if name in wanted
+    }
     for module in stage.modules():
-        for name, held in module._parameters.items():
-            if held is not None:
-                module._parameters[name] = filled[id(held)]
+        for held in (module._parameters, module._buffers):
+            for name, one in held.items():
+                if one is not None:
+                    held[name] = filled.get(id(one), one)  # type: ignore[assignment]
     return stage.to(device)
+
+
+def _stored_names(model: nn.Module) -> dict[int, str]:
+    """Return the name of each parameter and stored buffer, by its id; tied ones have the first."""
+    stored = model.state_dict(keep_vars=True)
+    return {id(stored[name]): name for name in reversed(stored)}
+
+
+def _kept_exact(model: nn.Module) -> Callable[[str], bool]:
+    """Return what tells the names of tensors that transformers keeps in float32."""
+    parts = {
+        part
+        for kind in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for part in getattr(model, kind, None) or ()
+    }
+    return lambda name: any(part in name for part in parts)
 
 
 def _without_weights(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -87,32 +108,26 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _from_files(
-    stage: nn.Module, names: Mapping[int, str], shards: Mapping[str, Path], device: torch.device
-) -> dict[int, nn.Parameter]:
-    """Return each parameter of the stage with its stored values, by its id; tied ones are one."""
-    filled: dict[int, nn.Parameter] = {}
-    wanted: dict[Path, list[nn.Parameter]] = {}
-    for parameter in stage.parameters():
-        wanted.setdefault(shards[names[id(parameter)]], []).append(parameter)
-    for file, parameters in sorted(wanted.items()):
+    wanted: Mapping[str, Tensor], shards: Mapping[str, Path]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stored values of each wanted tensor, file by file."""
+    for file in sorted({shards[name] for name in wanted}):
         try:
             with safe_open(file, framework="pt") as handle:
-                for one in parameters:
-                    stored = handle.get_tensor(names[id(one)])
-                    filled[id(one)] = _parameter(stored, one, f"{file}: {names[id(one)]}", device)
+                for name in (name for name in wanted if shards[name] == file):
+                    yield name, handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise MegaskipError(f"{file}: cannot read the weights ({error})") from None
-    return filled
 
 
 @torch.no_grad()
-def _parameter(
-    stored: torch.Tensor, like: nn.Parameter, what: str, device: torch.device
-) -> nn.Parameter:
+def _own(stored: Tensor, like: Tensor, name: str, device: torch.device, exact: bool) -> Tensor:
+    """Return the stored values in a parameter or buffer such as `like`, in float32 if `exact`."""
     if stored.shape != like.shape:
         raise MegaskipError(
-            f"{what} has shape {tuple(stored.shape)}, config.json asks for {tuple(like.shape)}"
+            f"{name} has shape {tuple(stored.shape)}, config.json asks for {tuple(like.shape)}"
         )
+    dtype = torch.float32 if exact else like.dtype
     # A copy of its own: what is mapped from a file would be read again under memory pressure.
-    own = torch.empty(like.shape, dtype=like.dtype, device=device).copy_(stored)
-    return nn.Parameter(own, requires_grad=False)
+    own = torch.empty(like.shape, dtype=dtype, device=device).copy_(stored)
+    return nn.Parameter(own, requires_grad=False) if isinstance(like, nn.Parameter) else own

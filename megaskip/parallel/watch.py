@@ -81,6 +81,8 @@ class Watch:
                     f"{lost}; this is rank {self._topology.rank}. {self._advice}"
                 ) from None
             return
+        if error is None:
+            dist.barrier()  # a rank that is ready lives on while others still work
         self._stop.set()
         self._thread.join(timeout=2 * _INTERVAL)
         if error is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spawn import Ranks, start, train
+from spawn import Ranks, run_worker, start, train
 
 from megaskip import job
 from megaskip.parallel.engine import Engine
@@ -189,6 +189,10 @@ def test_sigterm_on_one_stage_saves_on_all_and_resume_is_exact(data: Path, tmp_p
     again = train(tmp_path / "again", *settings, "--resume", "auto")
     assert [p.returncode for p in again.processes] == [0, 0], again.tails()
     assert metrics(folder) == metrics(tmp_path / "whole")
+
+
+def test_a_rank_that_is_done_is_not_taken_for_dead_while_another_works() -> None:
+    assert run_worker("patient", 2, silence=3, work=7.0) == [True, True]
 
 
 def test_resume_never_drops_later_checkpoints(data: Path, uninterrupted: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megaskip.parallel.engine import Engine
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.topology import Topology, process_group, read_topology
+from megaskip.parallel.watch import Watch
 from megaskip.parallel.zero3 import prepare_deepspeed
 
 ROWS, TOKENS = 2, 24
@@ -219,6 +221,14 @@ def _randomise(routers: Any) -> None:
     with torch.no_grad():
         for parameter in routers.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def patient(silence: int, work: float) -> bool:
+    """Let the first rank work for `work` seconds after all others are done, while all watch."""
+    topology = read_topology(os.environ)
+    with Watch(topology, silence=silence):
+        time.sleep(work if topology.is_first else 0)
+    return True
 
 
 def _batch(seed: int, packed: bool) -> Batch:

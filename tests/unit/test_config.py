@@ -146,6 +146,10 @@ def test_shipped_deepspeed_files_are_accepted_and_resolved(path: Path) -> None:
         ({"fp16": {"enabled": True}}, "enables fp16"),
         ({"bf16": {"enabled": True}}, "enables bf16, but --dtype is float32"),
         ({"bf16": True}, "bf16 must be an object, found True"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": None}},
+            "zero_optimization.offload_param must be an object, found None",
+        ),
         ({"steps_per_prints": 1}, "no effect here (did you mean steps_per_print?)"),
         ({"activation_checkpointing": {}}, "sets activation_checkpointing, which has no effect"),
     ],

@@ -160,6 +160,7 @@ def test_fingerprint_follows_all_that_matters_and_nothing_else(
         build_dataset(changed(config, seq_length=65), tokenizer),
         build_dataset(changed(config, seed=2), tokenizer),
         build_dataset(changed(config, packing=True), tokenizer),
+        build_dataset(changed(config, streaming=True), tokenizer),
         build_dataset(changed(config, chat_template=str(tmp_path / "t.jinja")), tokenizer),
         build_dataset(config, fast_tokenizer(MARKED)),
         build_dataset(config, fast_tokenizer(bos=False)),
@@ -167,7 +168,26 @@ def test_fingerprint_follows_all_that_matters_and_nothing_else(
     ]
     write_lines(tmp_path / "qa.jsonl", questions(41))
     others.append(build_dataset(config, tokenizer))
-    assert len({base, *(data.fingerprint for data in others)}) == 9
+    assert len({base, *(data.fingerprint for data in others)}) == 10
+
+
+def test_fingerprint_does_not_follow_the_path_by_which_the_data_are_named(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("qa.jsonl", "./qa.jsonl", str(tmp_path / "qa.jsonl"))
+    named, other = (
+        {build_dataset(changed(config, data=(n,)), fast_tokenizer()).fingerprint for n in which}
+        for which in (names, ("qa.jsonl:2",))
+    )
+    assert len(named) == 1
+    assert named != other
+
+
+def test_a_cache_that_cannot_be_made_is_one_message(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="--cache_dir .*Not a directory"):
+        build_dataset(changed(config, cache_dir=str(tmp_path / "file/cache")), fast_tokenizer())
 
 
 def test_damaged_cache_is_noticed(config: DataConfig) -> None:

@@ -99,7 +99,11 @@ def test_openai_tool_calls_get_their_arguments_as_objects() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
     sample = read({"messages": [{"role": "user", "content": "Q"}, turn]})
-    assert sample.messages[1].tool_calls[0]["function"]["arguments"] == {"x": 1}
+    assert sample.messages[1].tool_calls[0] == {
+        "id": "1",
+        "type": "function",
+        "function": {"name": "f", "arguments": {"x": 1}},
+    }
     assert sample.messages[1].content == ""
 
 
@@ -118,6 +122,7 @@ ASK = {"role": "user", "content": "Q"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"question": "Q", "answer": 3}, "field 'answer' is the number 3; expected text"),
     ({"text": ["a"]}, "field 'text' is the list [\"a\"]; expected text"),
+    ({"text": "hi \ud83d"}, "field 'text' is text \"hi ?\"; expected text of whole characters"),
     ({"conversations": "hi"}, "field 'conversations' is the text \"hi\"; expected a list"),
     ({"messages": []}, "field 'messages' is the list []; expected at least one entry"),
     ({"messages": ["hi"]}, "field 'messages[0]' is the text \"hi\"; expected an object"),
