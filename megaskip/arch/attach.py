@@ -10,7 +10,7 @@ from megaskip.arch.part import LayerElsewhere
 from megaskip.arch.probe import probe_layer
 from megaskip.arch.stage import DecoderStage
 from megaskip.arch.sublayer import is_routed, unroute
-from megaskip.arch.wiring import wire
+from megaskip.arch.wiring import unwire, wire
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.errors import ConfigError, UnsupportedModelError
 from megaskip.routing import PREFIX, RouterSet
@@ -89,7 +89,6 @@ def detach_routers(model: nn.Module) -> None:
     for module in anatomy.decoder.modules():
         if is_routed(module):
             unroute(module)
-    for handle in anatomy.decoder.__dict__.pop("_skip_hooks", ()):
-        handle.remove()
+    unwire(anatomy.decoder)
     if hasattr(model, PREFIX):
         delattr(model, PREFIX)

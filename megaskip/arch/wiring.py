@@ -36,26 +36,37 @@ def wire(
 def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
     """Let plain calls of the model announce themselves: what is real comes from the attention
     mask."""
-
-    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
-        if routers.take_announcement():
-            return
-        held = held_by(past) if config_is_sequence else {}
-        routers.begin(None if held else _pooling(routers, _token_mask(args, kwargs)), held)
-
-    def remember(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and config_is_sequence and not held_by(cache):
-            hold(cache, routers.decisions())
-
-    config_is_sequence = routers.config.unit == "sequence"
+    # The hooks find the routers on the decoder: a deep copy of a model has its own there.
+    decoder.__dict__["_skip_routers"] = routers
     decoder.__dict__["_skip_hooks"] = (
-        decoder.register_forward_pre_hook(announce, with_kwargs=True),
-        decoder.register_forward_hook(remember, with_kwargs=True),
+        decoder.register_forward_pre_hook(_announce, with_kwargs=True),
+        decoder.register_forward_hook(_remember, with_kwargs=True),
     )
+
+
+def unwire(decoder: nn.Module) -> None:
+    """Take the hooks off a decoder."""
+    for handle in decoder.__dict__.pop("_skip_hooks", ()):
+        handle.remove()
+    decoder.__dict__.pop("_skip_routers", None)
+
+
+def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    routers: RouterSet = module.__dict__["_skip_routers"]
+    if routers.take_announcement():
+        return
+    is_sequence = routers.config.unit == "sequence"
+    held = held_by(kwargs.get("past_key_values")) if is_sequence else {}
+    routers.begin(None if held else _pooling(routers, _token_mask(args, kwargs)), held)
+
+
+def _remember(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    routers: RouterSet = module.__dict__["_skip_routers"]
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None and routers.config.unit == "sequence" and not held_by(cache):
+        hold(cache, routers.decisions())
 
 
 def _pooling(routers: RouterSet, token_mask: Tensor) -> Pooling:
@@ -79,6 +90,7 @@ def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     everything = torch.ones(batch, tokens, dtype=torch.bool, device=inputs.device)
     if not isinstance(mask, Tensor) or tokens == 1:
         return everything
-    # A mask of every pair, as `generate` makes for a static cache: what the last token may see.
-    last = mask[:, 0, -1, :tokens]
-    return (last if mask.dtype == torch.bool else last == 0).expand_as(everything)
+    # A mask of every pair, as `generate` makes for a static cache: real is what sees itself, in
+    # layers with a sliding window, too.
+    itself = mask[:, 0, :, :tokens].diagonal(dim1=-2, dim2=-1)
+    return (itself if mask.dtype == torch.bool else itself == 0).expand_as(everything)

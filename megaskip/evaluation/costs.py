@@ -66,10 +66,15 @@ class _Layer:
     window: int | None
     """Tokens that a token sees, itself included; None for all before it."""
 
-    def pairs(self, tokens: float) -> float:
-        """Return how many (query, key) pairs `tokens` causal tokens make."""
-        seen = min(tokens, self.window or tokens)
-        return seen * (seen + 1) / 2 + (tokens - seen) * seen
+    def pairs(self, tokens: float, share: float = 1.0) -> float:
+        """Return how many (query, key) pairs a `share` of `tokens` causal tokens makes.
+
+        A window is over the text, of which these tokens are taken to be a share everywhere.
+        """
+        seen = self.window or tokens
+        if tokens <= seen:
+            return tokens * share * (tokens * share + 1) / 2
+        return (seen * (seen + 1) / 2 + (tokens - seen) * seen) * share**2
 
 
 class CostModel:
@@ -99,12 +104,13 @@ class CostModel:
         for index, layer in enumerate(self._layers):
             place = self._routed.get(index)
             share = 1.0 if place is None else kept[place] / max(units[place], 1.0)
-            attended = tokens * self._attended(share)
+            attended = self._attended(share)
             ran = tokens * (share if self._target in ("mlp", "block") else 1.0)
-            attention = attended * layer.attention + layer.pairs(attended) * self._pair
+            attention = tokens * attended * layer.attention
+            attention += layer.pairs(tokens, attended) * self._pair
             flops += attention * layer.has_attention + ran * layer.mlp * layer.has_mlp
             dense += tokens * (layer.attention + layer.mlp) + layer.pairs(tokens) * self._pair
-            held += min(attended, layer.window or attended) * layer.has_attention
+            held += min(tokens, layer.window or tokens) * attended * layer.has_attention
             dense_held += min(tokens, layer.window or tokens)
         return Cost(
             kept=sum(kept),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megaskip.data.tokenizer import load_tokenizer
@@ -139,7 +140,8 @@ class MegaskipLM(HFLM):
         """Return the text generated for each prompt; the prompt is what is pooled."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            self._require_room(request.args[1].get("max_gen_toks", self.max_gen_toks))
+            options = normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks)
+            self._require_room(options["max_gen_toks"])
             groups[repr(request.args[1])].append(number)
         order: list[list[int]] = []
         for numbers in groups.values():

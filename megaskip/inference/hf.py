@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers import conversion_mapping as conversions
+from transformers.generation import GenerationMode
 
 from megaskip.arch.anatomy import find_decoder
 from megaskip.arch.wiring import wire
@@ -52,6 +53,7 @@ class _RoutedModel:
     """What a routed model adds to its family's class."""
 
     _skip_mapping: Any
+    config_class: Any = MegaskipConfig
     _keep_in_fp32_modules_strict = frozenset({PREFIX})
     # Decisions change what is computed, which a full graph cannot.
     _can_compile_fullgraph = False
@@ -77,7 +79,8 @@ class _RoutedModel:
         routers.flow = InferenceFlow(unit=settings.unit, kv=kv)
         wire(anatomy, routers)
         self.add_module(PREFIX, routers)  # type: ignore[attr-defined]
-        self.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True)  # type: ignore[attr-defined]
+        # First: where the model is the decoder itself, the decoder's own hook asks for it.
+        self.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -118,6 +121,14 @@ class _RoutedModel:
         chosen = {"capacity": routers.config.capacity, "threshold": routers.config.threshold}
         self.config.routing = {**self.config.routing, **chosen}  # type: ignore[attr-defined]
 
+    def _validate_generation_mode(self, mode: Any, config: Any, kwargs: Any) -> None:
+        """Refuse ways to generate in which a first forward pass is not the prompt alone."""
+        if self._is_routed() and self.get_submodule(PREFIX).config.unit == "sequence":  # type: ignore[attr-defined]
+            found = [name for name, wrong in _not_the_prompt(mode, config).items() if wrong]
+            if found:
+                raise ValueError(_JUDGED_BY_PROMPT.format(found[0]))
+        super()._validate_generation_mode(mode, config, kwargs)  # type: ignore[misc]
+
     def _is_routed(self) -> bool:
         return hasattr(self, PREFIX)
 
@@ -155,6 +166,11 @@ class MegaskipModel(_RoutedModel):
         cls._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
 
 
+_JUDGED_BY_PROMPT = (
+    "generate() with {} does not go with routers that decide per sequence: they judge a text by "
+    "its first forward pass, which must hold the whole prompt and nothing else, and keep that in "
+    "the cache. Leave it out, or use routers that decide per token"
+)
 _NO_CONTINUOUS_BATCHING = (
     "megaskip models do not run under continuous batching: it puts all requests into one row, "
     "where a router cannot tell them apart. Use generate() on a padded batch"
@@ -199,6 +215,15 @@ def _share_conversions(family: str, model_type: str) -> None:
     mapping = conversions.get_checkpoint_conversion_mapping(family)
     if mapping is not None:
         conversions.register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+
+
+def _not_the_prompt(mode: Any, config: Any) -> dict[str, bool]:
+    """Return what of a generation's settings keeps a first forward pass from being the prompt."""
+    return {
+        "use_cache=False": config.use_cache is False,
+        "prefill_chunk_size": getattr(config, "prefill_chunk_size", None) is not None,
+        "assisted decoding or prompt lookup": mode == GenerationMode.ASSISTED_GENERATION,
+    }
 
 
 def _family(content: dict[str, Any]) -> str:

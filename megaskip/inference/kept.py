@@ -114,7 +114,9 @@ class KeptRows(KeptLayer):
 
     def _skip_crop(self, tokens: int) -> None:
         if self.is_initialized:
-            super(KeptLayer, self).crop(-tokens)  # type: ignore[misc]
+            # Of none: sliding layers must hear of it, older full layers would take 0 for a length.
+            if tokens or getattr(self, "record_past", False):
+                super(KeptLayer, self).crop(-tokens)  # type: ignore[misc]
         elif hasattr(self, "cumulative_length"):
             self.cumulative_length -= tokens
 

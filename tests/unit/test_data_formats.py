@@ -122,7 +122,7 @@ ASK = {"role": "user", "content": "Q"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"question": "Q", "answer": 3}, "field 'answer' is the number 3; expected text"),
     ({"text": ["a"]}, "field 'text' is the list [\"a\"]; expected text"),
-    ({"text": "hi \ud83d"}, "field 'text' is text \"hi ?\"; expected text of whole characters"),
+    ({"text": "hi \ud83d"}, "field 'text' is the text \"hi ?\"; expected text of whole characters"),
     ({"conversations": "hi"}, "field 'conversations' is the text \"hi\"; expected a list"),
     ({"messages": []}, "field 'messages' is the list []; expected at least one entry"),
     ({"messages": ["hi"]}, "field 'messages[0]' is the text \"hi\"; expected an object"),

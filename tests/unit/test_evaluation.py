@@ -5,12 +5,14 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from families import tiny_model
 from routed_models import randomise
 
 from megaskip import RouterConfig, attach_routers
@@ -18,6 +20,7 @@ from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.evaluation import EvalReport, evaluate_model, quick_table
 from megaskip.evaluation.command import parse
+from megaskip.evaluation.costs import CostModel
 from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.paired import difference, standard_error
@@ -181,6 +184,27 @@ def test_dropped_tokens_cost_neither_flops_nor_memory() -> None:
     assert dropped.flop_ratio < 1
     # 4 of 8 layers are routed.
     assert dropped.kv_ratio == pytest.approx(1 - 0.5 * (dropped.skip_ratio or 0))
+
+
+def test_a_window_is_over_the_text_of_which_a_share_is_kept() -> None:
+    model = tiny_model("mistral", sliding_window=4)
+    routers = attach_routers(model, RouterConfig(granularity="attn_token", layers="2-4"))
+    routers.flow = InferenceFlow(unit="token", kv="drop")
+    cost = CostModel(model, routers).price(16, 1, [8.0] * 3, [16.0] * 3)
+    assert (cost.dense_kv, cost.kv) == (6 * 4, 3 * 4 + 3 * 2)
+    short = CostModel(model, routers).price(2, 1, [1.0] * 3, [2.0] * 3)
+    assert (short.dense_kv, short.kv) == (6 * 2, 3 * 2 + 3 * 1)
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens"])
+def test_the_length_of_an_answer_is_read_by_every_name(name: str) -> None:
+    lm = MegaskipLM(demo(None), TOKENIZER, max_length=64)
+    options = {"until": ["\n"], "do_sample": False, name: 4}
+    asked = [SimpleNamespace(args=("Say it.", options), task_name="demo_answers", doc_id=0)]
+    assert len(lm.generate_until(asked)) == 1
+    options[name] = 64
+    with pytest.raises(ConfigError, match="may have 64 tokens"):
+        lm.generate_until(asked)
 
 
 def test_an_earlier_reports_dense_answers_are_reused() -> None:

@@ -1,6 +1,7 @@
 """Inference leaves out what is skipped, and changes nothing else."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from megaskip.config import GRANULARITIES
 from megaskip.inference.flow import InferenceFlow
+from megaskip.inference.hf import MegaskipModel
 
 KINDS = [(granularity, "keep") for granularity in GRANULARITIES]
 KINDS += [("attn_token", "drop"), ("block_token", "drop")]
@@ -271,6 +273,64 @@ def test_static_cache_computes_everything_and_says_so(granularity: str) -> None:
     else:
         found = model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_static_cache_with_sliding_windows_decides_on_the_whole_prompt(family: str) -> None:
+    model = as_exported(*trained(family, sliding_window=4))
+    ids, mask = padded_ids(rows=6, tokens=24)
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    kept = dict(model.skip_routers.keep())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it computes everything
+        found = model.generate(
+            ids, attention_mask=mask, cache_implementation="static", disable_compile=True, **options
+        )
+    assert 0 < sum(float(one.mean()) for one in kept.values()) < len(kept)
+    for layer, one in model.skip_routers.keep().items():
+        assert torch.equal(one, kept[layer])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "way", [{"use_cache": False}, {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}]
+)
+def test_generation_whose_first_pass_is_not_the_prompt_is_refused(way: dict[str, Any]) -> None:
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    ids = whole_ids(1, 13)
+    with pytest.raises(ValueError, match="judge a text by its first forward pass"):
+        as_exported(*trained("llama")).generate(ids, **options, **way)
+    by_token = as_exported(*trained("llama", "attn_token"))
+    assert torch.equal(by_token.generate(ids, **options, **way), by_token.generate(ids, **options))
+
+
+def test_a_deep_copy_decides_for_itself() -> None:
+    model = as_exported(*trained("llama"))
+    first, second = whole_ids(6, 9), whole_ids(4, 11, seed=1)
+    with torch.no_grad():
+        expected = model(second).logits
+        model.generate(first, max_new_tokens=2, do_sample=False, eos_token_id=None)
+        before = model.capacity()
+        other = copy.deepcopy(model)
+        assert torch.equal(other(second).logits, expected)
+    assert model.capacity() == before
+
+
+def test_a_decoder_alone_takes_a_prompt_mask_for_one_call() -> None:
+    causal = as_exported(*trained("llama"))
+    model = MegaskipModel._from_config(causal.config).eval()
+    state = {k.removeprefix("model."): v for k, v in causal.state_dict().items()}
+    model.load_state_dict({k: v for k, v in state.items() if k != "lm_head.weight"})
+    ids, others = whole_ids(6, 9), whole_ids(3, 5, seed=1)
+    prompt_mask = torch.arange(9).expand_as(ids) < 2
+    with torch.no_grad():
+        plain, short = model(ids)[0], model(others)[0]
+        judged = model(ids, prompt_mask=prompt_mask)[0]
+        assert not torch.equal(judged, plain)
+        assert torch.equal(model(ids)[0], plain)
+        model(ids, prompt_mask=prompt_mask)
+        assert torch.equal(model(others)[0], short)
 
 
 class OtherLayer(DynamicLayer):
