@@ -39,15 +39,16 @@ def allocate(
     drop), or half as far when that lost more: costs are those of one unit at a time, and do not
     add up when much is skipped. They are measured beside the best decisions so far, in the first
     round beside those of `near`, which has thresholds allocated for a capacity next to this one.
-    Thresholds with a higher loss are never taken. A round costs R + 1 forward passes, and those of
-    two searches for the capacity.
+    Thresholds are taken when their loss is lower by more than the standard error of the difference
+    over units (the one-standard-error rule): what only fits these very texts is worse on others. A
+    round costs R + 1 forward passes, and those of two searches for the capacity.
     Raises ConfigError for decisions per token.
     """
     routers = engine.routers
     assert routers is not None
     require_rounds(routers.config, rounds)
     routers.configure(routers.settled_config())
-    best, kept = routers.config, engine.evaluate(batches, routed=True)
+    best, (losses, kept) = routers.config, _unit_losses(engine, batches)
     beside, measured, step = near or best, None, 1.0
     for _ in range(rounds):
         if measured is not beside:
@@ -59,13 +60,13 @@ def allocate(
             routers.place(_thresholds(costs[0], worth, capacity, present, step))
             engine.calibrate(batches, capacity=capacity)
             routers.configure(routers.settled_config())
-            found = engine.evaluate(batches, routed=True)
-            if abs(found.capacity - capacity) <= TOLERANCE and found.loss < kept.loss:
-                best, kept = routers.config, found
+            found, share = _unit_losses(engine, batches)
+            if abs(share - capacity) <= TOLERANCE and _is_lower(found, losses):
+                best, losses, kept = routers.config, found, share
         beside, step = best, step / 2
         progress()
     routers.configure(best)
-    return kept.capacity
+    return kept
 
 
 def require_rounds(config: RouterConfig, rounds: int) -> None:
@@ -98,6 +99,29 @@ def _above(logits: Tensor, share: float) -> float:
     if round(share * len(logits)) in (0, len(logits)):  # all or none, of other text, too
         return math.inf if share < 0.5 else -math.inf
     return quantile(logits, 1 - share)
+
+
+def _unit_losses(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tensor, float]:
+    """Return (summed loss of each unit of all ranks' `batches`, float64 [N], the share that they
+    keep). Collective."""
+    assert engine.routers is not None
+    losses, keep = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0)]
+    for batch in batches:
+        found = engine.unit_losses(batch)
+        if batch is not None:
+            decisions = list(engine.routers.decisions().values())
+            losses.append(found[decisions[0].unit_mask].double().cpu())
+            keep += [one.keep[one.unit_mask].cpu() for one in decisions]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (torch.cat(losses), torch.cat(keep)))
+    shares = torch.cat([kept for _, kept in everywhere])
+    return torch.cat([loss for loss, _ in everywhere]), float(shares.double().mean())
+
+
+def _is_lower(losses: Tensor, others: Tensor) -> bool:
+    """Return whether the mean of [N] is lower by more than the error of the paired difference."""
+    gap = others - losses
+    return float(gap.mean()) > float(gap.std(correction=0)) / math.sqrt(len(gap))
 
 
 def skip_costs(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tensor, Tensor]:

@@ -163,16 +163,17 @@ class EvalReport:
             label,
             value,
         ]
-        if self.dense is not None and gap is not None:
-            cells += [
-                f"{self.dense[name].metrics[metric].value:.4f}",
-                f"{gap.value:+.4f}",
-                f"[{gap.low:+.4f}, {gap.high:+.4f}]",
-            ]
+        if self.dense is not None:
+            cells.append(f"{self.dense[name].metrics[metric].value:.4f}")
+            cells += ["-", "-"] if gap is None else [f"{gap.value:+.4f}", _interval(gap)]
         skipped = cost.skip_ratio
         ratios = ["-" if skipped is None else f"{skipped:.3f}"]
         ratios += [f"{cost.flop_ratio:.3f}", f"{cost.kv_ratio:.3f}"]
         return cells + (ratios if is_first else ["", "", ""])
+
+
+def _interval(gap: Difference) -> str:
+    return f"[{gap.low:+.4f}, {gap.high:+.4f}]"
 
 
 _TITLES = [

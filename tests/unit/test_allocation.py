@@ -16,7 +16,7 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.evaluation.allocation import allocate, skip_costs
+from megaskip.evaluation.allocation import _is_lower, allocate, skip_costs
 from megaskip.evaluation.calibration import calibrate_all, with_points
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
@@ -157,6 +157,16 @@ def test_routers_that_mislead_give_way_to_whole_layers(
     assert found.capacity_per_layer == pytest.approx((0.0, 1.0, 0.0, 1.0), abs=0.1)
     with engine.routers.every_gate_open():
         assert engine.evaluate(texts, routed=True).loss == pytest.approx(found.loss, abs=0.01)
+
+
+def test_a_loss_that_is_lower_by_chance_is_not_lower() -> None:
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randn(400, generator=generator, dtype=torch.float64)
+    noise = torch.randn(400, generator=generator, dtype=torch.float64)
+    noise -= noise.mean()
+    assert not _is_lower(others, others)
+    assert not _is_lower(others + noise - 0.04, others)  # its standard error is 0.05
+    assert _is_lower(others + noise - 0.06, others)
 
 
 def test_what_does_not_lose_less_is_not_taken(
