@@ -73,6 +73,7 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
                 if not folder.is_dir():
                     _build(folder, config, sample_tokenizer, train, held_out)
         rows, kept, stats = open_store(folder)
+        stats = stats.named(source.name for source in (*train, *held_out))
     except OSError as error:
         raise DataError(
             f"--cache_dir {root}: tokenised data cannot be kept there ({error.strerror or error})"

@@ -1,8 +1,8 @@
 """What became of the data, in numbers, and when that is worth a warning or an error."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 
 from megaskip.data.tokenize import Tokenised
 from megaskip.errors import DataError
@@ -61,6 +61,11 @@ class DataStats:
     held_out_rows: int
     duplicates_of_held_out: int
     """Training rows left out because a held-out row has the same tokens."""
+
+    def named(self, names: Iterable[str]) -> "DataStats":
+        """Return the same counts of the same data by other names: a cache knows only the first."""
+        pairs = zip(self.sources, names, strict=True)
+        return replace(self, sources=tuple(replace(one, name=name) for one, name in pairs))
 
     @property
     def total(self) -> SourceStats:

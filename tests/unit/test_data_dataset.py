@@ -176,6 +176,9 @@ def test_fingerprint_does_not_follow_the_path_by_which_the_data_are_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = ("qa.jsonl", "./qa.jsonl", str(tmp_path / "qa.jsonl"))
+    for name in names:
+        shown = build_dataset(changed(config, data=(name,)), fast_tokenizer()).stats.lines()
+        assert shown[0].startswith(f"data {name}:")
     named, other = (
         {build_dataset(changed(config, data=(n,)), fast_tokenizer()).fingerprint for n in which}
         for which in (names, ("qa.jsonl:2",))
