@@ -31,7 +31,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync(draft)
         if path.exists():
             os.replace(path, old)
-        os.replace(draft, path)
+        try:
+            os.replace(draft, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         why = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write {path}: {why}") from None

@@ -118,6 +118,25 @@ def test_a_full_disk_is_one_message_whoever_notices_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["r"]
 
 
+def test_what_cannot_be_replaced_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "kept").touch()
+    replace, calls = os.replace, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr("megaskip.checkpoint.atomic.os.replace", second_fails)
+    with pytest.raises(CheckpointError, match="Input/output error"), new_folder(tmp_path / "r"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["r", "kept"]
+
+
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
