@@ -60,6 +60,9 @@ def load_stage(
         for name, tensor in stored
         if name in wanted
     }
+    missing = [name for name, one in wanted.items() if id(one) not in filled]
+    if missing:
+        raise MegaskipError(f"{folder}: no stored tensor becomes {missing[0]}; is it complete?")
     for module in stage.modules():
         for held in (module._parameters, module._buffers):
             for name, one in held.items():
