@@ -266,7 +266,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seeds", type=_numbers, default="0,1,2", help="[0,1,2]")
     methods = "static,random,uniform,published,ours"
     add("--methods", type=lambda t: t.split(","), default=methods, help=f"[{methods}]")
-    add("--ours", default="ours", choices=RECIPES, help="which one the others are set against")
+    add("--ours", choices=RECIPES, help="which one the others are set against [ours]")
     add("--layers", default="half", help="as --layers of launch/train.py [half]")
     add("--steps", type=int, default=300, help="of each training, 16 rows each [300]")
     add("--seq_length", type=int, default=256, help="[256]")
@@ -278,8 +278,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     unknown = [method for method in options.methods if method not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {unknown[0]!r} is not one of {', '.join(METHODS)}")
-    if options.ours not in options.methods:
+    if options.ours not in (None, *options.methods):
         raise ConfigError(f"--ours {options.ours} is not among --methods; add it there")
+    options.ours = options.ours or "ours"
     return options
 
 

@@ -1,6 +1,7 @@
 """A comparison puts every method at the same skip and pairs it with the dense model by document."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megaskip.parallel.load import DEMO_FOLDER
 from megaskip.parallel.topology import process_group, read_topology
 
 DOCUMENTS = 24
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,18 @@ def test_what_cannot_be_compared_is_refused(comparison: Comparison, tmp_path: Pa
     save_routers(tmp_path / "routers", attach_routers(model, RouterConfig(layers="4-6")))
     with pytest.raises(ConfigError, match="routes layers"):
         comparison.take(tmp_path / "routers", 0.25)
+
+
+def test_the_one_that_others_are_set_against_is_among_them() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from compare import parse
+    finally:
+        sys.path.pop(0)
+    usual = ["--model", "m", "--data", "d", "--output", "o", "--methods", "static,random"]
+    assert parse(usual).ours == "ours"
+    with pytest.raises(ConfigError, match="--ours allocated is not among --methods"):
+        parse([*usual, "--ours", "allocated"])
 
 
 def test_documents_come_from_all_over_the_held_out_text() -> None:
