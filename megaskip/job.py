@@ -34,7 +34,7 @@ from megaskip.parallel.preflight import preflight
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.watch import Watch
 from megaskip.reporting.summary import human_bytes, table, versions
-from megaskip.run_folder import choose_run_folder, other_tokenizer, write_run_file
+from megaskip.run_folder import choose_run_folder, given_tokenizer, write_run_file
 from megaskip.trainer import Trainer
 
 logger = get_logger(__name__)
@@ -187,11 +187,11 @@ def _trainer(
         model: Any = engine.module.model
         transformers_logging.disable_progress_bar()  # of one shard, again at every checkpoint
         model.save_pretrained(path, max_shard_size="1TB")
-        tokenizer = other_tokenizer(None, output_dir, folder)
-        if tokenizer is None:
-            trust = config.model.trust_remote_code
-            tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-        tokenizer.save_pretrained(path)
+        given_tokenizer(
+            config.model.tokenizer or folder,
+            config.data.chat_template,
+            trust_remote_code=config.model.trust_remote_code,
+        ).save_pretrained(path)
 
     return Trainer(
         config=config,

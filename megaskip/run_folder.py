@@ -56,18 +56,23 @@ def other_tokenizer(named: str | None, run: Path | None, base: Path) -> Any | No
     if model["tokenizer"] is None and template is None:
         return None
     trust = model["trust_remote_code"]
-    tokenizer = load_tokenizer(model["tokenizer"] or base, trust_remote_code=trust)
+    return given_tokenizer(model["tokenizer"] or base, template, trust_remote_code=trust)
+
+
+def given_tokenizer(source: str | Path, template: str | None, *, trust_remote_code: bool) -> Any:
+    """Return the tokenizer of `source` with the chat template in the file `template`, if any."""
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if template is not None:
-        tokenizer.chat_template = _template_of(run, Path(template).expanduser())
+        tokenizer.chat_template = _template_in(Path(template).expanduser())
     return tokenizer
 
 
-def _template_of(run: Path, file: Path) -> str:
+def _template_in(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{run} was trained with --chat_template {file}, which cannot be read "
+            f"the run was trained with --chat_template {file}, which cannot be read "
             f"({error.strerror or error}); put it back, or name a tokenizer with --tokenizer"
         ) from None
 
