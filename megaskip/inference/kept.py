@@ -114,7 +114,8 @@ class KeptRows(KeptLayer):
 
     def _skip_crop(self, tokens: int) -> None:
         if self.is_initialized:
-            # Of none: sliding layers must hear of it, older full layers would take 0 for a length.
+            # With no token to remove, sliding layers must still hear of it, while full layers of
+            # older transformers would take 0 for the length to keep.
             if tokens or getattr(self, "record_past", False):
                 super(KeptLayer, self).crop(-tokens)  # type: ignore[misc]
         elif hasattr(self, "cumulative_length"):
