@@ -15,6 +15,7 @@ from torch import Tensor
 from megaskip.config import RouterConfig
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
+from megaskip.evaluation.similarity import UpdateSimilarity
 from megaskip.parallel.engine import Engine, quantile
 from megaskip.routing import RouterSet, Worth
 
@@ -34,39 +35,38 @@ def allocate(
     """Give each routed layer its own threshold, so that `batches` of all ranks lose less when
     they keep `capacity`; returns what they keep. Collective.
 
-    Begins at the thresholds that the routers have. A round tries what the costs of skipping say is
-    best, for routers that are trusted and for routers that are not (whole layers, as in a static
-    drop), or half as far when that lost more: costs are those of one unit at a time, and do not
-    add up when much is skipped. They are measured beside the best decisions so far, in the first
-    round beside those of `near`, which has thresholds allocated for a capacity next to this one.
-    Thresholds are taken when their loss is lower by more than the standard error of the difference
-    over units (the one-standard-error rule): what only fits these very texts is worse on others. A
-    round costs R + 1 forward passes, and those of two searches for the capacity.
+    Begins at the thresholds that the routers have, or with the static drop of whole layers that
+    change their input least (LLM-Drop, arXiv 2406.15786) where that loses less. A round tries what
+    the costs of skipping say is best, for routers that are trusted and for routers that are not
+    (whole layers again), or half as far when that lost more: costs are those of one unit at a time,
+    and do not add up when much is skipped. They are measured beside the best decisions so far, in
+    the first round beside those of `near`, which has thresholds allocated for a capacity next to
+    this one. Thresholds are taken when their loss is lower by more than the standard error of the
+    difference over units (the one-standard-error rule): what only fits these very texts is worse on
+    others. A round costs R + 1 forward passes, and those of two searches for the capacity; the
+    static drop one, and those of one search.
     Raises ConfigError for decisions per token.
     """
     routers = engine.routers
     assert routers is not None
     require_rounds(routers.config, rounds)
     routers.configure(routers.settled_config())
-    best, (losses, kept) = routers.config, _unit_losses(engine, batches)
-    beside, measured, step = near or best, None, 1.0
+    found = _Best(engine, batches, capacity)
+    if rounds:
+        found.consider(*_static_drop(engine, batches, capacity))
+    beside, measured, step = near or found.config, None, 1.0
     for _ in range(rounds):
         if measured is not beside:
             routers.configure(beside)
-            present = list(routers.threshold_logits.values())
-            measured, step, costs = beside, 1.0, skip_costs(engine, batches)
+            measured, step, (logits, costs) = beside, 1.0, skip_costs(engine, batches)
+            present = _shares_above(logits, routers)
         for trust in (1.0, 0.0):
-            worth = Worth.fit(*costs, trust=trust)
-            routers.place(_thresholds(costs[0], worth, capacity, present, step))
-            engine.calibrate(batches, capacity=capacity)
-            routers.configure(routers.settled_config())
-            found, share = _unit_losses(engine, batches)
-            if abs(share - capacity) <= TOLERANCE and _is_lower(found, losses):
-                best, losses, kept = routers.config, found, share
-        beside, step = best, step / 2
+            best = _shares_worth(logits, Worth.fit(logits, costs, trust=trust), capacity)
+            found.consider(logits, present + step * (best - present))
+        beside, step = found.config, step / 2
         progress()
-    routers.configure(best)
-    return kept
+    routers.configure(found.config)
+    return found.kept
 
 
 def require_rounds(config: RouterConfig, rounds: int) -> None:
@@ -81,17 +81,39 @@ def require_rounds(config: RouterConfig, rounds: int) -> None:
         )
 
 
-def _thresholds(
-    logits: Tensor, lines: Worth, capacity: float, present: Sequence[float], step: float
-) -> list[float]:
-    """Return each layer's threshold, in logits: a `step` from the share of its units that is above
-    the `present` one towards the share that is worth most."""
+class _Best:
+    """The thresholds at which a text loses least, of those considered that keep a capacity."""
+
+    def __init__(self, engine: Engine, batches: Sequence[Batch | None], capacity: float) -> None:
+        """Begin with the thresholds that the routers have. Collective, as is `consider`."""
+        assert engine.routers is not None
+        self._engine, self._batches, self._capacity = engine, batches, capacity
+        self._routers = engine.routers
+        self.config = self._routers.config
+        self._losses, self.kept = _unit_losses(engine, batches)
+
+    def consider(self, logits: Tensor, shares: Tensor) -> None:
+        """Try the thresholds that `shares` [R] of the layers' `logits` [R, N] are above, moved
+        together to where they keep the capacity."""
+        places = [_above(row, share) for row, share in zip(logits, shares.tolist(), strict=True)]
+        self._routers.place(places)
+        self._engine.calibrate(self._batches, capacity=self._capacity)
+        self._routers.configure(self._routers.settled_config())
+        losses, kept = _unit_losses(self._engine, self._batches)
+        if abs(kept - self._capacity) <= TOLERANCE and _is_lower(losses, self._losses):
+            self.config, self._losses, self.kept = self._routers.config, losses, kept
+
+
+def _shares_worth(logits: Tensor, lines: Worth, capacity: float) -> Tensor:
+    """Return the shares of the layers' units [R] that make the `capacity` worth most."""
     worth = lines.of(logits)
-    best = (worth >= quantile(worth.flatten(), 1 - capacity)).double().mean(1)
-    above = logits > torch.tensor(present, dtype=torch.float64)[:, None]
-    now = above.double().mean(1)
-    wanted = (now + step * (best - now)).tolist()
-    return [_above(of_layer, share) for of_layer, share in zip(logits, wanted, strict=True)]
+    return (worth >= quantile(worth.flatten(), 1 - capacity)).double().mean(1)
+
+
+def _shares_above(logits: Tensor, routers: RouterSet) -> Tensor:
+    """Return the shares of the layers' units [R] that are above their thresholds."""
+    present = torch.tensor(list(routers.threshold_logits.values()), dtype=torch.float64)
+    return (logits > present[:, None]).double().mean(1)
 
 
 def _above(logits: Tensor, share: float) -> float:
@@ -99,6 +121,30 @@ def _above(logits: Tensor, share: float) -> float:
     if round(share * len(logits)) in (0, len(logits)):  # all or none, of other text, too
         return math.inf if share < 0.5 else -math.inf
     return quantile(logits, 1 - share)
+
+
+def _static_drop(
+    engine: Engine, batches: Sequence[Batch | None], capacity: float
+) -> tuple[Tensor, Tensor]:
+    """Return (logits of all units of all ranks' `batches`, float64 [R, N], the shares of the
+    layers' units [R] that a static drop keeps): all of those that change most what they read.
+    Collective."""
+    routers = engine.routers
+    assert routers is not None
+    logits = [torch.zeros(len(routers.layers), 0, dtype=torch.float64)]
+    seen = UpdateSimilarity(engine.module.model, routers.config.target)
+    with routers.every_gate_open(), seen.watching():
+        for batch in batches:
+            seen.announce(batch.token_mask if batch is not None else None)
+            engine.unit_losses(batch)
+            if batch is not None:
+                units = [one.logit[one.unit_mask] for one in routers.decisions().values()]
+                logits.append(torch.stack(units).double().cpu())
+    everywhere = _of_all_ranks((torch.cat(logits, dim=1), seen.sums[list(routers.layers)]))
+    similarity = torch.stack([sums for _, sums in everywhere]).sum(0)
+    rank = similarity.argsort().argsort()  # 0 changes most
+    shares = (capacity * len(rank) - rank).clamp(0, 1)
+    return torch.cat([of_rank for of_rank, _ in everywhere], dim=1), shares
 
 
 def _unit_losses(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tensor, float]:
@@ -112,10 +158,15 @@ def _unit_losses(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tenso
             decisions = list(engine.routers.decisions().values())
             losses.append(found[decisions[0].unit_mask].double().cpu())
             keep += [one.keep[one.unit_mask].cpu() for one in decisions]
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (torch.cat(losses), torch.cat(keep)))
+    everywhere = _of_all_ranks((torch.cat(losses), torch.cat(keep)))
     shares = torch.cat([kept for _, kept in everywhere])
     return torch.cat([loss for loss, _ in everywhere]), float(shares.double().mean())
+
+
+def _of_all_ranks(mine: Any) -> list[Any]:
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    return everywhere
 
 
 def _is_lower(losses: Tensor, others: Tensor) -> bool:
@@ -137,9 +188,7 @@ def skip_costs(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tensor,
         found = _skip_costs(engine, engine.routers, batch)
         if batch is not None:
             mine.append(found)
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, torch.cat(mine, dim=2))
-    logits, costs = torch.cat(everywhere, dim=2)
+    logits, costs = torch.cat(_of_all_ranks(torch.cat(mine, dim=2)), dim=2)
     return logits, costs
 
 

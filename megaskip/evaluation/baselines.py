@@ -1,20 +1,15 @@
 """What one could skip without learning: the least useful attention, any, or every n-th.
 
 A baseline skips whole sublayers of whole documents, exactly as many as it is asked to, on average
-over documents. Shapes: B documents, T tokens, D hidden.
+over documents. Shapes: B documents.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-
-from megaskip.arch.anatomy import find_decoder
-from megaskip.arch.sites import find_sites
-from megaskip.data import Batch
+from torch import Tensor
 
 _GOLDEN = 0.6180339887498949
 
@@ -22,51 +17,6 @@ Order = Callable[[int, int], Sequence[int]]
 """(document, how many it skips) -> layers, the first of which it skips."""
 Policy = Callable[[Sequence[int]], Mapping[int, Tensor]]
 """Documents -> what each routed layer keeps of them, float32 [B, 1], for RouterSet.force."""
-
-
-@torch.no_grad()
-def update_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, float]:
-    """Return for each layer the mean cos(X, X + Attn(LN(X))) over the real tokens of `batches`.
-
-    High: the attention changes little, and is dropped first. Source: LLM-Drop, arXiv 2406.15786.
-    """
-    anatomy = find_decoder(model)
-    sums = dict.fromkeys(range(len(anatomy.layers)), 0.0)
-    tokens, mask = 0, torch.zeros(0)
-
-    def watch(index: int, layer: nn.Module) -> list[Any]:
-        inputs: list[Tensor] = []
-
-        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs[:] = [args[0] if args else kwargs["hidden_states"]]
-
-        def compare(_: nn.Module, __: Any, output: Any) -> None:
-            update = output[0] if isinstance(output, tuple) else output
-            before = inputs[0].float()
-            cosine = nn.functional.cosine_similarity(before, before + update.float(), dim=-1)
-            sums[index] += float(cosine[mask].double().sum())
-
-        site = layer.get_submodule(find_sites(layer, anatomy.model_type).attention_update)
-        return [
-            layer.register_forward_pre_hook(note, with_kwargs=True),
-            site.register_forward_hook(compare),
-        ]
-
-    handles = [h for i, layer in enumerate(anatomy.layers) for h in watch(i, layer)]
-    try:
-        for batch in batches:
-            mask = batch.token_mask
-            tokens += int(mask.sum())
-            anatomy.decoder(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {index: total / max(tokens, 1) for index, total in sums.items()}
 
 
 def static_order(similarity: Mapping[int, float], layers: Sequence[int]) -> Order:

@@ -29,12 +29,12 @@ from megaskip.evaluation.baselines import (
     skipping,
     static_order,
     uniform_order,
-    update_similarity,
 )
 from megaskip.evaluation.costs import CostModel
 from megaskip.evaluation.paired import ratio_difference
 from megaskip.evaluation.pareto import Contrast, Point
 from megaskip.evaluation.scoring import Scores, pair_accuracy, read_pairs, score, text_batches
+from megaskip.evaluation.similarity import update_similarity
 from megaskip.inference.flow import InferenceFlow
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.engine import Engine

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.evaluation.allocation import _is_lower, allocate, skip_costs
+from megaskip.evaluation.allocation import _is_lower, _static_drop, allocate, skip_costs
 from megaskip.evaluation.calibration import calibrate_all, with_points
+from megaskip.evaluation.similarity import update_similarity
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.routing import Worth
@@ -140,13 +142,19 @@ def test_layers_that_cost_more_keep_more_and_the_text_loses_less(engine: Engine)
 def test_routers_that_mislead_give_way_to_whole_layers(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two layers cost nothing; trusted routers say the opposite, so only whole layers find that."""
+    """Two layers cost nothing; trusted routers and the static drop say the opposite, so only whole
+    layers by their costs find that."""
     assert engine.routers is not None
+
+    def opposite(*given: Any) -> tuple[Tensor, Tensor]:
+        logits, shares = _static_drop(*given)
+        return logits, 1 - shares
 
     def fit(logits: Tensor, costs: Tensor, *, trust: float) -> Worth:
         return Worth.fit(logits, -costs if trust else costs, trust=trust)
 
     monkeypatch.setattr("megaskip.evaluation.allocation.Worth", SimpleNamespace(fit=fit))
+    monkeypatch.setattr("megaskip.evaluation.allocation._static_drop", opposite)
     with torch.no_grad():
         for index in (1, 3):
             engine.module.model.model.layers[index].self_attn.o_proj.weight.zero_()
@@ -157,6 +165,29 @@ def test_routers_that_mislead_give_way_to_whole_layers(
     assert found.capacity_per_layer == pytest.approx((0.0, 1.0, 0.0, 1.0), abs=0.1)
     with engine.routers.every_gate_open():
         assert engine.evaluate(texts, routed=True).loss == pytest.approx(found.loss, abs=0.01)
+
+
+def test_nothing_better_than_a_static_drop_leaves_the_static_drop(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def useless(engine: Engine, texts: list[Batch | None]) -> tuple[Tensor, Tensor]:
+        logits, costs = skip_costs(engine, texts)
+        return logits, -costs
+
+    monkeypatch.setattr("megaskip.evaluation.allocation.skip_costs", useless)
+    texts = said(engine, 4)
+    engine.calibrate(texts, capacity=0.375)  # one layer and a half of four
+    kept = allocate(engine, texts, 0.375, rounds=1)
+    found = engine.evaluate(texts, routed=True)
+    assert kept == found.capacity == pytest.approx(0.375, abs=0.01)
+    model, routers = engine.module.model, engine.routers
+    assert routers is not None
+    with routers.every_gate_open():
+        similarity = update_similarity(model, [one for one in texts if one is not None])
+    by_change = sorted(routers.layers, key=similarity.__getitem__)
+    share = dict(zip(routers.layers, found.capacity_per_layer, strict=True))
+    assert by_change[0] == COSTLY
+    assert [share[layer] for layer in by_change] == pytest.approx([1, 0.5, 0, 0], abs=0.04)
 
 
 def test_a_loss_that_is_lower_by_chance_is_not_lower() -> None:
@@ -201,8 +232,7 @@ def test_costs_are_measured_beside_what_was_found_for_the_next_capacity(
     monkeypatch.setattr("megaskip.evaluation.allocation.skip_costs", watched)
     small, large = calibrate_all(engine, texts, texts, [0.5, 0.3], rounds=1)
     assert (small.capacity, large.capacity) == (0.3, 0.5)
-    alike, beside = seen
-    assert isinstance(alike, float)
+    _, beside = seen
     assert beside == large.threshold
     assert isinstance(beside, tuple)
 

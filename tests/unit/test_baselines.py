@@ -17,10 +17,10 @@ from megaskip.evaluation.baselines import (
     skipping,
     static_order,
     uniform_order,
-    update_similarity,
 )
 from megaskip.evaluation.paired import ratio_difference
 from megaskip.evaluation.scoring import read_pairs, score, text_batches
+from megaskip.evaluation.similarity import UpdateSimilarity, update_similarity
 from megaskip.parallel.load import DEMO_FOLDER
 
 LAYERS = (1, 2, 3, 4)
@@ -60,6 +60,23 @@ def test_similarity_is_that_of_the_residual_before_and_after_the_attention(famil
     assert routers.layers == (1, 2, 3)
     direct = torch.nn.functional.cosine_similarity(states[2][0], kept, dim=-1).mean()
     assert found[2] == pytest.approx(float(direct), abs=1e-5)
+
+
+@pytest.mark.parametrize("target", ["mlp", "block"])
+def test_similarity_of_what_else_may_be_routed(target: str) -> None:
+    """The stream before and after, as a layer whose other sublayer is zeroed returns it."""
+    model, one = tiny_model("gemma2"), batch()
+    seen = UpdateSimilarity(model, target)
+    with torch.no_grad(), seen.watching():
+        if target == "mlp":
+            model.model.layers[2].self_attn.o_proj.weight.zero_()
+        seen.announce(one.token_mask)
+        states = model(one.input_ids, output_hidden_states=True).hidden_states
+        seen.announce(None)
+        model(one.input_ids)  # counts for nothing
+    direct = torch.nn.functional.cosine_similarity(states[2], states[3], dim=-1).mean()
+    assert float(seen.sums[2]) / seen.tokens == pytest.approx(float(direct), abs=1e-5)
+    assert seen.tokens == one.token_mask.sum()
 
 
 @pytest.mark.parametrize("count", [1.0, 1.5, 2.75])
