@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from megaskip.parallel.preempt import Preemption
 from megaskip.parallel.results import EvalResult, StepResult
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.metrics import MetricsWriter
+from megaskip.reporting.progress import Watched
 from megaskip.reporting.summary import closing_rows, human_bytes, peak_memory_gib, table, versions
 from megaskip.routing import PREFIX
 
@@ -123,7 +125,8 @@ class Trainer:
         if routers is None or routers.config.budget != "global" or not rows:
             return
         self.save()  # what is trained is safe while this takes its time
-        self.calibrated = self.engine.calibrate(self.feed.calibration(rows))
+        calibration = self._watched(self.feed.calibration(rows), "calibrating, a pass")
+        self.calibrated = self.engine.calibrate(calibration)
         logger.info(
             "calibrated on training data: capacity %.4f at threshold %s",
             self.calibrated,
@@ -175,6 +178,7 @@ class Trainer:
         if not batches:
             return {}
         routers = self.engine.routers
+        batches = self._watched(batches, "held out")
         if routers is None:
             return {"loss": self.engine.evaluate(batches, routed=False).loss}
         dense = self.engine.evaluate(batches, routed=False)
@@ -357,6 +361,10 @@ class Trainer:
             disable=not self.config.log.progress,
             mininterval=0.5,
         )
+
+    def _watched(self, batches: Sequence[Batch | None], desc: str) -> Watched:
+        shown = self.topology.is_first and self.config.log.progress
+        return Watched(batches, desc, disable=not shown)
 
 
 class _Nothing:

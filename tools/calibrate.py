@@ -39,6 +39,7 @@ from megaskip.job import run_cli
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.topology import process_group, read_topology
+from megaskip.reporting.progress import Watched
 from megaskip.reporting.summary import table
 
 
@@ -93,9 +94,10 @@ def main(argv: Sequence[str]) -> None:
         ) as bar,
     ):
         engine = routed_engine(config, topology, base, routers)
+        hidden = None if topology.is_first else True
         points = calibrate_all(
             engine,
-            feed.calibration(options.rows),
+            Watched(feed.calibration(options.rows), "a pass", disable=hidden),
             held_out,
             capacities,
             rounds=options.allocate,

@@ -18,6 +18,7 @@ from megaskip.parallel.load import (
     load_hf_config,
     load_partitioned,
     load_whole,
+    say_if_slow,
     skeleton,
     weight_dtype,
 )
@@ -38,6 +39,7 @@ def build_engine(
     """
     hf_config = load_hf_config(folder, config.model)
     dtype = weight_dtype(config.model, hf_config)
+    say_if_slow(dtype, topology.device)
     if ds_content is not None:
         require_dtype(ds_content, str(dtype).removeprefix("torch."))
     if topology.num_stages > 1:

@@ -28,6 +28,7 @@ from megaskip.parallel.load import (
     find_model_folder,
     load_hf_config,
     load_whole,
+    say_if_slow,
     skeleton,
     weight_dtype,
 )
@@ -131,6 +132,7 @@ def _exported(
         kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
         # The package's own code, the same that the folder carries.
         model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto")
+        say_if_slow(model.dtype, place.topology.device)
         model.to(place.topology.device).eval().requires_grad_(False)
         routers = model.get_submodule(PREFIX) if routing is not None else None
         what = "sublayers dropped" if routing is None else routing["granularity"]
@@ -168,6 +170,7 @@ class _Backbone:
         self._shape: Any = None
         self.model: Any
         dtype = weight_dtype(backbone, hf_config)
+        say_if_slow(dtype, self._device)
         if place.topology.num_stages > 1:
             self._staged = load_staged(folder, hf_config, dtype, backbone, place.topology)
             self._shape = skeleton(hf_config, backbone)

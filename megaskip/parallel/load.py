@@ -2,6 +2,7 @@
 partition."""
 
 import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,21 @@ def weight_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
         return torch.float32 if config.dtype == "float32" else torch.bfloat16
     stored = getattr(hf_config, "dtype", None) or torch.float32
     return torch.bfloat16 if stored == torch.float16 else stored
+
+
+def say_if_slow(dtype: torch.dtype, device: torch.device) -> None:
+    """Log that the other type would be faster, where a CPU can only emulate bfloat16."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if dtype == torch.bfloat16 and device.type == "cpu" and x86 and not _multiplies_bfloat16():
+        logger.info(
+            "bfloat16 on a CPU without instructions for it: --dtype float32 needs twice the memory "
+            "and a fraction of the time"
+        )
+
+
+def _multiplies_bfloat16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is None or supported()
 
 
 def load_whole(

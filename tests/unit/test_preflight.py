@@ -1,6 +1,7 @@
 """Preflight names the node that differs or has too little."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from megaskip.config import RunConfig
 from megaskip.errors import RankError
+from megaskip.parallel.load import say_if_slow
 from megaskip.parallel.preflight import Report, find_problems, preflight
 from megaskip.parallel.topology import process_group, read_topology
 
@@ -96,3 +98,29 @@ def test_weights_need_memory_where_they_are_kept(
         else:
             with pytest.raises(RankError, match="1.00 GiB of memory free"):
                 checked()
+
+
+@pytest.mark.parametrize(
+    ("machine", "instructions", "dtype", "said"),
+    [
+        ("x86_64", False, torch.bfloat16, True),
+        ("x86_64", True, torch.bfloat16, False),
+        ("x86_64", False, torch.float32, False),
+        ("aarch64", False, torch.bfloat16, False),
+    ],
+)
+def test_a_cpu_that_emulates_bfloat16_is_said_to_be_slow(
+    machine: str,
+    instructions: bool,
+    dtype: torch.dtype,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        say_if_slow(dtype, torch.device("cpu"))
+        say_if_slow(dtype, torch.device("cuda"))
+    assert caplog.text.count("--dtype float32 needs twice the memory") == int(said)

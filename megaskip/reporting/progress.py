@@ -1,0 +1,24 @@
+"""Batches that show how far a pass over them is."""
+
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+from megaskip.data import Batch
+
+
+class Watched(list[Batch | None]):
+    """A list of batches; going through it draws a bar, which is gone at the end."""
+
+    def __init__(
+        self, batches: Iterable[Batch | None], desc: str, *, disable: bool | None = None
+    ) -> None:
+        """`disable` is tqdm's: None draws on a terminal only."""
+        super().__init__(batches)
+        self._desc, self._disable = desc, disable
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        passed = super().__iter__()
+        return iter(
+            tqdm(passed, desc=self._desc, total=len(self), leave=False, disable=self._disable)
+        )
