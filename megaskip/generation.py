@@ -97,10 +97,16 @@ def _problems(options: argparse.Namespace) -> Iterator[str]:
         yield f"--top_p {options.top_p:g} is for sampling; give a --temperature above 0"
     if options.picture and options.num_beams > 1:
         yield "--picture shows one text, which beams are not; leave it out, or use --num_beams 1"
+    if options.output and options.prompts and _same_file(options.output, options.prompts):
+        yield f"--output {options.output} is the file of --prompts; name another"
     if options.output and Path(options.output).is_dir():
         yield f"--output {options.output}: this is a folder; name a file"
     elif options.output and not Path(options.output).parent.is_dir():
         yield f"--output {options.output}: there is no folder {Path(options.output).parent}"
+
+
+def _same_file(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:

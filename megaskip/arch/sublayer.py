@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from megaskip.arch.sites import Sites
+from megaskip.errors import UnsupportedModelError
 
 
 class SublayerGate(Protocol):
@@ -168,6 +169,12 @@ def _route(
     module: nn.Module, mixin: type[_Routed], gate: SublayerGate, site: str, **extra: Any
 ) -> nn.Module:
     base = type(module)
+    if "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{base.__name__} has a forward of its own on the instance, which hides the routing: "
+            "the model was dispatched (device_map) or patched. Attach routers before that, or "
+            "export them and load the folder with device_map"
+        )
     module.__class__ = routed_class(base, mixin)  # type: ignore[arg-type]
     for name, value in {"gate": gate, "base": base, "site": site, **extra}.items():
         module.__dict__[f"_skip_{name}"] = value

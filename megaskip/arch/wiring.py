@@ -40,7 +40,7 @@ def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
     decoder.__dict__["_skip_routers"] = routers
     decoder.__dict__["_skip_hooks"] = (
         decoder.register_forward_pre_hook(_announce, with_kwargs=True),
-        decoder.register_forward_hook(_remember, with_kwargs=True),
+        decoder.register_forward_hook(_remember, with_kwargs=True, always_call=True),
     )
 
 
@@ -53,6 +53,7 @@ def unwire(decoder: nn.Module) -> None:
 
 def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     routers: RouterSet = module.__dict__["_skip_routers"]
+    routers.turn.begin()
     if routers.take_announcement():
         return
     is_sequence = routers.config.unit == "sequence"
@@ -64,7 +65,12 @@ def _remember(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     routers: RouterSet = module.__dict__["_skip_routers"]
-    cache = getattr(output, "past_key_values", None)
+    routers.turn.end()
+    if output is None:  # the forward pass failed
+        return
+    cache = kwargs.get("past_key_values")
+    if cache is None:  # made by the model
+        cache = getattr(output, "past_key_values", None)
     if cache is not None and routers.config.unit == "sequence" and not held_by(cache):
         hold(cache, routers.decisions())
 

@@ -19,6 +19,7 @@ from megaskip.errors import CheckpointError
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place when the block ends well."""
+    path = path.resolve()  # of a link, what it leads to
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -75,6 +76,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _sync(folder: Path) -> None:
-    for file in folder.iterdir():
+    for file in filter(Path.is_file, folder.rglob("*")):
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

@@ -70,7 +70,8 @@ def save_checkpoint(
 def checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in output_dir.glob("step_*") if (path / COMPLETE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    numbered = [path for path in found if path.name.removeprefix("step_").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def prune(output_dir: Path, keep_last: int) -> None:

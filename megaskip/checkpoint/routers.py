@@ -2,6 +2,7 @@
 need."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ _ADDED = {"capacity_low", "calibrated", "router"}
 
 def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None = None) -> Path:
     """Write a router folder, atomically, and return its path. `base` names the model they belong
-    to. Older routers there are replaced; raises CheckpointError where something else is."""
+    to. Older routers there are replaced, files beside them stay; raises CheckpointError where
+    something else is."""
     path = Path(path)
     if path.exists() and not (path / CONFIG).is_file() and not _is_empty(path):
         raise CheckpointError(f"{path} holds something else than routers; name a new folder")
     with new_folder(path) as folder:
+        if path.is_dir():
+            shutil.copytree(path, folder, dirs_exist_ok=True)
         write_router_files(folder, routers, base)
     return path
 

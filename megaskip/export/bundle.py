@@ -20,6 +20,7 @@ _MODULES = (
     "routing/any_budget",
     "routing/flow",
     "routing/gate",
+    "routing/turn",
     "routing/routers",
     "arch/anatomy",
     "arch/sites",

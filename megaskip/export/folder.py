@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_folder, is_hub_id
 from megaskip.checkpoint.header import METADATA, read_header
@@ -39,10 +41,9 @@ _TOKENIZER = {
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
     *("chat_template.jinja", "chat_template.json"),
 }
+_TEMPLATES = "additional_chat_templates"
 """What a base's tokenizer is read from; beside another one's files it would be mixed with them."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
-_SMALL = 1 << 20
-"""Bytes up to which an overlay copies a file, so that editing it leaves the base alone."""
 
 
 @dataclass(kw_only=True)
@@ -71,8 +72,8 @@ def export_folder(
 ) -> Exported:
     """Write `output` from a router folder and its base model's folder, whole or not at all.
 
-    `tokenizer` takes the place of the base's (None leaves its files as they are); `facts` are
-    numbers of the run for the model card; `progress` is told the bytes of each file that is done.
+    `tokenizer` takes the place of the base's; `facts` are numbers of the run for the model card;
+    `progress` is told the bytes of each file that is done.
     Raises CheckpointError or ConfigError.
     """
     if mode not in MODES:
@@ -93,16 +94,21 @@ def export_folder(
             named = {f"{PREFIX}.{name}": tensor for name, tensor in tensors.items()}
             write_tensors(folder / ROUTER_SHARD, named)
             _put_weights(folder, base, list(named), done, progress)
-            put_rest(folder, base, done, tokenizer)
+            put_rest(folder, base, tokenizer)
             write_json(folder / "config.json", routed_config(base_config, config, layers, kv))
+            _let_use_cache(folder / "generation_config.json")
             (folder / CODE).write_text(bundled_code(), encoding="utf-8")
         family = str(base_config.get("model_type"))
         made_from = base_name(name, base)
         rows = {"base model": f"{made_from} ({family}), frozen, unchanged", **(facts or {})}
         write_card(folder, config, layers, base, made_from, mode=mode, kv=kv, facts=rows)
-    own = sum(file.stat().st_size for file in output.iterdir())
-    done.written = own - done.linked
+    done.written = size_of(output) - done.linked
     return done
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def routed_config(
@@ -116,7 +122,14 @@ def routed_config(
     if config.calibrated:
         routing["calibrated"] = [list(pair) for pair in config.calibrated]
     routing |= {"penalty_weight": config.penalty_weight, "layers": list(layers), "kv": kv}
-    return {**own_config(base), "routing": routing}
+    # Training leaves use_cache off; decisions are kept in the cache.
+    cached = {"use_cache": True} if base.get("use_cache") is False else {}
+    return {**own_config(base), **cached, "routing": routing}
+
+
+def _let_use_cache(path: Path) -> None:
+    if path.is_file() and (content := read_json(path)).get("use_cache") is False:
+        write_json(path, {**content, "use_cache": True})
 
 
 def own_config(base: dict[str, Any]) -> dict[str, Any]:
@@ -213,22 +226,36 @@ def weight_map_of(base: Path) -> dict[str, str]:
     return dict.fromkeys(sorted(names), RENAMED_SINGLE)
 
 
-def put_rest(folder: Path, base: Path, done: Exported, tokenizer: Any | None = None) -> None:
-    """Bring generation config, licence, tokenizer and chat template along; the last two from
-    `tokenizer` where it is given."""
-    left = _NOT_CARRIED
+def put_rest(folder: Path, base: Path, tokenizer: Any | None = None) -> None:
+    """Copy generation config, licence, tokenizer and chat template; the last two from `tokenizer`
+    where it is given.
+
+    The base's tokenizer is written anew, as what it is: which class reads its files depends on the
+    model_type beside them, and the exported folder's is another. Nothing is linked, for whoever
+    edits such a file in place means this folder's.
+    """
+    saved: set[str] = set()
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(base)
     if tokenizer is not None:
-        left = left | _TOKENIZER | {Path(f).name for f in tokenizer.save_pretrained(folder)}
+        saved = _TOKENIZER | {Path(file).name for file in tokenizer.save_pretrained(folder)}
+    elif (base / _TEMPLATES).is_dir():
+        shutil.copytree(base / _TEMPLATES, folder / _TEMPLATES)
     for source in sorted(base.iterdir()):
-        hidden = source.name.startswith(".") or source.name in left
+        hidden = source.name.startswith(".") or source.name in _NOT_CARRIED | saved
         if hidden or source.suffix in _WEIGHT_SUFFIXES or not source.is_file():
             continue
-        if source.name.endswith(".index.json"):
-            continue
-        if source.stat().st_size <= _SMALL:
+        if not source.name.endswith(".index.json"):
             shutil.copyfile(source, folder / source.name)
-        else:
-            link_or_copy(source, folder / source.name, done)
+
+
+def _tokenizer_of(base: Path) -> Any | None:
+    """Return the base's tokenizer; None without one that transformers reads by itself."""
+    if not any((base / name).is_file() for name in _TOKENIZER):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
 
 
 def link_or_copy(source: Path, target: Path, done: Exported) -> None:

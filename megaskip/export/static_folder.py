@@ -34,6 +34,7 @@ from megaskip.export.folder import (
     own_config,
     put_rest,
     require_new,
+    size_of,
     weight_map_of,
 )
 from megaskip.export.shards import bytes_of, copy_without, names_of_dropped
@@ -99,7 +100,7 @@ def export_static(
     done = StaticExport(folder=output, mode="overlay")
     with new_folder(output) as folder:
         _put_weights(folder, base, weight_map, gone, done, progress)
-        put_rest(folder, base, done, tokenizer)
+        put_rest(folder, base, tokenizer)
         write_json(folder / "config.json", config)
         if form == "hf":
             (folder / CODE).write_text(bundled_code(), encoding="utf-8")
@@ -107,7 +108,7 @@ def export_static(
             write_decilm_code(folder)
         rows = {"dropped": describe_dropped(dropped), **(facts or {})}
         _write_card(folder, base, base_name(name, base), form, rows)
-    done.written = sum(file.stat().st_size for file in output.iterdir()) - done.linked
+    done.written = size_of(output) - done.linked
     return done
 
 

@@ -71,6 +71,11 @@ def drop_sublayers(anatomy: Anatomy, dropped: Mapping[str, Sequence[int]]) -> No
 def _count_tokens(cache: Any, index: int, hidden_states: Tensor) -> None:
     """Let a cache layer that gets no keys be as long as the text: masks are made from it."""
     batch, tokens = hidden_states.shape[:2]
+    if getattr(cache, "offloading", False):
+        raise NotImplementedError(
+            "an offloaded cache fetches a layer when the one below it is updated, which a dropped "
+            "attention is not; use a DynamicCache"
+        )
     while len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     held = cache.layers[index]

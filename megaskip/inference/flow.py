@@ -63,8 +63,8 @@ class InferenceFlow(SparseFlow):
             return _multiplied(run(hidden_states, **kwargs), decision)
         held = _layer_of(cache, layer)
         if not isinstance(held, KeptRows):
-            if decision.unit_of_token is not None or not can_hold_a_part(held):
-                _say_dense(held)
+            if decision.unit_of_token is not None or not _can_hold_a_part(cache, held):
+                _say_dense(cache, held)
                 return _multiplied(run(hidden_states, **kwargs), decision)
             held = holding_rows(cache, layer)
         if held._skip_rows is None:
@@ -96,8 +96,8 @@ class InferenceFlow(SparseFlow):
         cache = kwargs.get("past_key_values")
         held = _layer_of(cache, layer) if cache is not None else None
         if held is not None and not isinstance(held, KeptTokens):
-            if not can_hold_a_part(held):
-                _say_dense(held)
+            if not _can_hold_a_part(cache, held):
+                _say_dense(cache, held)
                 return _multiplied(run(hidden_states, **kwargs), decision)
             held = holding_tokens(cache, layer, hidden_states.shape[0], hidden_states.device)
         kept = (decision.keep > 0) & decision.unit_mask
@@ -122,9 +122,15 @@ def _layer_of(cache: Any, layer: int) -> Any:
     return cache.layers[layer]
 
 
-def _say_dense(layer: Any) -> None:
+def _can_hold_a_part(cache: Any, layer: Any) -> bool:
+    # An offloaded cache fetches a layer when the one below is updated, which a skipped one is not.
+    return can_hold_a_part(layer) and not getattr(cache, "offloading", False)
+
+
+def _say_dense(cache: Any, layer: Any) -> None:
+    what = "an offloaded cache" if can_hold_a_part(layer) else type(layer).__name__
     warnings.warn(
-        f"megaskip: {type(layer).__name__} cannot hold a part of the keys and values, so routed "
-        "layers are computed in full and multiplied; use a DynamicCache to save what is skipped",
+        f"megaskip: {what} cannot hold a part of the keys and values, so routed layers are "
+        "computed in full and multiplied; use a DynamicCache to save what is skipped",
         stacklevel=2,
     )

@@ -34,6 +34,13 @@ class HeldDecisions:
         self._skip_pick(lambda tensor: tensor[indices.to(tensor.device)])
         return super().batch_select_indices(indices)  # type: ignore[misc]
 
+    def crop(self, *args: Any, **kwargs: Any) -> Any:
+        """Shorten the text; one of which nothing is left is judged anew."""
+        cropped = super().crop(*args, **kwargs)  # type: ignore[misc]
+        if not self.get_seq_length():  # type: ignore[attr-defined]
+            self.reset()
+        return cropped
+
     def reset(self) -> Any:
         """Forget everything."""
         self._skip_decisions = {}

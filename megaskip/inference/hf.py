@@ -81,12 +81,18 @@ class _RoutedModel:
         self.add_module(PREFIX, routers)  # type: ignore[attr-defined]
         # First: where the model is the decoder itself, the decoder's own hook asks for it.
         self.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
+        self.register_forward_hook(_end_turn, always_call=True)  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load a folder; the class is made for its family."""
         if "_skip_family" in cls.__dict__:
-            return super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
+            asked = kwargs.pop("output_loading_info", False)
+            loaded, info = super().from_pretrained(  # type: ignore[misc]
+                path, *args, config=config, output_loading_info=True, **kwargs
+            )
+            _require_routers(path, info["missing_keys"])
+            return (loaded, info) if asked else loaded
         if config is None:
             config = MegaskipConfig.from_pretrained(path)
         made = model_class(config.base_model_type, cls)  # type: ignore[arg-type]
@@ -236,8 +242,23 @@ def _family(content: dict[str, Any]) -> str:
     return str(family)
 
 
+def _require_routers(path: Any, missing: Any) -> None:
+    """Raise OSError when the stored weights lack routers: fresh ones skip nothing."""
+    lacking = sorted(name for name in missing if name.startswith(f"{PREFIX}."))
+    if lacking:
+        raise OSError(
+            f"{path}: {len(lacking)} routers are missing ({lacking[0]}, ...), so nothing would be "
+            "skipped; copy or download the folder again, with skip_routers.safetensors"
+        )
+
+
+def _end_turn(module: nn.Module, args: Any, output: Any) -> None:
+    module.get_submodule(PREFIX).turn.end()  # type: ignore[operator, union-attr]
+
+
 def _take_prompt_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Let `model(..., prompt_mask=...)` say which tokens a sequence is judged by."""
+    module.get_submodule(PREFIX).turn.begin()  # type: ignore[operator, union-attr]
     prompt_mask = kwargs.pop("prompt_mask", None)
     if prompt_mask is None:
         return args, kwargs

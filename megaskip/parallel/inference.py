@@ -20,7 +20,7 @@ from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.routers import CONFIG, read_router_config, read_tensors
 from megaskip.config import ModelConfig, RouterConfig, RunConfig
 from megaskip.config.run import DEMO
-from megaskip.errors import ConfigError
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.inference.flow import InferenceFlow
 from megaskip.inference.hf import MODEL_TYPE, MegaskipForCausalLM
 from megaskip.parallel.build import shard_backbone
@@ -131,7 +131,10 @@ def _exported(
     if not place.is_spread:
         kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
         # The package's own code, the same that the folder carries.
-        model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto")
+        try:
+            model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto")
+        except OSError as error:
+            raise CheckpointError(f"--model {error}") from None
         say_if_slow(model.dtype, place.topology.device)
         model.to(place.topology.device).eval().requires_grad_(False)
         routers = model.get_submodule(PREFIX) if routing is not None else None

@@ -146,7 +146,12 @@ def run_rows(
         return torch.zeros_like(hidden_states), None
     picked = {name: rows_of(value, rows.index, rows.total) for name, value in kwargs.items()}
     ran = run(hidden_states.index_select(0, rows.index), **picked)
-    return put_back(ran[0], rows.index, hidden_states), *ran[1:]
+    return tuple(_spread(one, rows) if isinstance(one, Tensor) else one for one in ran)
+
+
+def _spread(ran: Tensor, rows: Chosen) -> Tensor:
+    """Return [n, ...] of the chosen rows as [B, ...], zero in the others."""
+    return ran.new_zeros(rows.total, *ran.shape[1:]).index_copy_(0, rows.index, ran)
 
 
 def put_back(update: Tensor, index: Tensor, like: Tensor) -> Tensor:

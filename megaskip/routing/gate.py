@@ -26,6 +26,9 @@ class Gate:
         self.skips = frozenset({"attn", "mlp"} if target == "block" else {target})
         self.writes = frozenset({target})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"decision": None}
+
     def decide(self, hidden_states: Tensor) -> None:
         """Decide from the layer's normalised input [B, T, D], for the update sites that follow in
         it."""
@@ -76,7 +79,8 @@ class Gate:
     def _decide(self, hidden_states: Tensor) -> RoutingDecision:
         routers = self._routers
         pooling = routers.pooling_for(hidden_states)
-        logit = routers.router(self.layer)(pooling.features(hidden_states))
+        # Under a device_map the routers may be on another device than the layer.
+        logit = routers.router(self.layer)(pooling.features(hidden_states)).to(hidden_states.device)
         # The score is taken relative to the steered threshold: units near it have the largest
         # gradient.
         keep = straight_through(

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.flow import DenseFlow, Flow
 from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
+from megaskip.routing.turn import Turn
 
 PREFIX = "skip_routers"
 _MLP_WIDTH = 16
@@ -95,6 +97,7 @@ class RouterSet(nn.Module):
         super().__init__()
         self.layers = tuple(layers)
         self.hidden_size = hidden_size
+        self.turn = Turn()
         self.noise = 0.0
         self.temperature = 1.0
         self.configure(config)
@@ -108,6 +111,10 @@ class RouterSet(nn.Module):
         for layer in self.layers:
             router = make_router(config.router, hidden_size, device=device)
             self.add_module(str(layer), nn.ModuleDict({config.target: router}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has made no forward pass; the tensors of one with gradient cannot be copied at all.
+        return self.__dict__ | {"_decisions": {}, "held": {}, "_pooling": None, "_announced": False}
 
     # -- before the forward pass
 

@@ -1,17 +1,21 @@
 """Inference leaves out what is skipped, and changes nothing else."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
 from routed_models import VOCABULARY, as_exported, padded_ids, trained, whole_ids
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from megaskip import RouterConfig, attach_routers
 from megaskip.config import GRANULARITIES
+from megaskip.errors import UnsupportedModelError
 from megaskip.inference.flow import InferenceFlow
 from megaskip.inference.hf import MegaskipModel
 
@@ -389,3 +393,136 @@ def test_skipped_attention_is_not_computed() -> None:
     assert sum(rows) == 4 * kept  # prefill, two steps of decoding, and the pass above
     assert 0 < kept < 3 * len(ids)
     assert out.sequences.shape == (5, 15)
+
+
+@pytest.mark.parametrize("granularity", ["mlp_sequence", "block_token"])
+def test_threads_take_turns_on_one_model(granularity: str) -> None:
+    """One thread waits inside its forward pass; another must not decide over it meanwhile."""
+    model = as_exported(*trained("llama", granularity))
+    inputs = {name: whole_ids(3, 9, seed) for name, seed in (("first", 1), ("second", 2))}
+    with torch.no_grad():
+        alone = {name: model(ids).logits for name, ids in inputs.items()}
+    inside, second_came, found = threading.Event(), threading.Event(), {}
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread().name == "second":
+            second_came.set()
+        else:
+            inside.set()
+            second_came.wait(0.5)
+
+    def run(name: str) -> None:
+        with torch.no_grad():
+            found[name] = model(inputs[name]).logits
+
+    model.model.layers[2].mlp.register_forward_pre_hook(wait)
+    threads = [threading.Thread(target=run, args=(name,), name=name) for name in inputs]
+    threads[0].start()
+    inside.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join(20)
+    assert all(torch.equal(found[name], alone[name]) for name in inputs)
+
+
+def test_a_failed_forward_pass_does_not_keep_others_out() -> None:
+    model = as_exported(*trained("llama"))
+    ids = whole_ids(2, 6)
+    with pytest.raises(IndexError):
+        model(ids + 1000)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(model(ids)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found
+
+
+def test_a_model_is_copied_after_a_pass_with_gradient() -> None:
+    model, routers = trained("llama")
+    ids = whole_ids(2, 6)
+    logits = model(ids).logits
+    torch.testing.assert_close(copy.deepcopy(model)(ids).logits, logits, rtol=0, atol=0)
+    assert routers.keep()
+
+
+def test_attention_weights_are_those_of_their_rows() -> None:
+    model = as_exported(*trained("llama", attn_implementation="eager"))
+    model.set_attn_implementation("eager")
+    ids, mask = padded_ids()
+    with torch.no_grad():
+        weights = model(ids, attention_mask=mask, output_attentions=True).attentions
+        keep = model.skip_routers.keep()
+    for layer, ran in keep.items():
+        assert weights[layer].shape[0] == len(ids)
+        assert weights[layer].flatten(1).any(1).tolist() == ran.bool().flatten().tolist()
+
+
+@pytest.mark.parametrize("granularity", ["block_sequence", "mlp_sequence"])
+def test_decisions_are_held_where_a_tuple_is_returned(granularity: str) -> None:
+    model = as_exported(*trained("llama", granularity))
+    ids, follow = whole_ids(4, 9), whole_ids(4, 1, 7)
+    found = []
+    with torch.no_grad():
+        for as_dict in (True, False):
+            cache = DynamicCache(config=model.config)
+            model.model(ids, past_key_values=cache, return_dict=as_dict)
+            found.append(model(follow, past_key_values=cache).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence"])
+def test_a_cache_that_is_cropped_to_nothing_judges_anew(granularity: str) -> None:
+    model = as_exported(*trained("llama", granularity))
+    other, ids = whole_ids(4, 9, 3), whole_ids(4, 9)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        model(other, past_key_values=cache)
+        cache.crop(-9)
+        found = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+class Offloaded(DynamicCache):
+    """Says that it is offloaded, and does not copy: its streams are those of a GPU."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self.offloading = False
+        try:
+            return super().update(*args, **kwargs)
+        finally:
+            self.offloading = True
+
+
+@pytest.mark.parametrize(("granularity", "kv"), [("attn_sequence", "keep"), ("attn_token", "drop")])
+def test_an_offloaded_cache_computes_everything(granularity: str, kv: str) -> None:
+    """It fetches a layer's keys when the layer below is updated, so none may be passed over."""
+    model = as_exported(*trained("llama", granularity), kv=kv)
+    ids = whole_ids(3, 9)
+    cache = Offloaded(config=model.config)
+    cache.offloading = True
+    with torch.no_grad(), pytest.warns(UserWarning, match="an offloaded cache cannot hold a part"):
+        model(ids, past_key_values=cache)
+    assert all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def test_routers_on_another_device_decide_on_that_of_the_layer() -> None:
+    """As accelerate places modules under a device_map: here the routers run on no device."""
+    model = as_exported(*trained("llama"))
+    router = model.skip_routers.router(3)
+    router.register_forward_hook(lambda module, args, logit: logit.to("meta"))
+    gate = model.skip_routers.gates[3]
+    hidden = torch.zeros(1, 4, model.config.hidden_size)
+    model.skip_routers.begin(None)
+    with pytest.raises(NotImplementedError, match="meta"):  # it was brought back, or tried to be
+        gate.decide(hidden)
+
+
+def test_a_model_with_forwards_on_its_instances_is_refused_with_the_reason() -> None:
+    model = tiny_model("llama")
+    attention = model.model.layers[2].self_attn
+    attention.forward = attention.forward
+    with pytest.raises(UnsupportedModelError, match="dispatched"):
+        attach_routers(model, RouterConfig(layers="2-3"))
+    with pytest.raises(UnsupportedModelError, match="dispatched"):
+        attach_routers(model, RouterConfig(layers="2-3"), verify=False)

@@ -19,7 +19,7 @@ from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.atomic import new_folder
 from megaskip.checkpoint.header import require_whole_shards
-from megaskip.checkpoint.resume import require_same_routers
+from megaskip.checkpoint.resume import COMPLETE, checkpoints, prune, require_same_routers
 from megaskip.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +104,35 @@ def test_a_folder_appears_whole_or_not_at_all(
     with pytest.raises(CheckpointError, match="No space left on device"):
         save_routers(tmp_path / "r", routers)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_beside_the_routers_stay(saved: Path) -> None:
+    (saved / "notes.md").write_text("mine")
+    routers = load_routers(tiny_model(), saved)
+    save_routers(saved, routers)
+    assert (saved / "notes.md").read_text() == "mine"
+    assert load_routers(tiny_model(), saved).layers == routers.layers
+
+
+def test_a_link_to_a_folder_stays_one(saved: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(saved)
+    save_routers(link, load_routers(tiny_model(), saved))
+    assert link.is_symlink()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path) -> None:
+    for name in ("step_000009", "step_000010", "step_000010.bak", "step_best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / COMPLETE).touch()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000009", "step_000010"]
+    prune(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step_000010",
+        "step_000010.bak",
+        "step_best",
+    ]
 
 
 def test_a_full_disk_is_one_message_whoever_notices_it(tmp_path: Path) -> None:
