@@ -121,7 +121,7 @@ def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:
 def read_prompts(path: Path) -> list[Messages]:
     """Return the prompts of a file as messages; raises DataError with the line that is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: {error}") from None
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
-from run_source import add_source, add_text, read_as, sources, with_demo
+from run_source import add_dtype, add_source, add_text, read_as, sources, with_demo
 from tqdm import tqdm
 
-from megaskip.checkpoint.atomic import new_folder
+from megaskip.checkpoint.atomic import new_folder, require_writable
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import OptimConfig, ParallelConfig, RunConfig
@@ -33,7 +33,13 @@ from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.evaluation.allocation import require_rounds
-from megaskip.evaluation.calibration import Point, calibrate_all, routed_engine, with_points
+from megaskip.evaluation.calibration import (
+    Point,
+    UnreachedError,
+    calibrate_all,
+    routed_engine,
+    with_points,
+)
 from megaskip.export.folder import require_new
 from megaskip.job import run_cli
 from megaskip.log import quiet_libraries, set_up_logging
@@ -51,8 +57,10 @@ def main(argv: Sequence[str]) -> None:
     set_up_logging(rank=topology.rank)
     quiet_libraries()
     routers, base, _ = sources(options)
-    if options.output and Path(options.output).resolve() != routers.resolve():
-        require_new(Path(options.output))
+    output = Path(options.output) if options.output else routers
+    if output.resolve() != routers.resolve():
+        require_new(output)
+    require_writable(output)
     stored, _, described = read_router_config(routers)
     require_rounds(stored, options.allocate)
     if described is not None:
@@ -87,28 +95,34 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(
             "no text is held out to check the capacities on; give --eval_data, or more --data"
         )
+    hidden = None if topology.is_first else True
     with (
         process_group(topology, timeout=config.parallel.dist_timeout),
         tqdm(
-            total=len(capacities) * (1 + options.allocate), desc="calibrating", disable=None
+            total=len(capacities) * (1 + options.allocate), desc="calibrating", disable=hidden
         ) as bar,
     ):
         engine = routed_engine(config, topology, base, routers)
-        hidden = None if topology.is_first else True
-        points = calibrate_all(
-            engine,
-            Watched(feed.calibration(options.rows), "a pass", disable=hidden),
-            held_out,
-            capacities,
-            rounds=options.allocate,
-            progress=bar.update,
-        )
+        unreached = None
+        try:
+            points = calibrate_all(
+                engine,
+                Watched(feed.calibration(options.rows), "a pass", disable=hidden),
+                held_out,
+                capacities,
+                rounds=options.allocate,
+                progress=bar.update,
+            )
+        except UnreachedError as error:
+            points, unreached = error.points, error
         dense = engine.evaluate(held_out, routed=False).loss
-        output = Path(options.output) if options.output else routers
-        on_first_rank(topology, lambda: write(routers, output, with_points(stored, points)))
-    if topology.is_first:
-        title = f"calibrated: {output} (held-out loss, dense: {dense:.4f})"
-        print("\n".join(table(map(row, points), title=title)))
+        if topology.is_first and points:
+            title = f"calibrated: {output} (held-out loss, dense: {dense:.4f})"
+            print("\n".join(table(map(row, points), title=title)))
+        if points:
+            on_first_rank(topology, lambda: write(routers, output, with_points(stored, points)))
+    if unreached is not None:
+        raise unreached
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -125,6 +139,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="text on which the capacities are checked [carved off the calibration text]",
     )
+    add_dtype(parser)
     parser.add_argument("--rows", type=int, default=4096, help="rows to calibrate on [4096]")
     parser.add_argument(
         "--allocate",
@@ -139,7 +154,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", help="folder to write [the router folder itself]")
     # The deepspeed launcher adds it; the rank itself comes from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.rows < 1:
+        raise ConfigError(f"--rows {options.rows} must be at least 1")
+    return options
 
 
 def listed(text: str) -> list[float]:

@@ -95,7 +95,10 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO)
     quiet_libraries()
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}; name a folder") from None
     topology = read_topology({})
     folder = find_model_folder(ModelConfig(model=options.model))
     with process_group(topology, timeout=600):
@@ -139,6 +142,7 @@ def measure_all(
     orders = comparison.orders(options.seeds)
     points = [comparison.point("dense", 0.0, [dense], dense)]
     found: dict[tuple[str, float], list[Measured]] = {}
+    left_out: list[str] = []
     shown = options.skip[len(options.skip) // 2]
     for (method, skip), runs in tqdm(trainings.items(), desc="measuring", disable=None):
         measured = [
@@ -146,7 +150,12 @@ def measure_all(
         ]
         for run in runs:
             rounds = _ROUNDS if method == "allocated" else 0
-            kept = comparison.take(run / "routers", skip, rounds=rounds)
+            try:
+                kept = comparison.take(run / "routers", skip, rounds=rounds)
+            except ConfigError as error:
+                left_out.append(f"{method} at {100 * skip:g} %, {run.name}: {error}")
+                logger.warning("left out: %s", left_out[-1])
+                continue
             logger.info("%s: capacity %.4f for %.4f", run.name, kept, 1 - comparison.share(skip))
             measured.append(comparison.measure(None))
             if method == options.ours and skip == shown and run == runs[0]:
@@ -158,8 +167,10 @@ def measure_all(
             found[method, skip] = measured
             logger.info("%s", "  ".join(table_rows(points[-1:])[0]))
             # Again after every point: a comparison takes hours.
-            write(points, contrasts(found, options.ours), options)
+            write(points, contrasts(found, options.ours), options, left_out)
     show(points, contrasts(found, options.ours), options)
+    for one in left_out:
+        print(f"left out: {one}")
 
 
 def draw_tokens(comparison: Comparison, title: str, output: Path) -> None:
@@ -188,7 +199,7 @@ def trained(
             name = f"{TRAINED_AS.get(method, method)}-s{seed}"
             flags = ["--capacity", f"{middle:.6f}", "--capacity_low", f"{low:.6f}"]
         run = Path(options.output) / "runs" / name
-        if not (run / "routers" / CONFIG).is_file():
+        if not ((run / "routers" / CONFIG).is_file() and (run / "report.json").is_file()):
             if options.no_training:
                 continue
             train(options, run, [*RECIPES[method], *flags, "--seed", str(seed)])
@@ -207,11 +218,12 @@ def train(options: argparse.Namespace, run: Path, flags: Sequence[str]) -> None:
     held_out = 16 if options.eval_data else options.documents
     command += ["--calibration_rows", str(options.calibration_rows), "--held_out", str(held_out)]
     command += ["--dtype", "float32", "--save_every", "0", "--output_dir", str(run), *flags]
+    command += ["--resume", "auto"]  # one that was interrupted while it calibrated
     command += ["--cache_dir", options.cache_dir] if options.cache_dir else []
     logger.info("%s", " ".join(command))
     # A job of its own, not a rank of this one.
     alone = {name: value for name, value in os.environ.items() if name not in _RANK}
-    if subprocess.run(command, cwd=ROOT, env=alone).returncode:
+    if subprocess.run(command, env=alone).returncode:
         raise MegaskipError(f"a training failed, see above; its command: {shlex.join(command)}")
 
 
@@ -224,17 +236,21 @@ def train_seconds(run: Path) -> float:
 
 
 def write(
-    points: Sequence[Point], against: Sequence[Contrast], options: argparse.Namespace
+    points: Sequence[Point],
+    against: Sequence[Contrast],
+    options: argparse.Namespace,
+    left_out: Sequence[str],
 ) -> None:
-    """Write the report of what is measured so far."""
+    """Write the report of what is measured so far; `left_out` are runs that miss a skip."""
     output = Path(options.output)
     report = {
         "options": vars(options),
         "points": [dataclasses.asdict(point) for point in points],
         "contrasts": [dataclasses.asdict(one) for one in against],
+        "left_out": list(left_out),
     }
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = "".join(f"- {one}\n" for one in against)
+    lines = "".join(f"- {one}\n" for one in [*against, *(f"left out: {o}" for o in left_out)])
     (output / "report.md").write_text(markdown(points) + "\n" + lines)
 
 
@@ -259,7 +275,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", required=True, help="base model, folder, hub id or demo")
     add("--data", action="append", required=True, help="text to train on")
     add("--eval_data", action="append", help="text to measure on [carved off]")
-    add("--documents", type=int, default=512, help="of it to measure on [512]")
+    rows = "rows of it to measure on, from all over it; a long text is several [512]"
+    add("--documents", type=int, default=512, help=rows)
     add("--blimp", help="folder of minimal pairs: JSONL, sentence_good and _bad")
     add("--pairs", type=int, default=200, help="pairs of each of its sets [200]")
     add("--skip", type=_shares, default="12.5,25,37.5,50", help="percent of all attention")
@@ -280,6 +297,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--methods {unknown[0]!r} is not one of {', '.join(METHODS)}")
     if options.ours not in (None, *options.methods):
         raise ConfigError(f"--ours {options.ours} is not among --methods; add it there")
+    for name in ("documents", "pairs", "steps", "calibration_rows"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)} must be at least 1")
     options.ours = options.ours or "ours"
     return options
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 import torch
 from run_source import (
+    add_dtype,
     add_source,
     add_text,
     add_tokenizer,
@@ -100,6 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_source(parser)
     add_tokenizer(parser)
     add_text(parser)
+    add_dtype(parser)
     parser.add_argument("--rows", type=int, default=256, help="rows of it to measure on [256]")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--below", type=float, help="drop what runs less often, a share, e.g. 0.3")

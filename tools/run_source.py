@@ -36,6 +36,15 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype, which `read_as` reads."""
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        help="type of the base's weights in memory [that of --run; else as stored]",
+    )
+
+
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Add --tokenizer, which `chosen_tokenizer` reads."""
     parser.add_argument(
@@ -92,6 +101,8 @@ def read_as(options: argparse.Namespace, base: Path) -> tuple[DataConfig, ModelC
         raise ConfigError("--routers names no calibration text; give --data PATH")
     if options.data:
         data = dataclasses.replace(data, data=tuple(options.data), eval_data=())
+    if getattr(options, "dtype", None):
+        model = dataclasses.replace(model, dtype=options.dtype)
     return data, model
 
 

@@ -91,6 +91,11 @@ class _Best:
         self._routers = engine.routers
         self.config = self._routers.config
         self._losses, self.kept = _unit_losses(engine, batches)
+        if not self._is_near(self.kept):  # loses less because it keeps more
+            self._losses = torch.full_like(self._losses, math.inf)
+
+    def _is_near(self, kept: float) -> bool:
+        return abs(kept - self._capacity) <= TOLERANCE
 
     def consider(self, logits: Tensor, shares: Tensor) -> None:
         """Try the thresholds that `shares` [R] of the layers' `logits` [R, N] are above, moved
@@ -100,7 +105,7 @@ class _Best:
         self._engine.calibrate(self._batches, capacity=self._capacity)
         self._routers.configure(self._routers.settled_config())
         losses, kept = _unit_losses(self._engine, self._batches)
-        if abs(kept - self._capacity) <= TOLERANCE and _is_lower(losses, self._losses):
+        if self._is_near(kept) and _is_lower(losses, self._losses):
             self.config, self._losses, self.kept = self._routers.config, losses, kept
 
 
@@ -132,7 +137,7 @@ def _static_drop(
     routers = engine.routers
     assert routers is not None
     logits = [torch.zeros(len(routers.layers), 0, dtype=torch.float64)]
-    seen = UpdateSimilarity(engine.module.model, routers.config.target)
+    seen = UpdateSimilarity(engine.module.model, routers.config.target, routers.layers)
     with routers.every_gate_open(), seen.watching():
         for batch in batches:
             seen.announce(batch.token_mask if batch is not None else None)
@@ -171,6 +176,8 @@ def _of_all_ranks(mine: Any) -> list[Any]:
 
 def _is_lower(losses: Tensor, others: Tensor) -> bool:
     """Return whether the mean of [N] is lower by more than the error of the paired difference."""
+    if bool(others.isinf().any()):
+        return True
     gap = others - losses
     return float(gap.mean()) > float(gap.std(correction=0)) / math.sqrt(len(gap))
 

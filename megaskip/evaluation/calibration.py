@@ -2,6 +2,7 @@
 out."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,14 @@ class Point:
     """Held out, nats a supervised token."""
 
 
+class UnreachedError(ConfigError):
+    """Some capacities cannot be realised; `points` are the others."""
+
+    def __init__(self, points: list[Point], *problems: str) -> None:
+        super().__init__(*problems)
+        self.points = points
+
+
 def routed_engine(config: RunConfig, topology: Topology, folder: Path, routers: Path) -> Engine:
     """Return an engine with the routers of a router folder on the model in `folder`. Collective."""
     stored, layers, _ = read_router_config(routers)
@@ -64,10 +73,12 @@ def calibrate_all(
     """Return the thresholds of `capacities`, ascending: one for all layers or, after some `rounds`
     of `allocate`, one of each; `progress` is called once a capacity and once a round. Collective.
 
-    Raises ConfigError for one that the routers cannot realise, on either text.
+    Raises UnreachedError, once all are done, for those that the routers cannot realise, on either
+    text.
     """
     assert engine.routers is not None
     level, points = engine.routers.config, []
+    problems: list[str] = []
     near: RouterConfig | None = None
     for capacity in sorted(capacities, reverse=True):
         engine.routers.configure(level)
@@ -78,7 +89,12 @@ def calibrate_all(
                 engine, calibration, capacity, rounds=rounds, near=near, progress=progress
             )
             near = engine.routers.config
-        points.append(_checked(engine, held_out, capacity, kept))
+        try:
+            points.append(_checked(engine, held_out, capacity, kept))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise UnreachedError(points[::-1], *problems)
     return points[::-1]
 
 
@@ -101,8 +117,9 @@ def _checked(engine: Engine, held_out: Batches, capacity: float, kept: float) ->
             "Train them longer, or choose another capacity"
         )
     found = engine.evaluate(held_out, routed=True)
-    off = abs(found.capacity - capacity)
-    if off > TOLERANCE + 2 * found.capacity_error:
+    # As many calibration rows are as uncertain.
+    error = 2 * math.sqrt(2) * found.capacity_error
+    if abs(found.capacity - capacity) > TOLERANCE + error:
         raise ConfigError(
             f"--capacity {capacity:g} does not hold on other text: calibrated to {kept:.3f}, held "
             f"out it is {found.capacity:.3f} (standard error {found.capacity_error:.3f}). "

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         problems.append(f"--output {options.output}: there is no folder {folder}; make it first")
     if Path(options.output).is_dir():
         problems.append(f"--output {options.output} is a folder; name a .json file")
+    elif folder.is_dir():
+        problems += _unwritable(Path(options.output))
     if not _named(options.tasks):
         problems.append(f"--tasks {options.tasks!r} names no task")
     if problems:
         raise ConfigError(*problems)
     return options
+
+
+def _unwritable(output: Path) -> list[str]:
+    """Return what is wrong with a file that is to be written, hours before it is."""
+    try:
+        if output.exists():
+            output.open("a").close()
+        else:
+            tempfile.TemporaryFile(dir=output.absolute().parent).close()
+        return []
+    except OSError as error:
+        return [f"--output {output}: cannot write there ({error.strerror or error})"]
 
 
 def evaluate_on_ranks(options: argparse.Namespace, topology: Topology) -> EvalReport | None:
@@ -152,10 +167,11 @@ def _lm(options: argparse.Namespace, topology: Topology) -> MegaskipLM:
     else:
         lock_step = place.ds_content is not None
         runner = LocalRunner(loaded.model, loaded.routers, lock_step=lock_step, **shares)
-    named = other_tokenizer(options.tokenizer, Path(options.model), loaded.folder)
+    tokenizer = other_tokenizer(options.tokenizer, Path(options.model), loaded.folder)
+    tokenizer = load_tokenizer(loaded.folder) if tokenizer is None else tokenizer
     return MegaskipLM(
         loaded.model,
-        load_tokenizer(loaded.folder) if named is None else named,
+        tokenizer,
         runner=runner,
         shape=loaded.shape,
         batch_size=options.batch_size,

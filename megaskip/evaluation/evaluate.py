@@ -9,6 +9,7 @@ from typing import Any
 import lm_eval
 from datasets.utils.logging import disable_progress_bar
 
+from megaskip.errors import ConfigError
 from megaskip.evaluation.costs import Cost
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport, Outcome, outcome_of
@@ -89,6 +90,11 @@ def evaluate_lm(
     paired: bool = True,
 ) -> EvalReport:
     """Evaluate what `lm` holds on `tasks`. The first rank calls it; the others serve."""
+    if settings.apply_chat_template and not lm.tokenizer.chat_template:
+        raise ConfigError(
+            "--apply_chat_template: the tokenizer has no chat template; leave it out, or name a "
+            "--tokenizer that has one"
+        )
     outcome = _answers(lm, tasks, settings)
     if dense is None and paired and lm.runner.routers is not None:
         with lm.every_gate_open():

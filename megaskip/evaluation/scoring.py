@@ -145,7 +145,8 @@ def _pairs_of(path: Path, limit: int) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(file, start=1):
             if number > limit:
                 return
-            yield _pair(line, f"{path}, line {number}")
+            if line.strip():
+                yield _pair(line, f"{path}, line {number}")
 
 
 def _pair(line: str, place: str) -> tuple[str, str]:

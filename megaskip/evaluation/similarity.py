@@ -4,7 +4,7 @@ Source: LLM-Drop, arXiv 2406.15786. Shapes: B documents, T tokens, D hidden.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,20 @@ class UpdateSimilarity:
     or of the whole layer ("block").
     """
 
-    def __init__(self, model: nn.Module, target: str = "attn") -> None:
+    def __init__(
+        self, model: nn.Module, target: str = "attn", layers: Sequence[int] | None = None
+    ) -> None:
+        """Watch `layers` of `model`, all without them."""
         self._anatomy, self._target = find_decoder(model), target
+        # Granite multiplies every update by a number of its own before it is added.
+        config: Any = model.config
+        self._scale = getattr(config, "residual_multiplier", None) or 1.0
+        depth = len(self._anatomy.layers)
+        self._layers = range(depth) if layers is None else layers
         self._mask: Tensor | None = None
         self._parts: dict[str, Tensor] = {}
-        self.sums = torch.zeros(len(self._anatomy.layers), dtype=torch.float64)
-        """By layer; those of ranks add up, as `tokens` do."""
+        self.sums = torch.zeros(depth, dtype=torch.float64)
+        """By layer, 0 where nobody looks; those of ranks add up, as `tokens` do."""
         self.tokens = 0
 
     def announce(self, token_mask: Tensor | None) -> None:
@@ -38,7 +46,7 @@ class UpdateSimilarity:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Hold a context in which the model's forward passes count."""
-        handles = [h for index in range(len(self.sums)) for h in self._watch(index)]
+        handles = [h for index in self._layers for h in self._watch(index)]
         try:
             yield
         finally:
@@ -75,9 +83,9 @@ class UpdateSimilarity:
         parts = {name: one.float() for name, one in parts.items()}
         before, after = parts["input"], parts["output"]
         if self._target == "attn":
-            after = before + parts["attn"]
+            after = before + self._scale * parts["attn"]
         elif self._target == "mlp":
-            before = after - parts["mlp"]
+            before = after - self._scale * parts["mlp"]
         cosine = nn.functional.cosine_similarity(before, after, dim=-1)
         self.sums[index] += cosine[self._mask].double().sum().cpu()
 

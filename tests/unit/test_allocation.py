@@ -17,7 +17,13 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.evaluation.allocation import _is_lower, _static_drop, allocate, skip_costs
+from megaskip.evaluation.allocation import (
+    _is_lower,
+    _shares_above,
+    _static_drop,
+    allocate,
+    skip_costs,
+)
 from megaskip.evaluation.calibration import calibrate_all, with_points
 from megaskip.evaluation.similarity import update_similarity
 from megaskip.parallel.engine import Engine
@@ -126,7 +132,17 @@ def test_segments_of_a_packed_row_have_their_own_costs(engine: Engine) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_cost_more_keep_more_and_the_text_loses_less(engine: Engine) -> None:
+def as_it_is(engine: Engine, texts: list[Batch | None], capacity: float) -> tuple[Tensor, Tensor]:
+    """Stand for a static drop: propose what the routers do already."""
+    assert engine.routers is not None
+    logits, _ = skip_costs(engine, texts)
+    return logits, _shares_above(logits, engine.routers)
+
+
+def test_layers_that_cost_more_keep_more_and_the_text_loses_less(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megaskip.evaluation.allocation._static_drop", as_it_is)
     texts = said(engine, 8)
     engine.calibrate(texts, capacity=0.5)
     level = engine.evaluate(texts, routed=True)
@@ -165,6 +181,38 @@ def test_routers_that_mislead_give_way_to_whole_layers(
     assert found.capacity_per_layer == pytest.approx((0.0, 1.0, 0.0, 1.0), abs=0.1)
     with engine.routers.every_gate_open():
         assert engine.evaluate(texts, routed=True).loss == pytest.approx(found.loss, abs=0.01)
+
+
+def test_what_is_tried_are_the_costliest_units_then_whole_layers_then_half_of_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.routers is not None
+    tried: list[Tensor] = []
+    logits = torch.linspace(-1, 1, 100, dtype=torch.float64).repeat(4, 1)
+    mean = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    costs = mean[:, None] + 2 * logits  # of each layer some units are worth more than the next's
+    now = _shares_above(logits, engine.routers)
+
+    def note(_: object, __: Tensor, shares: Tensor) -> None:
+        tried.append(shares)
+
+    monkeypatch.setattr("megaskip.evaluation.allocation._static_drop", as_it_is)
+    monkeypatch.setattr("megaskip.evaluation.allocation._Best.consider", note)
+    monkeypatch.setattr(
+        "megaskip.evaluation.allocation.skip_costs", lambda engine, texts: (logits, costs)
+    )
+    allocate(engine, [batch(1)], 0.5, rounds=2)
+    bar = costs.flatten().median()
+    units, layers = (costs > bar).double().mean(1), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    expected = [units, layers, now + (units - now) / 2, now + (layers - now) / 2]
+    for found, wanted in zip(tried[1:], expected, strict=True):  # after the static drop
+        torch.testing.assert_close(found, wanted.double(), atol=0.011, rtol=0)
+
+
+def test_a_start_that_keeps_too_much_is_not_the_best(engine: Engine) -> None:
+    texts = said(engine, 4)
+    kept = allocate(engine, texts, 0.375, rounds=1)  # nobody has put the threshold there
+    assert kept == pytest.approx(0.375, abs=0.01)
 
 
 def test_nothing_better_than_a_static_drop_leaves_the_static_drop(

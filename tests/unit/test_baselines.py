@@ -62,21 +62,28 @@ def test_similarity_is_that_of_the_residual_before_and_after_the_attention(famil
     assert found[2] == pytest.approx(float(direct), abs=1e-5)
 
 
-@pytest.mark.parametrize("target", ["mlp", "block"])
-def test_similarity_of_what_else_may_be_routed(target: str) -> None:
-    """The stream before and after, as a layer whose other sublayer is zeroed returns it."""
-    model, one = tiny_model("gemma2"), batch()
-    seen = UpdateSimilarity(model, target)
+@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_similarity_is_that_of_the_stream_before_and_after(family: str, target: str) -> None:
+    """As a layer whose other sublayer is zeroed returns it, over the real tokens."""
+    model, one = tiny_model(family), batch()
+    one.token_mask[0, 5:] = False
+    layer = model.model.layers[2]
+    seen = UpdateSimilarity(model, target, layers=[2])
     with torch.no_grad(), seen.watching():
         if target == "mlp":
-            model.model.layers[2].self_attn.o_proj.weight.zero_()
+            layer.self_attn.o_proj.weight.zero_()
+        elif target == "attn":
+            layer.mlp.down_proj.weight.zero_()
         seen.announce(one.token_mask)
         states = model(one.input_ids, output_hidden_states=True).hidden_states
         seen.announce(None)
         model(one.input_ids)  # counts for nothing
-    direct = torch.nn.functional.cosine_similarity(states[2], states[3], dim=-1).mean()
-    assert float(seen.sums[2]) / seen.tokens == pytest.approx(float(direct), abs=1e-5)
+    cosine = torch.nn.functional.cosine_similarity(states[2], states[3], dim=-1)
+    direct = float(cosine[one.token_mask].mean())
+    assert float(seen.sums[2]) / seen.tokens == pytest.approx(direct, abs=1e-5)
     assert seen.tokens == one.token_mask.sum()
+    assert not seen.sums[[0, 1, 3, 4]].any()
 
 
 @pytest.mark.parametrize("count", [1.0, 1.5, 2.75])
@@ -141,5 +148,7 @@ def test_a_line_that_is_no_pair_is_named(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text('{"sentence_good": "a b"}\n')
     with pytest.raises(DataError, match=r"set.jsonl, line 1: expected .* sentence_bad"):
         read_pairs(tmp_path, 5)
+    (tmp_path / "set.jsonl").write_text('\n{"sentence_good": "a b", "sentence_bad": "c"}\n\n')
+    assert read_pairs(tmp_path, 5) == {"set": [("a b", "c")]}
     with pytest.raises(DataError, match="no .jsonl file"):
         read_pairs(tmp_path / "none", 5)

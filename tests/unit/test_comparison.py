@@ -90,6 +90,38 @@ def test_trained_routers_are_put_at_the_skip(
     assert "37.5%" in markdown([dataclasses.replace(point, pairs=None, pairs_gap=None)])
 
 
+def test_allocated_routers_are_put_at_the_skip_layer_by_layer(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "backbone")
+    routers = attach_routers(model, RouterConfig(layers="1-7"))
+    randomise(routers)
+    save_routers(tmp_path / "routers", routers)
+    comparison.take(tmp_path / "routers", 0.25)
+    alike = comparison.measure(None)
+    kept = comparison.take(tmp_path / "routers", 0.25, rounds=1)
+    assert kept == pytest.approx(1 - 0.25 * 8 / 7, abs=0.01)
+    assert isinstance(comparison.routers.config.threshold, tuple)
+    assert comparison.measure(None).text.loss() < alike.text.loss() - 0.01
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_routers_that_cannot_be_put_at_the_skip_are_refused(
+    comparison: Comparison, rounds: int, tmp_path: Path
+) -> None:
+    """Fresh ones give every unit the same score: they keep everything, and lose nothing by it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "backbone")
+    routers = attach_routers(model, RouterConfig(layers="1-7", threshold=0.4))
+    save_routers(tmp_path / "routers", routers)
+    if rounds:  # whole layers can be dropped without any router
+        assert comparison.take(tmp_path / "routers", 2 / 8, rounds=1) == pytest.approx(5 / 7)
+        return
+    with pytest.raises(
+        ConfigError, match=r"they keep (0|1)\.000 of the calibration text, not 0\.7"
+    ):
+        comparison.take(tmp_path / "routers", 0.25)
+
+
 def test_what_cannot_be_compared_is_refused(comparison: Comparison, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be reached by 7 routed layers of 8"):
         comparison.share(0.9)
@@ -107,6 +139,8 @@ def test_the_one_that_others_are_set_against_is_among_them() -> None:
         sys.path.pop(0)
     usual = ["--model", "m", "--data", "d", "--output", "o", "--methods", "static,random"]
     assert parse(usual).ours == "ours"
+    with pytest.raises(ConfigError, match="--pairs 0 must be at least 1"):
+        parse([*usual, "--pairs", "0"])
     with pytest.raises(ConfigError, match="--ours allocated is not among --methods"):
         parse([*usual, "--ours", "allocated"])
 

@@ -289,6 +289,42 @@ def test_local_files_with_a_wrong_row_name_file_and_line(tmp_path: Path) -> None
         load_tasks(["local_copa"], data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"gold": None}, "gold is None, expected the number of a choice"),
+        ({"gold": 0.5}, "gold is 0.5"),
+        ({"choices": None}, "choices is None, expected a list of texts"),
+        ({"choices": "ab"}, "choices is 'ab'"),
+        ({"choices": ["a", ""]}, r"choices is \['a', ''\]"),
+        ({"choices": [1, 2]}, r"choices is \[1, 2\]"),
+        ({"query": ""}, "query is '', expected a text"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(
+    change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    row = {"query": "a", "choices": ["b", "c"], "gold": 0}
+    (tmp_path / "copa.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | change))
+    with pytest.raises(DataError, match=f"line 2: {says}"):
+        load_tasks(["local_copa"], data_dir=str(tmp_path))
+
+
+def test_a_line_ends_where_it_is_broken_not_at_any_separator(tmp_path: Path) -> None:
+    row = {"query": "a\u2028b", "choices": ["b", "c"], "gold": 0}
+    (tmp_path / "copa.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    load_tasks(["local_copa"], data_dir=str(tmp_path))
+
+
+def test_a_chat_format_needs_a_template() -> None:
+    bare = load_tokenizer(BASE)
+    bare.chat_template = None
+    lm = MegaskipLM(demo(None), bare)
+    settings = EvalSettings(tasks=("demo_choice",), limit=2, apply_chat_template=True)
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        evaluate_lm(lm, load_tasks(["demo_choice"], limit=2), settings)
+
+
 def test_files_of_blimp_take_turns(tmp_path: Path) -> None:
     for name in "ab":
         rows = [{"sentence_good": f"{name}{n}", "sentence_bad": "x"} for n in range(2)]
@@ -323,6 +359,7 @@ def test_more_examples_than_documents_are_refused() -> None:
         (["--limit", "0", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["--max_length", "0"], "--max_length 0 must be at least 2"),
         (["--output", str(ROOT)], "is a folder; name a .json file"),
+        (["--output", "/proc/out.json"], "/proc/out.json: cannot write there"),
         (["--tasks", " , "], "names no task"),
     ],
 )

@@ -12,6 +12,24 @@ from megaskip.errors import DataError
 _HERE = Path(__file__).parent
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+_TEXT = (_is_text, "a text")
+_EXPECTED = {
+    "query": _TEXT,
+    "sentence_good": _TEXT,
+    "sentence_bad": _TEXT,
+    "choices": (_are_texts, "a list of texts"),
+    "gold": (lambda value: type(value) is int, "the number of a choice, from 0"),
+}
+
+
 def bundled(file: str, **_: Any) -> dict[str, Dataset]:
     """Return the rows of a file in this folder as the split "test"."""
     return {"test": Dataset.from_list(_rows(_HERE / file, ()))}
@@ -37,7 +55,7 @@ def local(
 def _rows(file: Path, fields: Any) -> list[dict[str, Any]]:
     """Return the rows of a file, of each the `fields` (all without any)."""
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -47,6 +65,11 @@ def _rows(file: Path, fields: Any) -> list[dict[str, Any]]:
         missing = [name for name in fields if not isinstance(row, dict) or name not in row]
         if missing:
             raise DataError(f"{file}, line {number}: lacks {', '.join(missing)}")
+        for name, (is_right, expected) in _EXPECTED.items():
+            if name in fields and not is_right(row[name]):
+                raise DataError(
+                    f"{file}, line {number}: {name} is {row[name]!r}, expected {expected}"
+                )
         rows.append({name: row[name] for name in fields} if fields else row)
     if not rows:
         raise DataError(f"{file} has no rows")
