@@ -35,6 +35,8 @@ def generate(argv: Sequence[str]) -> None:
     quiet_libraries()
     transformers.utils.logging.disable_progress_bar()
     model, folder = load_routed(options.model, options.dtype, options.base)
+    if options.capacity is not None:
+        model.get_submodule(PREFIX).set_capacity(options.capacity)
     tokenizer = other_tokenizer(options.tokenizer, Path(options.model), folder)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)
@@ -74,6 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=1.0, help="nucleus of sampling [1]")
     parser.add_argument("--num_beams", type=int, default=1, help="beams; no streaming [1]")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling [0]")
+    parser.add_argument("--capacity", type=float, help="one that tools/calibrate.py calibrated")
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--output", help="write prompts, answers and shares to this .jsonl file")

@@ -1,6 +1,7 @@
 """A training job from its flags to its report: the order in which things are checked, made and
 released."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -19,6 +20,7 @@ from megaskip.checkpoint.resume import read_state
 from megaskip.config import DataConfig, RunConfig, parse_run_config
 from megaskip.config.run import DEMO
 from megaskip.data import StreamingRows, TokenizedData, build_dataset
+from megaskip.data.dataset import require_known_tokens
 from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.dry_run import dry_run_lines
@@ -34,12 +36,20 @@ from megaskip.parallel.preflight import preflight
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.watch import Watch
 from megaskip.reporting.summary import human_bytes, table, versions
-from megaskip.run_folder import choose_run_folder, given_tokenizer, write_run_file
+from megaskip.run_folder import (
+    choose_run_folder,
+    given_tokenizer,
+    hold_run_folder,
+    is_finished,
+    reopen,
+    write_run_file,
+)
 from megaskip.trainer import Trainer
 
 logger = get_logger(__name__)
 
 _USER_ERROR = 2
+_FINISHED = "%s is finished at step %d: nothing to do; a larger --max_steps or --epochs goes on"
 _FIRST_SPEAKS = 3.0
 """Seconds that other ranks leave the first one to print an error that all of them have found."""
 
@@ -84,8 +94,11 @@ def train(argv: Sequence[str]) -> None:
         from megaskip.parallel.zero3 import prepare_deepspeed
 
         prepare_deepspeed()
-    with process_group(topology, timeout=config.parallel.dist_timeout), _watch(config, topology):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(topology, timeout=config.parallel.dist_timeout))
+        stack.enter_context(_watch(config, topology))
         output_dir, resume = on_first_rank(topology, lambda: choose_run_folder(config))
+        stack.enter_context(hold_run_folder(topology, output_dir))
         nodes = preflight(
             config, topology, output_dir, folder, data.fingerprint, versions(), ds_content or {}
         )
@@ -98,6 +111,11 @@ def train(argv: Sequence[str]) -> None:
         trainer = _trainer(config, topology, engine, feed, base, output_dir, folder)
         if resume is not None:
             trainer.resume(resume)
+            if on_first_rank(topology, lambda: is_finished(output_dir)):
+                if trainer.step >= trainer.total_steps:
+                    logger.info(_FINISHED, output_dir, trainer.step)
+                    return
+                on_first_rank(topology, lambda: reopen(output_dir))
         on_first_rank(topology, lambda: write_run_file(output_dir, config, topology.world_size))
         _print_header(trainer, folder)
         trainer.run()
@@ -116,8 +134,19 @@ def _read_data(config: RunConfig, folder: Path) -> tuple[TokenizedData, int]:
     tokenizer = load_tokenizer(
         config.model.tokenizer or folder, trust_remote_code=config.model.trust_remote_code
     )
+    text_config = load_hf_config(folder, config.model).get_text_config(decoder=True)
+    known, longest = text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
+    if longest is not None and config.data.seq_length > longest:
+        logger.warning(
+            "--seq_length %d is more than the %d positions that the model was made for",
+            config.data.seq_length,
+            longest,
+        )
     data = build_dataset(_with_demo(config.data), tokenizer)
-    return data, tokenizer.pad_token_id
+    if max(tokenizer.get_vocab().values(), default=0) >= known:
+        require_known_tokens(data, known)
+    # Padding is masked everywhere, so any token does.
+    return data, tokenizer.pad_token_id if tokenizer.pad_token_id < known else 0
 
 
 def _with_demo(data: DataConfig) -> DataConfig:

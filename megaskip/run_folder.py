@@ -1,17 +1,27 @@
 """Where a run writes: which folder, what it may not overwrite, and run.json (first rank only); and
 which tokenizer a finished one was given."""
 
+import contextlib
 import dataclasses
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from megaskip.checkpoint.atomic import read_json, write_json
 from megaskip.checkpoint.resume import checkpoints, read_state
+from megaskip.checkpoint.routers import CONFIG
 from megaskip.config import RunConfig
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError
+from megaskip.log import get_logger
+from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.topology import Topology
 from megaskip.reporting.summary import versions
+
+logger = get_logger(__name__)
 
 
 def choose_run_folder(config: RunConfig) -> tuple[Path, Path | None]:
@@ -25,7 +35,52 @@ def choose_run_folder(config: RunConfig) -> tuple[Path, Path | None]:
     else:
         folder, checkpoint = _continue_from(config, Path(str(resume)))
     _require_writable(folder)
+    if resume == "auto" and checkpoint is None:
+        logger.info("--resume auto: no checkpoint to go on from, a new run begins in %s", folder)
     return folder, checkpoint
+
+
+@contextlib.contextmanager
+def hold_run_folder(topology: Topology, folder: Path) -> Iterator[None]:
+    """Hold a context in which no other job writes into the run folder. Collective.
+
+    Raises ConfigError when one does. File systems without locks are taken at their word.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+
+    def take() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(
+                f"--output_dir {folder}: another job writes there; wait for it, or name another "
+                "folder"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            logger.info("%s cannot be locked (%s); start no second job there", folder, error)
+
+    on_first_rank(topology, take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def reopen(folder: Path) -> None:
+    """Take the marks of a finished run off one that goes on; its calibration will be gone."""
+    (folder / "report.json").unlink(missing_ok=True)
+    stored = folder / "routers" / CONFIG
+    if stored.is_file() and read_json(stored).get("calibrated"):
+        logger.warning(
+            "%s has calibrated capacities, which are those of the routers so far: run "
+            "tools/calibrate.py again when this run is done",
+            stored.parent,
+        )
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the run in a folder has written its report."""
+    return (folder / "report.json").is_file()
 
 
 def write_run_file(folder: Path, config: RunConfig, world_size: int) -> None:
@@ -110,8 +165,9 @@ def _named_folder(config: RunConfig) -> Path:
     kind = config.router.granularity if config.model.train == "routers" else "full"
     stem = Path("runs") / f"{Path(config.model.model).name}-{kind}"
     runs = sorted(stem.parent.glob(f"{stem.name}-[0-9][0-9][0-9]"))
-    if config.checkpoint.resume == "auto" and runs:
-        return runs[-1]
+    begun = [run for run in runs if checkpoints(run)]
+    if config.checkpoint.resume == "auto" and begun:
+        return begun[-1]
     number = int(runs[-1].name[-3:]) + 1 if runs else 1
     return stem.with_name(f"{stem.name}-{number:03d}")
 

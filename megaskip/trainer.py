@@ -1,5 +1,6 @@
 """The training loop and what surrounds it. Owns the run's order of events, not its arithmetic."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,6 +28,7 @@ from megaskip.checkpoint.routers import WEIGHTS, save_routers, write_router_file
 from megaskip.config import OptimConfig, RunConfig
 from megaskip.data import Batch
 from megaskip.data.feed import Feed
+from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.engine import Engine
@@ -72,6 +74,7 @@ class Trainer:
     step: int = 0
     tokens: int = 0
     calibrated: float | None = None
+    _preemption: Preemption | None = None
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate and write; returns the content of report.json. Collective.
@@ -80,6 +83,7 @@ class Trainer:
         """
         started = time.monotonic()
         with self._metrics() as metrics, self._bar() as bar, Preemption() as preemption:
+            self._preemption = preemption
             for batches in self.feed.steps(self.step):
                 if self.step >= self.total_steps:
                     break
@@ -94,10 +98,14 @@ class Trainer:
                 if self._due(self.config.checkpoint.save_every):
                     self.save()
                 if self._due(self.config.log.eval_every):
-                    self._evaluate(metrics)
-            self._calibrate()
-            self.save()
-            return self._close(metrics, time.monotonic() - started)
+                    with contextlib.suppress(_AskedToStop):  # the next step border stops
+                        self._evaluate(metrics)
+            try:
+                self._calibrate()
+                self.save()
+                return self._close(metrics, time.monotonic() - started)
+            except _AskedToStop:
+                return self._stop_early()
 
     def _stop_early(self) -> dict[str, Any]:
         path = self.save()
@@ -116,6 +124,12 @@ class Trainer:
         lr = learning_rate(self.config.optim, self.step, self.total_steps)
         progress = (self.step + 1) / self.total_steps
         result = self.engine.train_step(batches, lr, progress)
+        if not math.isfinite(result.grad_norm):  # the same on every rank
+            raise MegaskipError(
+                f"step {self.step + 1}: the gradient is {result.grad_norm} (loss "
+                f"{result.loss_task:.4g}); a smaller --lr, float32, or other data. Checkpoints so "
+                "far are untouched"
+            )
         return result, time.perf_counter() - begun
 
     def _calibrate(self) -> None:
@@ -333,8 +347,18 @@ class Trainer:
     def _warn_if_off(self, report: dict[str, Any]) -> None:
         """Say so when the run missed the asked capacity by more than the held-out sample can
         hide."""
-        held_out = report["held_out"]
-        if self.config.router.budget != "global" or "capacity" not in held_out:
+        held_out, calibrated = report["held_out"], report["calibrated_capacity"]
+        if self.config.router.budget != "global" or self.engine.routers is None:
+            return
+        if not held_out:
+            logger.warning("nothing is held out: what skipping costs was not measured")
+            if calibrated is not None and abs(calibrated - report["asked_capacity"]) > _CLOSE:
+                logger.warning(
+                    "the capacity is %.3f, asked was %.3f: train longer (--max_steps), or on more "
+                    "varied data",
+                    calibrated,
+                    report["asked_capacity"],
+                )
             return
         error = held_out["capacity"] - report["asked_capacity"]
         if abs(error) > _CLOSE + 2 * held_out["capacity_standard_error"]:
@@ -364,7 +388,15 @@ class Trainer:
 
     def _watched(self, batches: Sequence[Batch | None], desc: str) -> Watched:
         shown = self.topology.is_first and self.config.log.progress
-        return Watched(batches, desc, disable=not shown)
+        return Watched(batches, desc, disable=not shown, before_each=self._stop_if_asked)
+
+    def _stop_if_asked(self) -> None:
+        if self._preemption is not None and self._preemption.requested():
+            raise _AskedToStop
+
+
+class _AskedToStop(Exception):  # noqa: N818  not an error
+    """A signal came while batches were passed over; every rank raises it at the same one."""
 
 
 class _Nothing:

@@ -118,7 +118,8 @@ def main(argv: Sequence[str]) -> None:
         dense = engine.evaluate(held_out, routed=False).loss
         if topology.is_first and points:
             title = f"calibrated: {output} (held-out loss, dense: {dense:.4f})"
-            print("\n".join(table(map(row, points), title=title)))
+            rows = [row(point, allocated=options.allocate > 0) for point in points]
+            print("\n".join(table(rows, title=title)))
         if points:
             on_first_rank(topology, lambda: write(routers, output, with_points(stored, points)))
     if unreached is not None:
@@ -181,13 +182,15 @@ def write(routers: Path, output: Path, config: object) -> Path:
     return output
 
 
-def row(point: Point) -> tuple[str, str]:
+def row(point: Point, *, allocated: bool) -> tuple[str, str]:
     """Return a row of the closing table."""
+    alike = allocated and isinstance(point.threshold, float)
+    why = " for all layers, for no allocation was better by more than chance" if alike else ""
     realised = f"{point.held_out:.4f} held out (standard error {point.held_out_error:.4f})"
     return (
         f"capacity {point.capacity:g}",
         f"{realised}, {point.kept:.4f} calibrated, loss {point.loss:.4f}, "
-        f"threshold {point.described}",
+        f"threshold {point.described}{why}",
     )
 
 

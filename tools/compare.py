@@ -279,7 +279,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--documents", type=int, default=512, help=rows)
     add("--blimp", help="folder of minimal pairs: JSONL, sentence_good and _bad")
     add("--pairs", type=int, default=200, help="pairs of each of its sets [200]")
-    add("--skip", type=_shares, default="12.5,25,37.5,50", help="percent of all attention")
+    skip = "12.5,25,37.5"
+    add("--skip", type=_shares, default=skip, help=f"percent of all attention [{skip}]")
     add("--seeds", type=_numbers, default="0,1,2", help="[0,1,2]")
     methods = "static,random,uniform,published,ours"
     add("--methods", type=lambda t: t.split(","), default=methods, help=f"[{methods}]")

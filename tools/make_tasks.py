@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=TASKS, help="folder [the package's own]")
     output: Path = parser.parse_args().output
     taken = _instruction_prompts()
+    output.mkdir(parents=True, exist_ok=True)
     write(output / "demo_choice.jsonl", choice_rows(Random(SEED), taken))
     write(output / "demo_answers.jsonl", answer_rows(Random(SEED + 1), taken))
     write(output / "demo_text.jsonl", text_rows(Random(SEED + 2)))

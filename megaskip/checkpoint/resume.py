@@ -109,10 +109,16 @@ def require_same_run(path: Path, old: TrainerState, new: TrainerState) -> None:
     flags = {
         "seed": "--seed",
         "train": "--train",
-        "data_fingerprint": "--data (or its files, --seq_length, --packing, --streaming)",
     }
     for field, flag in flags.items():
         _require_equal(path, flag, getattr(old, field), getattr(new, field))
+    if old.data_fingerprint != new.data_fingerprint:
+        raise CheckpointError(
+            f"--resume {path}: the data are others than those of the run that wrote it (--data, "
+            "--eval_data or their files; --held_out, --seq_length, --packing, --streaming, "
+            "--max_samples, --chat_template, the tokenizer); its run.json has the settings. Use "
+            "the same, or start a new run in another --output_dir"
+        )
 
 
 def require_same_routers(path: Path, routers: RouterSet) -> None:

@@ -1,6 +1,7 @@
 """Small checks shared by the sections: each returns the problem as a sentence, or nothing."""
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 
 
@@ -24,8 +25,15 @@ def within(
 
 def at_least(flag: str, value: float, low: float) -> Iterator[str]:
     """Yield a problem when `value` is below `low`."""
-    if value < low or value != value:
+    yield from finite(flag, value)
+    if value < low:
         yield f"--{flag} {value:g} must be at least {low:g}"
+
+
+def finite(flag: str, value: float) -> Iterator[str]:
+    """Yield a problem when `value` is infinite or no number."""
+    if not math.isfinite(value):
+        yield f"--{flag} {value:g} must be a finite number"
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ fields."""
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megaskip.config.checks import at_least, one_of, within
+from megaskip.config.checks import at_least, finite, one_of, within
 from megaskip.config.router import RouterConfig
 from megaskip.errors import ConfigError
 
@@ -40,8 +40,8 @@ class ModelConfig(Checked):
     """What trains: "routers" (the backbone stays frozen) or "full" (every weight; makes small
     backbones)."""
     dtype: str = "auto"
-    """Type of the backbone's weights: auto (as stored), float32 or bfloat16. Routers are always
-    float32."""
+    """Type of the backbone's weights: auto (as stored; float32 with --train full), float32 or
+    bfloat16. Routers are always float32."""
     attn_implementation: str = "auto"
     """Attention of the backbone as transformers names it: sdpa, eager, flash_attention_2, ...; auto
     takes what transformers prefers for the family."""
@@ -136,6 +136,8 @@ class OptimConfig(Checked):
     def _problems(self) -> Iterator[str]:
         if self.max_steps is not None:
             yield from at_least("max_steps", self.max_steps, 1)
+        yield from finite("epochs", self.epochs)
+        yield from finite("temperature", self.temperature)
         if self.epochs <= 0:
             yield f"--epochs {self.epochs:g} must be above 0"
         yield from at_least("micro_batch_size", self.micro_batch_size, 1)
@@ -271,6 +273,11 @@ class RunConfig(Checked):
                 f"--packing does not go with --attn_implementation {attention}: in batches of "
                 "several rows it would let samples of a row see each other; take sdpa, or leave "
                 "--packing out"
+            )
+        if self.parallel.world_size is not None and not self.dry_run:
+            yield (
+                f"--world_size {self.parallel.world_size} is for --dry_run; the launcher decides "
+                "how many ranks run"
             )
         if self.parallel.pipeline_stages == 1:
             return

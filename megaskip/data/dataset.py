@@ -1,7 +1,10 @@
 """From a DataConfig to training and held-out rows: tokenised once per machine, then shared."""
 
 import os
+import platform
 import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +26,14 @@ from megaskip.data.pack import pack
 from megaskip.data.row import Row
 from megaskip.data.source import Source, find_source
 from megaskip.data.stats import DataStats, SourceStats, check_losses
-from megaskip.data.store import RowWriter, StoredRows, open_store, write_meta, write_plan
+from megaskip.data.store import (
+    RowWriter,
+    StoredRows,
+    largest_token,
+    open_store,
+    write_meta,
+    write_plan,
+)
 from megaskip.data.streaming import StreamingRows, count, take_held_out
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.errors import DataError
@@ -31,6 +41,8 @@ from megaskip.log import get_logger
 
 logger = get_logger(__name__)
 
+_STALE = 24 * 3600
+"""Seconds after which a draft that nobody has written to is a dead process's."""
 _HELD_OUT = 3  # keeps these random numbers apart from the other uses of the seed
 
 
@@ -51,7 +63,8 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
     """Return the data of a run, tokenising them unless an equal run has.
 
     Every rank calls this, before any process group exists: the first one on a machine tokenises,
-    the others wait for its lock, with no time limit, and read. Raises DataError for unusable data.
+    the others wait for its lock and read; machines that are ready wait --dist_timeout for the
+    others. Raises DataError for unusable data.
     """
     sample_tokenizer = SampleTokenizer(
         tokenizer, seq_length=config.seq_length, template_file=config.chat_template
@@ -66,30 +79,38 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
         return _stream(config, sample_tokenizer, train, held_out, key)
     root = Path(config.cache_dir or "~/.cache/megaskip/data").expanduser()
     folder = root / key
-    try:
-        if not folder.is_dir():
+    if not folder.is_dir():
+        with _cache_errors(root):
             root.mkdir(parents=True, exist_ok=True)
-            with _locked(root / f"{key}.lock"):
-                if not folder.is_dir():
-                    _build(folder, config, sample_tokenizer, train, held_out)
+        with _locked(root / f"{key}.lock"):
+            if not folder.is_dir():
+                _build(folder, config, sample_tokenizer, train, held_out)
+    with _cache_errors(root):
         rows, kept, stats = open_store(folder)
-        stats = stats.named(source.name for source in (*train, *held_out))
+    stats = stats.named(source.name for source in (*train, *held_out))
+    return TokenizedData(train=rows, held_out=kept, stats=stats, fingerprint=key)
+
+
+@contextmanager
+def _cache_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"--cache_dir {root}: tokenised data cannot be kept there ({error.strerror or error})"
         ) from None
-    return TokenizedData(train=rows, held_out=kept, stats=stats, fingerprint=key)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of one cache entry; the system frees it when its holder dies."""
     lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        logger.info("Another process is tokenising the data; waiting for %s.", path)
-        lock.acquire()
+    with _cache_errors(path.parent):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.info("Another process is tokenising the data; waiting for %s.", path)
+            lock.acquire()
     try:
         yield
     finally:
@@ -103,16 +124,51 @@ def _build(
     train: Sequence[Source],
     held_out: Sequence[Source],
 ) -> None:
-    """Tokenise into another folder and rename it: a killed process leaves nothing to trust."""
-    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(stale)
-    work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    work.mkdir()
+    """Tokenise into another folder and rename it: a killed process leaves nothing to trust.
+
+    Locks of shared file systems do not always exclude: a second process works in a folder of its
+    own, and takes what the first one has finished.
+    """
+    with _cache_errors(folder.parent):
+        here = f"{folder.name}.tmp-{platform.node()}-"
+        for draft in folder.parent.glob(f"{folder.name}.tmp-*"):
+            owner = draft.name.removeprefix(here).partition("-")[0]
+            if time.time() - draft.stat().st_mtime > _STALE or _is_dead(owner):
+                shutil.rmtree(draft, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{here}{os.getpid()}-", dir=folder.parent))
+        work.chmod(0o755)
     try:
         _write(work, config, tokenizer, train, held_out)
-        os.replace(work, folder)
+        with _cache_errors(folder.parent):
+            try:
+                os.replace(work, folder)
+            except OSError:
+                if not (folder / "meta.json").is_file():
+                    raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_dead(process: str) -> bool:
+    """Return whether this is the number of a process of this machine that has ended."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, PermissionError):
+        return False  # another machine's name, or somebody else's process
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def require_known_tokens(data: TokenizedData, vocabulary: int) -> None:
+    """Raise DataError for tokens that the model has no embedding for."""
+    for rows in (data.train, data.held_out):
+        largest = 0 if isinstance(rows, StreamingRows) else largest_token(rows)
+        if largest >= vocabulary:
+            raise DataError(
+                f"--data: token {largest} is beyond the model's vocabulary of {vocabulary}; use "
+                "the tokenizer that belongs to the model (--tokenizer)"
+            )
 
 
 def _write(

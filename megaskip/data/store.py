@@ -114,6 +114,14 @@ class StoredRows:
         )
 
 
+def largest_token(rows: StoredRows | Sequence[Row]) -> int:
+    """Return the largest token id of stored rows (of all of their store), 0 without any."""
+    if isinstance(rows, StoredRows):
+        ids = rows._columns["input_ids"]
+        return int(ids.max()) if len(ids) else 0
+    return max((int(row.input_ids.max()) for row in rows if len(row)), default=0)
+
+
 def write_plan(
     folder: Path,
     *,

@@ -10,6 +10,9 @@ from megaskip.errors import ConfigError
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a folder or hub id; raises ConfigError when there is none."""
+    path = Path(source)
+    if (path.is_absolute() or str(source).startswith(".")) and not path.exists():
+        raise ConfigError(f"no tokenizer in {source}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -6,6 +6,7 @@ python -m megaskip.evaluation --model megaskip --model_args pretrained=exported 
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import lm_eval.tasks
 from lm_eval.__main__ import cli_evaluate
@@ -25,6 +26,8 @@ def main(argv: Sequence[str]) -> None:
         )
     lm_eval.tasks.TaskManager = DocumentwiseManager
     sys.argv = ["python -m megaskip.evaluation", *argv]
+    if not any(flag.startswith("--include_path") for flag in argv):
+        sys.argv += ["--include_path", str(Path(__file__).parent / "tasks")]
     cli_evaluate()
 
 

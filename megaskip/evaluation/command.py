@@ -88,6 +88,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=8, help="rows of a batch on a rank [8]")
     add("--max_length", type=int, help="tokens of a text [what the model says]")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="[as stored]")
+    add("--capacity", type=float, help="one that tools/calibrate.py calibrated [the stored one]")
     add("--unpaired", action="store_true", help="do not run the unrouted base: half the time")
     add("--ds_config", help="DeepSpeed JSON: shard the weights over the ranks by ZeRO-3")
     stages = "ranks that hold one copy of the model, each some of its layers [1]"
@@ -158,6 +159,10 @@ def evaluate_on_ranks(options: argparse.Namespace, topology: Topology) -> EvalRe
 def _lm(options: argparse.Namespace, topology: Topology) -> MegaskipLM:
     place = Placement(topology=topology, ds_content=_ds_content(options))
     loaded = load_for_inference(options.model, place, dtype=options.dtype, base=options.base)
+    if options.capacity is not None:
+        if loaded.routers is None:
+            raise ConfigError(f"--capacity: --model {options.model} has no routers")
+        loaded.routers.set_capacity(options.capacity)
     ranks = f"{topology.world_size} rank(s), {topology.device.type}"
     logger.info("%s, %s on %s", loaded.description, place, ranks)
     shares = {"share": topology.replica, "shares": topology.num_replicas}
@@ -169,6 +174,8 @@ def _lm(options: argparse.Namespace, topology: Topology) -> MegaskipLM:
         runner = LocalRunner(loaded.model, loaded.routers, lock_step=lock_step, **shares)
     tokenizer = other_tokenizer(options.tokenizer, Path(options.model), loaded.folder)
     tokenizer = load_tokenizer(loaded.folder) if tokenizer is None else tokenizer
+    if tokenizer.chat_template and not options.apply_chat_template:
+        logger.info("the tokenizer has a chat template; --apply_chat_template asks in it")
     return MegaskipLM(
         loaded.model,
         tokenizer,

@@ -32,6 +32,14 @@ its first forward pass; to score an answer after a prompt, pass `prompt_mask` (t
 }
 
 
+def _calibrated_rows(config: RouterConfig) -> list[tuple[str, str]]:
+    capacities = sorted(capacity for capacity, _ in config.calibrated)
+    if not capacities:
+        return []
+    listed = ", ".join(f"{capacity:g}" for capacity in capacities)
+    return [("calibrated for", f"{listed}: `model.set_capacity({capacities[0]:g})`")]
+
+
 def write_card(
     folder: Path,
     config: RouterConfig,
@@ -52,6 +60,7 @@ def write_card(
         ("skips", f"{config.granularity} of layers {describe_layers(layers)}"),
         ("asked capacity", f"{config.capacity:g} of the routed units run"),
         ("threshold", f"{config.describe_threshold()} (scores are sigmoids), pool `{config.pool}`"),
+        *_calibrated_rows(config),
         *_kv_rows(config, kv),
         *facts.items(),
         ("megaskip", __version__),

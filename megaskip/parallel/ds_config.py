@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.config import RunConfig
+from megaskip.config.checks import did_you_mean
 from megaskip.errors import ConfigError
 
 # A routed 70B layer holds 856M parameters: room for two lets one be prefetched while another
@@ -33,7 +34,7 @@ def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
             "--train full trains every weight on every rank and does not shard yet; leave "
             f"--ds_config {path} out"
         )
-    problems += _pipeline_conflicts(path, content, config)
+    problems += _pipeline_conflicts(path, content, config) + _wrong_zero(path, content)
     if problems:
         raise ConfigError(*problems)
     return dict(content)
@@ -63,14 +64,7 @@ def zero3_config(
     }
 
 
-_PASSED_ON = (
-    "aio",
-    "comms_logger",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "steps_per_print",
-    "communication_data_type",
-)
+_PASSED_ON = ("aio", "comms_logger")
 _SECTIONS = ("zero_optimization", "pipeline", "bf16", "fp16")
 _CHECKED = (
     "train_batch_size",
@@ -92,6 +86,30 @@ def require_dtype(content: dict[str, Any], dtype: str) -> None:
             f"the DeepSpeed JSON sets bf16.enabled to {asked}, but the backbone is loaded as "
             f'{dtype}; name the type with --dtype, and write "auto" in the JSON'
         )
+
+
+def _wrong_zero(path: str, content: dict[str, Any]) -> list[str]:
+    """Return what DeepSpeed itself would refuse in zero_optimization, deep inside its start."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    given = {k: v for k, v in content.get("zero_optimization", {}).items() if v != "auto"}
+    known = DeepSpeedZeroConfig.model_fields
+    names = {alias for name, field in known.items() for alias in (name, field.alias) if alias}
+    problems = [
+        f"--ds_config {path}: zero_optimization has no setting {name!r}{did_you_mean(name, names)}"
+        for name in given.keys() - names
+    ]
+    offload = given.get("offload_param", {})
+    if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+        problems.append(f"--ds_config {path}: offload_param to nvme needs an nvme_path")
+    if problems:
+        return problems
+    try:
+        DeepSpeedZeroConfig(**given)
+    except (ValueError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        problems.append(f"--ds_config {path}: zero_optimization is not DeepSpeed's ({reason})")
+    return problems
 
 
 def _require_objects(path: str, content: Any) -> None:

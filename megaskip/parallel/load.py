@@ -66,7 +66,9 @@ def load_hf_config(folder: Path, config: ModelConfig) -> Any:
 
 
 def weight_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
-    """Return the type that the backbone's weights have in memory."""
+    """Return the type that the backbone's weights have in memory: float32 where they train."""
+    if config.dtype == "auto" and config.train == "full":
+        return torch.float32
     if config.dtype != "auto":
         return torch.float32 if config.dtype == "float32" else torch.bfloat16
     stored = getattr(hf_config, "dtype", None) or torch.float32
@@ -89,9 +91,14 @@ def _multiplies_bfloat16() -> bool:
 
 
 def load_whole(
-    folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, device: torch.device
+    folder: Path,
+    hf_config: Any,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    device: torch.device | None,
 ) -> nn.Module:
-    """Return the model with all of its weights on `device`. Every rank calls it by itself."""
+    """Return the model with all of its weights on `device`, or where they were put without one.
+    Every rank calls it by itself."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -103,7 +110,7 @@ def load_whole(
         raise MegaskipError(
             f"--model {folder}: cannot load its weights ({_first_line(error)})"
         ) from None
-    return model.to(device)
+    return model if device is None else model.to(device)
 
 
 def load_partitioned(
@@ -186,7 +193,8 @@ def _load_by_transformers(
 
     # It must live while the model loads.
     live = HfDeepSpeedConfig(_with_dtype(ds_config, dtype))
-    model = load_whole(folder, hf_config, dtype, config, torch.device("cpu"))
+    # DeepSpeed has put the partitions where they belong.
+    model = load_whole(folder, hf_config, dtype, config, None)
     del live
     return model
 

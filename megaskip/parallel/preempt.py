@@ -1,14 +1,19 @@
 """A polite end: a signal on any rank makes all ranks save and stop at the same step border."""
 
+import math
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What clusters send before they take a node away; Slurm's --signal sends USR1 where asked to."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What clusters send before they take a node away; Slurm's --signal sends USR1 where asked to; and
+Ctrl-C, which means it when pressed again."""
+_AGAIN = 3.0
+"""Seconds after which another Ctrl-C is one that somebody pressed: launchers pass the first on."""
 
 
 class Preemption:
@@ -16,6 +21,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._noted = False
+        self._interrupted = math.inf
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -40,3 +46,8 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now - self._interrupted > _AGAIN:
+                raise KeyboardInterrupt
+            self._interrupted = min(self._interrupted, now)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megaskip.config import RunConfig
 from megaskip.errors import RankError
+from megaskip.parallel.load import tensor_files
 from megaskip.parallel.topology import Topology
 
 _SPARE = 1.1
@@ -181,7 +182,8 @@ def _head(file: Path) -> str:
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    files = set(tensor_files(folder).values()) or set(folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
 
 
 def _hash(content: Any) -> str:

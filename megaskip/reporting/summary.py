@@ -85,6 +85,11 @@ def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     elif held_out:
         rows.append(("held-out loss", f"{held_out['loss']:.4f}"))
+    elif report["calibrated_capacity"] is not None:
+        rows += [
+            ("asked capacity", f"{report['asked_capacity']:.3f}"),
+            ("realised capacity, training", _training_capacity(report)),
+        ]
     rows += [
         ("optimizer state", report["optimizer"]),
         ("peak memory a rank", f"{report['peak_memory_gib']:.2f} GiB"),

@@ -1,6 +1,8 @@
 """A run that is killed continues as if nothing had happened, also on another number of ranks."""
 
+import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -12,6 +14,7 @@ import pytest
 from spawn import Ranks, run_worker, start, train
 
 from megaskip import job
+from megaskip.errors import MegaskipError
 from megaskip.parallel.engine import Engine
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
@@ -120,6 +123,44 @@ def test_what_is_trained_is_safe_before_it_is_calibrated(
     job.train([*settings, "--resume", "auto"])
     report = json.loads((folder / "report.json").read_text())
     assert (report["steps"], report["calibrated_capacity"] is not None) == (STEPS, True)
+
+
+def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decide_all = Engine._decide_all
+
+    def signalled(engine: Engine, batches: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return decide_all(engine, batches)  # type: ignore[arg-type]
+
+    folder = tmp_path / "run"
+    settings = [*flags(data, folder, "--no-progress"), "--resume", "auto"]
+    monkeypatch.setattr(Engine, "_decide_all", signalled)
+    job.train(settings)
+    assert (folder / f"step_{STEPS:06d}" / "COMPLETE").is_file()
+    assert not (folder / "report.json").exists()
+    monkeypatch.undo()
+    job.train(settings)
+    done = {name: (folder / name).read_bytes() for name in ("report.json", "run.json")}
+    job.train([*settings, "--lr", "0.5"])
+    assert {name: (folder / name).read_bytes() for name in done} == done
+
+
+def test_training_that_diverges_ends_with_the_step_and_keeps_its_checkpoints(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.train_step
+
+    def diverging(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+        result = step(engine, *args, **kwargs)
+        saved = (tmp_path / "run/step_000003").exists()
+        return dataclasses.replace(result, grad_norm=math.nan) if saved else result
+
+    monkeypatch.setattr(Engine, "train_step", diverging)
+    with pytest.raises(MegaskipError, match="step 4: the gradient is nan"):
+        job.train(flags(data, tmp_path / "run", "--no-progress"))
+    assert (tmp_path / "run/step_000003/COMPLETE").is_file()
 
 
 def test_run_continues_on_other_numbers_of_ranks(

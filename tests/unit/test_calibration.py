@@ -208,3 +208,14 @@ def test_the_search_narrows_down_a_step() -> None:
         search.note(position, 1.0 if position < 0.3 else 0.0)
         position = search.next(0.9)
     assert position == pytest.approx(0.3, abs=0.01)
+
+
+def test_very_many_logits_are_sampled_and_the_capacity_is_hit(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megaskip.parallel.engine._ENOUGH", 500)
+    assert engine.routers is not None
+    randomise(engine.routers)
+    _, above = engine._decide_all(batches(1))
+    assert len(above) <= 500 < 640 * 3
+    assert engine.calibrate(batches(1), capacity=0.4) == pytest.approx(0.4, abs=0.005)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,7 +151,7 @@ def test_shipped_deepspeed_files_are_accepted_and_resolved(path: Path) -> None:
             {"zero_optimization": {"stage": 3, "offload_param": None}},
             "zero_optimization.offload_param must be an object, found None",
         ),
-        ({"steps_per_prints": 1}, "no effect here (did you mean steps_per_print?)"),
+        ({"comms_loger": {}}, "no effect here (did you mean comms_logger?)"),
         ({"activation_checkpointing": {}}, "sets activation_checkpointing, which has no effect"),
     ],
 )
@@ -193,3 +194,36 @@ def test_deepspeed_json_that_contradicts_the_stored_type_is_refused(
         require_dtype({"bf16": {"enabled": asked}}, dtype)
     for same in ({}, {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": not asked}}):
         require_dtype(same, dtype)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_are_finite(value: str) -> None:
+    for flag in ("--lr", "--epochs", "--temperature", "--noise", "--penalty_weight"):
+        with pytest.raises(ConfigError, match=f"{flag} {value} must be a finite number"):
+            parse_run_config([flag, value])
+
+
+@pytest.mark.parametrize(
+    ("zero", "says"),
+    [
+        ({"overlap_com": True}, "no setting 'overlap_com'; did you mean 'overlap_comm'"),
+        ({"stage3_max_live_parameters": "many"}, "is not DeepSpeed's"),
+        ({"offload_param": {"device": "gpu"}}, "is not DeepSpeed's"),
+        ({"offload_param": {"device": "nvme"}}, "needs an nvme_path"),
+    ],
+)
+def test_what_deepspeed_would_refuse_is_refused_at_once(
+    zero: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}))
+    with pytest.raises(ConfigError, match=says):
+        read_ds_config(parse_run_config(["--ds_config", str(file)]))
+
+
+def test_settings_of_the_deepspeed_engine_which_never_runs_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    content = {"zero_optimization": {"stage": 3}, "communication_data_type": "fp16"}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="communication_data_type"):
+        read_ds_config(parse_run_config(["--ds_config", str(file)]))

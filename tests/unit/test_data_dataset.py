@@ -1,5 +1,6 @@
 """Data are tokenised once, whole or not at all, split without leaks, streamed in the same order."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from data_samples import CHATML, MARKED, fast_tokenizer, questions, slow_tokeniz
 from megaskip.config import DataConfig
 from megaskip.data import PackedRow, Row, StreamingRows, TokenizedData, build_dataset
 from megaskip.data.corpus import Job, tokenise_all
+from megaskip.data.dataset import require_known_tokens
 from megaskip.data.tokenize import SampleTokenizer, Tokenised
 from megaskip.errors import DataError
 
@@ -295,3 +297,42 @@ def test_streaming_of_data_without_anything_to_learn_is_an_error(config: DataCon
     )
     with pytest.raises(DataError, match="no supervised token is left in 40 samples"):
         list(data.train)
+
+
+def test_a_second_process_that_no_lock_holds_back_is_no_problem(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on file systems without locks: while one tokenises, another does so from start to end."""
+    nothing = contextlib.nullcontext()
+    monkeypatch.setattr("megaskip.data.dataset._locked", lambda path: nothing)
+    real, inner = tokenise_all, []
+
+    def tokenise(*args: Any, **kwargs: Any) -> Any:
+        if not inner:
+            inner.append(None)
+            inner[0] = build_dataset(config, fast_tokenizer())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(TOKENISE, tokenise)
+    outer = build_dataset(config, fast_tokenizer())
+    assert ids(outer.train) == ids(inner[0].train)
+    assert not list(Path(str(config.cache_dir)).glob("*.tmp-*"))
+
+
+def test_data_that_cannot_be_read_are_not_blamed_on_the_cache(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any, **__: Any) -> Any:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(TOKENISE, gone)
+    with pytest.raises(OSError, match="Stale file handle"):
+        build_dataset(config, fast_tokenizer())
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(config: DataConfig) -> None:
+    data = build_dataset(config, fast_tokenizer())
+    largest = max(token for row in ids(data.train) + ids(data.held_out) for token in row)
+    require_known_tokens(data, largest + 1)
+    with pytest.raises(DataError, match=f"token {largest} is beyond the model's vocabulary"):
+        require_known_tokens(data, largest)
