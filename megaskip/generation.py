@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -232,10 +233,19 @@ class Conversation:
     def _encode(self) -> Tensor:
         if self.options.raw or not self.tokenizer.chat_template:
             text = "\n".join(message["content"] for message in self.messages)
-            return torch.tensor([self.tokenizer(text)["input_ids"]])
-        encoded = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+            ids = self.tokenizer(text)["input_ids"]
+            if not ids:
+                raise DataError("a prompt is empty; the tokenizer makes no token of it")
+            return torch.tensor([ids])
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(
+                f"the chat template rejects {self.messages[-1]['content']!r} after "
+                f"{len(self.messages) - 1} messages ({error}); mend the prompt, or use --raw"
+            ) from None
         found: Tensor = encoded["input_ids"]
         return found
 

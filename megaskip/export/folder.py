@@ -253,7 +253,8 @@ def _tokenizer_of(base: Path) -> Any | None:
     if not any((base / name).is_file() for name in _TOKENIZER):
         return None
     try:
-        return AutoTokenizer.from_pretrained(base)
+        # Its own code would not come along: then its files are copied as they are.
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 

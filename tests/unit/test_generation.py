@@ -1,5 +1,6 @@
 """launch/generate.py: answers, shares and pictures from runs and exported folders."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
+from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError, DataError
 from megaskip.export.folder import export_folder
@@ -227,3 +229,51 @@ def test_each_answer_is_written_when_it_is_made(
         generate(["--model", str(exported / "exported"), *flags])
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [answer["messages"][0]["content"] for answer in answers] == ["Hi", "Again"]
+
+
+def test_a_calibrated_capacity_is_chosen_and_another_is_refused(
+    exported: Path, tmp_path: Path
+) -> None:
+    routers = tmp_path / "routers"
+    shutil.copytree(exported / "run/routers", routers)
+    config = read_router_config(routers)[0]
+    table = ((0.1, 0.999), (0.9, 0.001))
+    update_router_config(routers, dataclasses.replace(config, calibrated=table))
+    folder = export_folder(routers, BASE, tmp_path / "exported").folder
+    assert (
+        "calibrated for | 0.1, 0.9: `model.set_capacity(0.1)`" in (folder / "README.md").read_text()
+    )
+    (tmp_path / "prompts.txt").write_text("Reverse: a b\n")
+    shares = {}
+    for capacity in ("0.1", "0.9"):
+        out = tmp_path / f"{capacity}.jsonl"
+        flags = ["--model", str(folder), "--capacity", capacity, "--max_new_tokens", "2"]
+        prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(out)]
+        generate([*flags, *prompts, "--dtype", "float32"])
+        shares[capacity] = json.loads(out.read_text())["capacity"]
+    assert shares["0.1"] < 0.5 < shares["0.9"]
+    with pytest.raises(ConfigError, match=r"capacity 0\.5 is not calibrated"):
+        generate(["--model", str(folder), "--capacity", "0.5", *prompts])
+
+
+def test_a_prompt_that_the_template_rejects_and_an_empty_one_are_named(exported: Path) -> None:
+    model, folder = load_routed(str(exported / "exported"), "float32", None)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
+    options = parse(["--model", "x"])
+    conversation = Conversation(model=model, tokenizer=tokenizer, options=options)
+    with pytest.raises(DataError, match="rejects 'Hi' after 0 messages .*only one turn"):
+        conversation.answer([{"role": "user", "content": "Hi"}])
+    raw = Conversation(
+        model=model,
+        tokenizer=lambda text: {"input_ids": []},  # as without a begin token
+        options=parse(["--model", "x", "--raw"]),
+    )
+    with pytest.raises(DataError, match="a prompt is empty"):
+        raw.answer([{"role": "user", "content": ""}])
+
+
+def test_answers_do_not_take_the_place_of_prompts(tmp_path: Path) -> None:
+    file = str(tmp_path / "prompts.jsonl")
+    with pytest.raises(ConfigError, match="is the file of --prompts"):
+        parse(["--model", "x", "--prompts", file, "--output", file])
