@@ -38,6 +38,7 @@ from megaskip.parallel.watch import Watch
 from megaskip.reporting.summary import human_bytes, table, versions
 from megaskip.run_folder import (
     choose_run_folder,
+    discard_if_empty,
     given_tokenizer,
     hold_run_folder,
     is_finished,
@@ -98,6 +99,8 @@ def train(argv: Sequence[str]) -> None:
         stack.enter_context(process_group(topology, timeout=config.parallel.dist_timeout))
         stack.enter_context(_watch(config, topology))
         output_dir, resume = on_first_rank(topology, lambda: choose_run_folder(config))
+        if topology.is_first and config.checkpoint.output_dir is None:
+            stack.callback(discard_if_empty, output_dir)  # of a start that failed
         stack.enter_context(hold_run_folder(topology, output_dir))
         nodes = preflight(
             config, topology, output_dir, folder, data.fingerprint, versions(), ds_content or {}

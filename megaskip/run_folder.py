@@ -3,6 +3,7 @@ which tokenizer a finished one was given."""
 
 import contextlib
 import dataclasses
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,12 @@ def hold_run_folder(topology: Topology, folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove a run folder that no run has begun in."""
+    if all(path.name == ".lock" for path in folder.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def reopen(folder: Path) -> None:

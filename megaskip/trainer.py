@@ -388,7 +388,8 @@ class Trainer:
 
     def _watched(self, batches: Sequence[Batch | None], desc: str) -> Watched:
         shown = self.topology.is_first and self.config.log.progress
-        return Watched(batches, desc, disable=not shown, before_each=self._stop_if_asked)
+        hidden = None if shown else True  # only a terminal sees it
+        return Watched(batches, desc, disable=hidden, before_each=self._stop_if_asked)
 
     def _stop_if_asked(self) -> None:
         if self._preemption is not None and self._preemption.requested():

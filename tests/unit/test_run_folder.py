@@ -9,7 +9,7 @@ import filelock
 import pytest
 from families import tiny_model
 
-from megaskip import RouterConfig, attach_routers, save_routers
+from megaskip import RouterConfig, attach_routers, job, save_routers
 from megaskip.checkpoint.resume import COMPLETE
 from megaskip.config import RunConfig
 from megaskip.config.run import CheckpointConfig
@@ -41,6 +41,15 @@ def test_the_newest_run_that_has_a_checkpoint_goes_on(runs: Path) -> None:
     )
     folder, checkpoint = choose_run_folder(RunConfig())
     assert (folder.name, checkpoint) == ("demo-attn_sequence-003", None)
+
+
+def test_a_start_that_fails_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="--layers"):
+        job.train(["--layers", "7-20", "--held_out", "8", "--dtype", "float32"])
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_nothing_to_go_on_from_is_said(
