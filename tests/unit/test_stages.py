@@ -188,7 +188,7 @@ def test_settings_that_contradict_each_other(flags: list[str], message: str) -> 
             {"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}},
             "zero_optimization.offload_param",
         ),
-        ({"zero_optimization": {"stage": 0}, "flops_profiler": {}}, "flops_profiler"),
+        ({"zero_optimization": {"stage": 0}, "comms_logger": {}}, "comms_logger"),
     ],
 )
 def test_what_stages_would_ignore_is_refused(
