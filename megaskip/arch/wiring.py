@@ -65,12 +65,16 @@ def _remember(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     routers: RouterSet = module.__dict__["_skip_routers"]
-    routers.turn.end()
-    if output is None:  # the forward pass failed
-        return
-    cache = kwargs.get("past_key_values")
-    if cache is None:  # made by the model
-        cache = getattr(output, "past_key_values", None)
+    try:
+        if output is not None:  # it is None where the forward pass failed
+            _hold(routers, kwargs.get("past_key_values"), output)
+    finally:
+        routers.turn.end()
+
+
+def _hold(routers: RouterSet, given: Any, output: Any) -> None:
+    """Let the cache that was given, or made by the model, carry what was decided."""
+    cache = getattr(output, "past_key_values", None) if given is None else given
     if cache is not None and routers.config.unit == "sequence" and not held_by(cache):
         hold(cache, routers.decisions())
 

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorLi
 from transformers.cache_utils import DynamicLayer
 
 from megaskip import RouterConfig, attach_routers
+from megaskip.arch import wiring
 from megaskip.config import GRANULARITIES
 from megaskip.errors import UnsupportedModelError
 from megaskip.inference.flow import InferenceFlow
@@ -423,6 +424,44 @@ def test_threads_take_turns_on_one_model(granularity: str) -> None:
     for thread in threads:
         thread.join(20)
     assert all(torch.equal(found[name], alone[name]) for name in inputs)
+
+
+def test_decisions_are_in_the_cache_before_the_next_thread_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a model that routers were attached to, without the turn of an exported one around it."""
+    model, _ = trained("llama")
+    prompts = {name: whole_ids(3, 9, seed) for name, seed in (("first", 1), ("second", 2))}
+    follow, real = whole_ids(3, 1, 7), wiring.held_by
+    caches = {name: DynamicCache(config=model.config) for name in ("alone", *prompts)}
+    second_came, looked = threading.Event(), []
+
+    def held_by(cache: Any) -> Any:
+        if threading.current_thread().name == "first":
+            looked.append(cache)
+            if len(looked) == 2:  # after its forward pass
+                threads[1].start()
+                second_came.wait(0.5)
+        return real(cache)
+
+    def run(name: str) -> None:
+        with torch.no_grad():
+            model(prompts[name], past_key_values=caches[name])
+
+    with torch.no_grad():
+        model(prompts["first"], past_key_values=caches["alone"])
+        expected = model(follow, past_key_values=caches["alone"]).logits
+    monkeypatch.setattr(wiring, "held_by", held_by)
+    model.model.layers[2].mlp.register_forward_pre_hook(
+        lambda *_: second_came.set() if threading.current_thread().name == "second" else None
+    )
+    threads = [threading.Thread(target=run, args=(name,), name=name) for name in prompts]
+    threads[0].start()
+    threads[0].join(20)
+    threads[1].join(20)
+    with torch.no_grad():
+        found = model(follow, past_key_values=caches["first"]).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_failed_forward_pass_does_not_keep_others_out() -> None:
