@@ -48,7 +48,7 @@ def attend_among_kept(
     update = ran[0] if even else ran[0] * (position >= 0).unsqueeze(-1).to(ran[0].dtype)
     if index is not None:
         places = _flat(index, tokens)
-        update = put_back(update.flatten(0, 1), places, hidden_states.flatten(0, 1))
+        update = put_back(update.flatten(0, 1), places, hidden_states.shape[0] * tokens)
     return update.view_as(hidden_states), *ran[1:]
 
 

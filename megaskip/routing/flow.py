@@ -126,7 +126,7 @@ class SparseFlow:
         picked = units.index_select(0, chosen.index)
         ran = run(picked if by_row else picked.unsqueeze(0))
         first, rest = (ran[0], ran[1:]) if is_tuple else (ran, ())
-        output = put_back(first.view_as(picked), chosen.index, units).view_as(hidden_states)
+        output = put_back(first.view_as(picked), chosen.index, len(units)).view_as(hidden_states)
         return (output, *rest) if is_tuple else output
 
     def passes_by(
@@ -146,17 +146,15 @@ def run_rows(
         return torch.zeros_like(hidden_states), None
     picked = {name: rows_of(value, rows.index, rows.total) for name, value in kwargs.items()}
     ran = run(hidden_states.index_select(0, rows.index), **picked)
-    return tuple(_spread(one, rows) if isinstance(one, Tensor) else one for one in ran)
+    # The second is None or the attention's weights, which are rows' too.
+    return tuple(
+        put_back(one, rows.index, rows.total) if isinstance(one, Tensor) else one for one in ran
+    )
 
 
-def _spread(ran: Tensor, rows: Chosen) -> Tensor:
-    """Return [n, ...] of the chosen rows as [B, ...], zero in the others."""
-    return ran.new_zeros(rows.total, *ran.shape[1:]).index_copy_(0, rows.index, ran)
-
-
-def put_back(update: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Return zeros like [N, ...] with `update` [n, ...] at the places `index` int64 [n]."""
-    return torch.zeros_like(like).index_copy_(0, index, update)
+def put_back(update: Tensor, index: Tensor, total: int) -> Tensor:
+    """Return zeros [total, ...] with `update` [n, ...] at the places `index` int64 [n]."""
+    return update.new_zeros(total, *update.shape[1:]).index_copy_(0, index, update)
 
 
 def rows_of(value: Any, index: Tensor, batch: int) -> Any:
