@@ -27,15 +27,15 @@ from tqdm import tqdm
 from megaskip.checkpoint.atomic import new_folder, require_writable
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
-from megaskip.config import OptimConfig, ParallelConfig, RunConfig
+from megaskip.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from megaskip.data import build_dataset
 from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.evaluation.allocation import require_rounds
 from megaskip.evaluation.calibration import (
+    MissedError,
     Point,
-    UnreachedError,
     calibrate_all,
     routed_engine,
     with_points,
@@ -44,7 +44,7 @@ from megaskip.export.folder import require_new
 from megaskip.job import run_cli
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
-from megaskip.parallel.topology import process_group, read_topology
+from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.progress import Watched
 from megaskip.reporting.summary import table
 
@@ -78,43 +78,32 @@ def main(argv: Sequence[str]) -> None:
         optim=OptimConfig(micro_batch_size=options.micro_batch_size),
         parallel=ParallelConfig(ds_config=options.ds_config),
     )
-    trust = model.trust_remote_code
-    tokenizer = load_tokenizer(model.tokenizer or base, trust_remote_code=trust)
-    feed = Feed(
-        data=build_dataset(with_demo(data), tokenizer),
-        rank=topology.rank,
-        world_size=topology.world_size,
-        micro_batch_size=options.micro_batch_size,
-        global_batch_size=options.micro_batch_size * topology.world_size,
-        seed=data.seed,
-        pad_token_id=tokenizer.pad_token_id,
-        prompt_tokens=stored.prompt_tokens,
-    )
+    feed = feed_of(data, model, base, topology, options, stored.prompt_tokens)
     held_out = feed.held_out()
     if not held_out:
         raise ConfigError(
             "no text is held out to check the capacities on; give --eval_data, or more --data"
         )
     hidden = None if topology.is_first else True
+    total = len(capacities) * (1 + options.allocate)
+    missed: MissedError | None = None
     with (
         process_group(topology, timeout=config.parallel.dist_timeout),
-        tqdm(
-            total=len(capacities) * (1 + options.allocate), desc="calibrating", disable=hidden
-        ) as bar,
+        tqdm(total=total, desc="calibrating", disable=hidden) as bar,
     ):
         engine = routed_engine(config, topology, base, routers)
-        unreached = None
+        calibration = Watched(feed.calibration(options.rows), "a pass", disable=hidden)
         try:
             points = calibrate_all(
                 engine,
-                Watched(feed.calibration(options.rows), "a pass", disable=hidden),
+                calibration,
                 held_out,
                 capacities,
                 rounds=options.allocate,
                 progress=bar.update,
             )
-        except UnreachedError as error:
-            points, unreached = error.points, error
+        except MissedError as error:
+            points, missed = error.points, error
         dense = engine.evaluate(held_out, routed=False).loss
         if topology.is_first and points:
             title = f"calibrated: {output} (held-out loss, dense: {dense:.4f})"
@@ -122,8 +111,30 @@ def main(argv: Sequence[str]) -> None:
             print("\n".join(table(rows, title=title)))
         if points:
             on_first_rank(topology, lambda: write(routers, output, with_points(stored, points)))
-    if unreached is not None:
-        raise unreached
+    if missed is not None:
+        raise missed
+
+
+def feed_of(
+    data: DataConfig,
+    model: ModelConfig,
+    base: Path,
+    topology: Topology,
+    options: argparse.Namespace,
+    prompt_tokens: int,
+) -> Feed:
+    """Return the text to calibrate on, as training reads it."""
+    tokenizer = load_tokenizer(model.tokenizer or base, trust_remote_code=model.trust_remote_code)
+    return Feed(
+        data=build_dataset(with_demo(data), tokenizer),
+        rank=topology.rank,
+        world_size=topology.world_size,
+        micro_batch_size=options.micro_batch_size,
+        global_batch_size=options.micro_batch_size * topology.world_size,
+        seed=data.seed,
+        pad_token_id=tokenizer.pad_token_id,
+        prompt_tokens=prompt_tokens,
+    )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -47,6 +47,7 @@ from tqdm import tqdm
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig
 from megaskip.errors import ConfigError, MegaskipError
+from megaskip.evaluation.allocation import UnreachedError
 from megaskip.evaluation.comparison import Comparison, Measured, contrasts
 from megaskip.evaluation.pareto import (
     HEADER,
@@ -152,7 +153,7 @@ def measure_all(
             rounds = _ROUNDS if method == "allocated" else 0
             try:
                 kept = comparison.take(run / "routers", skip, rounds=rounds)
-            except ConfigError as error:
+            except UnreachedError as error:
                 left_out.append(f"{method} at {100 * skip:g} %, {run.name}: {error}")
                 logger.warning("left out: %s", left_out[-1])
                 continue

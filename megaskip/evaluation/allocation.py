@@ -23,6 +23,10 @@ TOLERANCE = 0.01
 """How far a capacity may be from the asked one."""
 
 
+class UnreachedError(ConfigError):
+    """Routers keep something else than what is asked, at every threshold."""
+
+
 def allocate(
     engine: Engine,
     batches: Sequence[Batch | None],
@@ -91,11 +95,6 @@ class _Best:
         self._routers = engine.routers
         self.config = self._routers.config
         self._losses, self.kept = _unit_losses(engine, batches)
-        if not self._is_near(self.kept):  # loses less because it keeps more
-            self._losses = torch.full_like(self._losses, math.inf)
-
-    def _is_near(self, kept: float) -> bool:
-        return abs(kept - self._capacity) <= TOLERANCE
 
     def consider(self, logits: Tensor, shares: Tensor) -> None:
         """Try the thresholds that `shares` [R] of the layers' `logits` [R, N] are above, moved
@@ -105,8 +104,13 @@ class _Best:
         self._engine.calibrate(self._batches, capacity=self._capacity)
         self._routers.configure(self._routers.settled_config())
         losses, kept = _unit_losses(self._engine, self._batches)
-        if self._is_near(kept) and _is_lower(losses, self._losses):
+        # A start that keeps something else is no rival: it may lose less because it keeps more.
+        better = not self._is_near(self.kept) or _is_lower(losses, self._losses)
+        if self._is_near(kept) and better:
             self.config, self._losses, self.kept = self._routers.config, losses, kept
+
+    def _is_near(self, kept: float) -> bool:
+        return abs(kept - self._capacity) <= TOLERANCE
 
 
 def _shares_worth(logits: Tensor, lines: Worth, capacity: float) -> Tensor:
@@ -176,8 +180,6 @@ def _of_all_ranks(mine: Any) -> list[Any]:
 
 def _is_lower(losses: Tensor, others: Tensor) -> bool:
     """Return whether the mean of [N] is lower by more than the error of the paired difference."""
-    if bool(others.isinf().any()):
-        return True
     gap = others - losses
     return float(gap.mean()) > float(gap.std(correction=0)) / math.sqrt(len(gap))
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from megaskip.checkpoint.routers import load_router_tensors, read_router_config
 from megaskip.config import RouterConfig, RunConfig, Threshold
 from megaskip.data import Batch
-from megaskip.errors import ConfigError
-from megaskip.evaluation.allocation import TOLERANCE, allocate
+from megaskip.evaluation.allocation import TOLERANCE, UnreachedError, allocate
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
@@ -38,8 +37,8 @@ class Point:
     """Held out, nats a supervised token."""
 
 
-class UnreachedError(ConfigError):
-    """Some capacities cannot be realised; `points` are the others."""
+class MissedError(UnreachedError):
+    """Some of several capacities cannot be realised; `points` are the others."""
 
     def __init__(self, points: list[Point], *problems: str) -> None:
         super().__init__(*problems)
@@ -72,7 +71,7 @@ def calibrate_all(
     """Return the thresholds of `capacities`, ascending: one for all layers or, after some `rounds`
     of `allocate`, one of each; `progress` is called once a capacity and once a round. Collective.
 
-    Raises UnreachedError, once all are done, for those that the routers cannot realise, on either
+    Raises MissedError, once all are done, for those that the routers cannot realise, on either
     text.
     """
     assert engine.routers is not None
@@ -90,10 +89,10 @@ def calibrate_all(
             near = engine.routers.config
         try:
             points.append(_checked(engine, held_out, capacity, kept))
-        except ConfigError as error:
+        except UnreachedError as error:
             problems += error.problems
     if problems:
-        raise UnreachedError(points[::-1], *problems)
+        raise MissedError(points[::-1], *problems)
     return points[::-1]
 
 
@@ -110,7 +109,7 @@ def _is_near(kept: float, capacity: float) -> bool:
 def _checked(engine: Engine, held_out: Batches, capacity: float, kept: float) -> Point:
     """Return the point of the thresholds that the routers have now, which kept so much."""
     if not _is_near(kept, capacity):
-        raise ConfigError(
+        raise UnreachedError(
             f"--capacity {capacity:g} cannot be reached: the nearest that these routers keep of "
             f"the calibration text is {kept:.3f}, because too many of their scores are equal. "
             "Train them longer, or choose another capacity"
@@ -118,7 +117,7 @@ def _checked(engine: Engine, held_out: Batches, capacity: float, kept: float) ->
     found = engine.evaluate(held_out, routed=True)
     off = abs(found.capacity - capacity)
     if off > TOLERANCE + 2 * found.capacity_error:
-        raise ConfigError(
+        raise UnreachedError(
             f"--capacity {capacity:g} does not hold on other text: calibrated to {kept:.3f}, held "
             f"out it is {found.capacity:.3f} (standard error {found.capacity_error:.3f}). "
             "Calibrate on more text (--rows), or on text like that which the model will read "

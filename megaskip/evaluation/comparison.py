@@ -21,7 +21,7 @@ from megaskip.data import Batch, build_dataset
 from megaskip.data.feed import Feed
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
-from megaskip.evaluation.allocation import TOLERANCE, allocate
+from megaskip.evaluation.allocation import TOLERANCE, UnreachedError, allocate
 from megaskip.evaluation.baselines import (
     Order,
     Policy,
@@ -148,7 +148,8 @@ class Comparison:
     def take(self, routers: Path, skip: float, *, rounds: int = 0) -> float:
         """Put the routers of a folder on the model, with the threshold at which the calibration
         text skips `skip`, or after `rounds` of `allocate` one a layer, near those found for the
-        share before; returns the capacity it came to. Raises ConfigError when that is another."""
+        share before; returns the capacity it came to. Raises UnreachedError when that is
+        another."""
         config, layers, _ = read_router_config(routers)
         if layers != self.layers:
             raise ConfigError(f"{routers}: routes layers {layers}, the comparison {self.layers}")
@@ -161,7 +162,7 @@ class Comparison:
             kept = allocate(self._engine, self._calibration, capacity, rounds=rounds, near=near)
             self._near[routers] = self.routers.config
         if abs(kept - capacity) > TOLERANCE:
-            raise ConfigError(
+            raise UnreachedError(
                 f"{routers}: at the nearest threshold they keep {kept:.3f} of the calibration "
                 f"text, not {capacity:.3f}: too many of their scores are equal"
             )

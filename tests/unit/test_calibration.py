@@ -16,7 +16,7 @@ from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.evaluation.calibration import UnreachedError, calibrate_all, with_points
+from megaskip.evaluation.calibration import MissedError, calibrate_all, with_points
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.routing import Measured, RouterSet, ThresholdSearch
@@ -76,7 +76,7 @@ def test_capacities_that_are_reached_are_not_lost_with_one_that_is_not(engine: E
     assert engine.routers is not None
     randomise(engine.routers)
     other = [dataclasses.replace(b, input_ids=torch.full_like(b.input_ids, 5)) for b in batches(2)]
-    with pytest.raises(UnreachedError, match=r"--capacity 0\.45 does not hold") as caught:
+    with pytest.raises(MissedError, match=r"--capacity 0\.45 does not hold") as caught:
         calibrate_all(engine, batches(1), other, [0.45, 0.995])
     assert [point.capacity for point in caught.value.points] == [0.995]
 
