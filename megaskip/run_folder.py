@@ -11,7 +11,7 @@ from typing import Any
 
 import filelock
 
-from megaskip.checkpoint.atomic import read_json, write_json
+from megaskip.checkpoint.atomic import read_json, why_unwritable, write_json
 from megaskip.checkpoint.resume import checkpoints, read_state
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config import RunConfig
@@ -180,16 +180,15 @@ def _named_folder(config: RunConfig) -> Path:
 
 
 def _require_writable(folder: Path) -> None:
-    probe = folder / ".write_test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
+        why = why_unwritable(folder)
     except OSError as error:
+        why = error.strerror or str(error)
+    if why is not None:
         raise CheckpointError(
-            f"--output_dir {folder}: cannot write there ({error.strerror or error}); name another "
-            "folder"
-        ) from None
+            f"--output_dir {folder}: cannot write there ({why}); name another folder"
+        )
 
 
 def _git_revision() -> str | None:

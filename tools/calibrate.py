@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from run_source import add_dtype, add_source, add_text, read_as, sources, with_demo
 from tqdm import tqdm
 
-from megaskip.checkpoint.atomic import new_folder, require_writable
+from megaskip.checkpoint.atomic import new_folder, why_unwritable
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
     output = Path(options.output) if options.output else routers
     if output.resolve() != routers.resolve():
         require_new(output)
-    require_writable(output)
+    if why := why_unwritable(output):
+        raise ConfigError(f"--output {output}: cannot write there ({why}); name another folder")
     stored, _, described = read_router_config(routers)
     require_rounds(stored, options.allocate)
     if described is not None:

@@ -46,14 +46,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def require_writable(folder: Path) -> None:
-    """Raise CheckpointError when a folder cannot be written, or made: now, not after hours."""
+def why_unwritable(folder: Path) -> str | None:
+    """Return why a folder, or the nearest one above it that exists, cannot be written; None if it
+    can. Asked before hours of computing, not after."""
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    probe = there / ".write_test"
     try:
-        with tempfile.TemporaryFile(dir=there) as probe:
-            probe.write(b"\0" * 4096)
+        probe.write_bytes(b"\0" * 65536)
+        probe.unlink(missing_ok=True)  # of several ranks, one is first
     except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from None
+        return error.strerror or str(error)
+    return None
 
 
 def write_tensors(

@@ -2,14 +2,13 @@
 
 import argparse
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from megaskip.checkpoint.atomic import write_json
+from megaskip.checkpoint.atomic import why_unwritable, write_json
 from megaskip.config import ParallelConfig, RunConfig
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, MegaskipError
@@ -109,25 +108,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         problems.append(f"--output {options.output}: there is no folder {folder}; make it first")
     if Path(options.output).is_dir():
         problems.append(f"--output {options.output} is a folder; name a .json file")
-    elif folder.is_dir():
-        problems += _unwritable(Path(options.output))
+    elif folder.is_dir() and (why := why_unwritable(folder)):
+        problems.append(f"--output {options.output}: cannot write there ({why})")
     if not _named(options.tasks):
         problems.append(f"--tasks {options.tasks!r} names no task")
     if problems:
         raise ConfigError(*problems)
     return options
-
-
-def _unwritable(output: Path) -> list[str]:
-    """Return what is wrong with a file that is to be written, hours before it is."""
-    try:
-        if output.exists():
-            output.open("a").close()
-        else:
-            tempfile.TemporaryFile(dir=output.absolute().parent).close()
-        return []
-    except OSError as error:
-        return [f"--output {output}: cannot write there ({error.strerror or error})"]
 
 
 def evaluate_on_ranks(options: argparse.Namespace, topology: Topology) -> EvalReport | None:
