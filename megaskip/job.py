@@ -137,19 +137,18 @@ def _read_data(config: RunConfig, folder: Path) -> tuple[TokenizedData, int]:
     tokenizer = load_tokenizer(
         config.model.tokenizer or folder, trust_remote_code=config.model.trust_remote_code
     )
-    text_config = load_hf_config(folder, config.model).get_text_config(decoder=True)
-    known, longest = text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
+    model = load_hf_config(folder, config.model).get_text_config(decoder=True)
+    longest = getattr(model, "max_position_embeddings", None)
     if longest is not None and config.data.seq_length > longest:
-        logger.warning(
-            "--seq_length %d is more than the %d positions that the model was made for",
-            config.data.seq_length,
-            longest,
-        )
+        message = "--seq_length %d is more than the %d positions that the model was made for"
+        logger.info(message, config.data.seq_length, longest)
     data = build_dataset(_with_demo(config.data), tokenizer)
-    if max(tokenizer.get_vocab().values(), default=0) >= known:
-        require_known_tokens(data, known)
+    # Going through all tokens takes time, and where the tokenizer knows no more it is not needed.
+    if max(tokenizer.get_vocab().values(), default=0) >= model.vocab_size:
+        require_known_tokens(data, model.vocab_size)
     # Padding is masked everywhere, so any token does.
-    return data, tokenizer.pad_token_id if tokenizer.pad_token_id < known else 0
+    known = tokenizer.pad_token_id < model.vocab_size
+    return data, tokenizer.pad_token_id if known else 0
 
 
 def _with_demo(data: DataConfig) -> DataConfig:

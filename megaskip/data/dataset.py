@@ -29,7 +29,6 @@ from megaskip.data.stats import DataStats, SourceStats, check_losses
 from megaskip.data.store import (
     RowWriter,
     StoredRows,
-    largest_token,
     open_store,
     write_meta,
     write_plan,
@@ -161,14 +160,14 @@ def _is_dead(process: str) -> bool:
 
 
 def require_known_tokens(data: TokenizedData, vocabulary: int) -> None:
-    """Raise DataError for tokens that the model has no embedding for."""
-    for rows in (data.train, data.held_out):
-        largest = 0 if isinstance(rows, StreamingRows) else largest_token(rows)
-        if largest >= vocabulary:
-            raise DataError(
-                f"--data: token {largest} is beyond the model's vocabulary of {vocabulary}; use "
-                "the tokenizer that belongs to the model (--tokenizer)"
-            )
+    """Raise DataError for stored tokens that the model has no embedding for; nobody knows those of
+    a stream."""
+    largest = data.train.largest_token() if isinstance(data.train, StoredRows) else 0
+    if largest >= vocabulary:
+        raise DataError(
+            f"--data: token {largest} is beyond the model's vocabulary of {vocabulary}; use the "
+            "tokenizer that belongs to the model (--tokenizer)"
+        )
 
 
 def _write(

@@ -104,6 +104,11 @@ class StoredRows:
         members = self._members[self._starts[index] : self._starts[index + 1]]
         return PackedRow(segments=tuple(self._row(int(member)) for member in members))
 
+    def largest_token(self) -> int:
+        """Return the largest token id of the whole store, held-out rows too; 0 without any."""
+        ids = self._columns["input_ids"]
+        return int(ids.max()) if len(ids) else 0
+
     def _row(self, member: int) -> Row:
         start, end = self._columns["starts"][member], self._columns["starts"][member + 1]
         return Row(
@@ -112,14 +117,6 @@ class StoredRows:
             prompt_length=int(self._columns["prompt_length"][member]),
             source=int(self._columns["source"][member]),
         )
-
-
-def largest_token(rows: StoredRows | Sequence[Row]) -> int:
-    """Return the largest token id of stored rows (of all of their store), 0 without any."""
-    if isinstance(rows, StoredRows):
-        ids = rows._columns["input_ids"]
-        return int(ids.max()) if len(ids) else 0
-    return max((int(row.input_ids.max()) for row in rows if len(row)), default=0)
 
 
 def write_plan(

@@ -41,8 +41,8 @@ _TOKENIZER = {
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
     *("chat_template.jinja", "chat_template.json"),
 }
-_TEMPLATES = "additional_chat_templates"
 """What a base's tokenizer is read from; beside another one's files it would be mixed with them."""
+_TEMPLATES = "additional_chat_templates"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
 
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import StaticLayer
 
 from megaskip.arch.anatomy import Anatomy
 from megaskip.arch.sites import find_sites
-from megaskip.inference.kept import KeptRows, can_hold_a_part, holding_rows
+from megaskip.inference.kept import KeptRows, can_hold_a_part, holding_rows, is_offloaded
 from megaskip.routing.decision import Chosen
 
 DROPPABLE = ("attn", "mlp")
@@ -71,7 +71,7 @@ def drop_sublayers(anatomy: Anatomy, dropped: Mapping[str, Sequence[int]]) -> No
 def _count_tokens(cache: Any, index: int, hidden_states: Tensor) -> None:
     """Let a cache layer that gets no keys be as long as the text: masks are made from it."""
     batch, tokens = hidden_states.shape[:2]
-    if getattr(cache, "offloading", False):
+    if is_offloaded(cache):
         raise NotImplementedError(
             "an offloaded cache fetches a layer when the one below it is updated, which a dropped "
             "attention is not; use a DynamicCache"
@@ -79,7 +79,7 @@ def _count_tokens(cache: Any, index: int, hidden_states: Tensor) -> None:
     while len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     held = cache.layers[index]
-    if not isinstance(held, KeptRows) and can_hold_a_part(held):
+    if not isinstance(held, KeptRows) and can_hold_a_part(cache, held):
         held = holding_rows(cache, index)
     if not isinstance(held, KeptRows):
         _count_in_whole(held, hidden_states)

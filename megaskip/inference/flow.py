@@ -16,6 +16,7 @@ from megaskip.inference.kept import (
     can_hold_a_part,
     holding_rows,
     holding_tokens,
+    is_offloaded,
 )
 from megaskip.inference.packed import attend_among_kept
 from megaskip.routing.decision import RoutingDecision
@@ -63,7 +64,7 @@ class InferenceFlow(SparseFlow):
             return _multiplied(run(hidden_states, **kwargs), decision)
         held = _layer_of(cache, layer)
         if not isinstance(held, KeptRows):
-            if decision.unit_of_token is not None or not _can_hold_a_part(cache, held):
+            if decision.unit_of_token is not None or not can_hold_a_part(cache, held):
                 _say_dense(cache, held)
                 return _multiplied(run(hidden_states, **kwargs), decision)
             held = holding_rows(cache, layer)
@@ -96,7 +97,7 @@ class InferenceFlow(SparseFlow):
         cache = kwargs.get("past_key_values")
         held = _layer_of(cache, layer) if cache is not None else None
         if held is not None and not isinstance(held, KeptTokens):
-            if not _can_hold_a_part(cache, held):
+            if not can_hold_a_part(cache, held):
                 _say_dense(cache, held)
                 return _multiplied(run(hidden_states, **kwargs), decision)
             held = holding_tokens(cache, layer, hidden_states.shape[0], hidden_states.device)
@@ -122,13 +123,8 @@ def _layer_of(cache: Any, layer: int) -> Any:
     return cache.layers[layer]
 
 
-def _can_hold_a_part(cache: Any, layer: Any) -> bool:
-    # An offloaded cache fetches a layer when the one below is updated, which a skipped one is not.
-    return can_hold_a_part(layer) and not getattr(cache, "offloading", False)
-
-
 def _say_dense(cache: Any, layer: Any) -> None:
-    what = "an offloaded cache" if can_hold_a_part(layer) else type(layer).__name__
+    what = "an offloaded cache" if is_offloaded(cache) else type(layer).__name__
     warnings.warn(
         f"megaskip: {what} cannot hold a part of the keys and values, so routed layers are "
         "computed in full and multiplied; use a DynamicCache to save what is skipped",

@@ -242,9 +242,16 @@ def holding_tokens(cache: Any, layer: int, batch: int, device: torch.device) -> 
     return held
 
 
-def can_hold_a_part(layer: Any) -> bool:
-    """Return whether a cache layer is fresh and of a kind that can hold a part of the text."""
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.get_seq_length()
+def can_hold_a_part(cache: Any, layer: Any) -> bool:
+    """Return whether a layer of a cache is fresh and of a kind that can hold a part of the text."""
+    whole = type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length()
+    return not whole and not is_offloaded(cache)
+
+
+def is_offloaded(cache: Any) -> bool:
+    """Return whether a cache fetches a layer's keys when the layer below is updated: then every
+    layer must be."""
+    return bool(getattr(cache, "offloading", False))
 
 
 def _take_place(cache: Any, layer: int, mixin: Any) -> Any:

@@ -97,7 +97,7 @@ def _wrong_zero(path: str, content: dict[str, Any]) -> list[str]:
     names = {alias for name, field in known.items() for alias in (name, field.alias) if alias}
     problems = [
         f"--ds_config {path}: zero_optimization has no setting {name!r}{did_you_mean(name, names)}"
-        for name in given.keys() - names
+        for name in sorted(given.keys() - names)
     ]
     offload = given.get("offload_param", {})
     if offload.get("device") == "nvme" and not offload.get("nvme_path"):

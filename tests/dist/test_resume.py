@@ -16,6 +16,7 @@ from spawn import Ranks, run_worker, start, train
 from megaskip import job
 from megaskip.errors import MegaskipError
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.preempt import Preemption
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 STAGES = ["--ds_config", "ds_configs/pipeline.json", "--pipeline_stages", "2"]
@@ -125,13 +126,14 @@ def test_what_is_trained_is_safe_before_it_is_calibrated(
     assert (report["steps"], report["calibrated_capacity"] is not None) == (STEPS, True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     decide_all = Engine._decide_all
 
     def signalled(engine: Engine, batches: object) -> object:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return decide_all(engine, batches)  # type: ignore[arg-type]
 
     folder = tmp_path / "run"
@@ -145,6 +147,20 @@ def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
     done = {name: (folder / name).read_bytes() for name in ("report.json", "run.json")}
     job.train([*settings, "--lr", "0.5"])
     assert {name: (folder / name).read_bytes() for name in done} == done
+
+
+def test_only_a_ctrl_c_that_somebody_pressed_again_ends_it_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    preemption = Preemption()
+    preemption._note(signal.SIGINT, None)
+    clock[0] += 1.0  # the launcher passes it on
+    preemption._note(signal.SIGINT, None)
+    clock[0] += 5.0
+    with pytest.raises(KeyboardInterrupt):
+        preemption._note(signal.SIGINT, None)
 
 
 def test_training_that_diverges_ends_with_the_step_and_keeps_its_checkpoints(

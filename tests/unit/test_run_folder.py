@@ -1,6 +1,7 @@
 """Which folder a run writes into, and that no other run is lost or mixed with it there."""
 
 import dataclasses
+import logging
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,6 @@ def test_a_start_that_fails_leaves_no_folder(
 def test_nothing_to_go_on_from_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import logging
-
     monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
     asked = dataclasses.replace(RESUME.checkpoint, output_dir=str(tmp_path / "new"))
     with caplog.at_level("INFO"):
@@ -90,8 +89,6 @@ def test_two_jobs_do_not_write_into_one_folder(tmp_path: Path) -> None:
 def test_a_finished_run_that_goes_on_is_not_finished(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import logging
-
     monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
     (tmp_path / "report.json").write_text("{}")
     assert is_finished(tmp_path)
