@@ -92,7 +92,8 @@ class Trainer:
                 self.step, self.tokens = self.step + 1, self.tokens + result.tokens
                 self._record(metrics, bar, result, seconds)
                 if preemption.requested():
-                    return self._stop_early()
+                    self.save()
+                    return self._stopped()
                 if self.step == self.total_steps:
                     break
                 if self._due(self.config.checkpoint.save_every):
@@ -104,14 +105,14 @@ class Trainer:
                 self._calibrate()
                 self.save()
                 return self._close(metrics, time.monotonic() - started)
-            except _AskedToStop:
-                return self._stop_early()
+            except _AskedToStop:  # what is trained was saved before each of these
+                return self._stopped()
 
-    def _stop_early(self) -> dict[str, Any]:
-        path = self.save()
+    def _stopped(self) -> dict[str, Any]:
+        """Say that a run that was asked to stop can go on."""
         logger.info(
             "asked to stop: saved %s, step %d of %d; --resume auto continues",
-            path,
+            self._checkpoint,
             self.step,
             self.total_steps,
         )
@@ -213,9 +214,13 @@ class Trainer:
 
     # -- writing
 
+    @property
+    def _checkpoint(self) -> Path:
+        return self.output_dir / f"step_{self.step:06d}"
+
     def save(self) -> Path:
         """Write a checkpoint of this step. Collective."""
-        path = self.output_dir / f"step_{self.step:06d}"
+        path = self._checkpoint
 
         def write() -> Path:
             save_checkpoint(

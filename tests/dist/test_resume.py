@@ -130,20 +130,32 @@ def test_what_is_trained_is_safe_before_it_is_calibrated(
 def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    decide_all = Engine._decide_all
+    decide_all, trained = Engine._decide_all, []
 
     def signalled(engine: Engine, batches: object) -> object:
-        os.kill(os.getpid(), number)
+        trained.append(saved())
+        if len(trained) == 2:  # the search has moved the threshold
+            os.kill(os.getpid(), number)
         return decide_all(engine, batches)  # type: ignore[arg-type]
 
+    job.train(flags(data, tmp_path / "whole", "--no-progress"))
     folder = tmp_path / "run"
+    checkpoint = folder / f"step_{STEPS:06d}"
+
+    def saved() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
     settings = [*flags(data, folder, "--no-progress"), "--resume", "auto"]
     monkeypatch.setattr(Engine, "_decide_all", signalled)
     job.train(settings)
-    assert (folder / f"step_{STEPS:06d}" / "COMPLETE").is_file()
+    assert "COMPLETE" in saved()
+    assert saved() == trained[0]  # as it was trained, not half calibrated
     assert not (folder / "report.json").exists()
+    assert len(trained) == 2
     monkeypatch.undo()
     job.train(settings)
+    for name in ("routers/routers.safetensors", "routers/router_config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     done = {name: (folder / name).read_bytes() for name in ("report.json", "run.json")}
     job.train([*settings, "--lr", "0.5"])
     assert {name: (folder / name).read_bytes() for name in done} == done
