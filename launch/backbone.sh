@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A backbone of 10.7 M parameters and 12 layers to measure routing on: an hour or two on a CPU, minutes on a GPU.
-#   python tools/make_backbone.py --text TEXT_DIR --instruct alpaca.json --work_dir WORK
+#   python tools/make/make_backbone.py --text TEXT_DIR --instruct alpaca.json --work_dir WORK
 #   bash launch/backbone.sh --model WORK/init --data WORK/text.jsonl --data alpaca.json \
 #     --eval_data WORK/heldout_text.jsonl --output_dir WORK/run
 # The trained model is WORK/run/model. An interrupted run goes on with --resume auto.

@@ -13,8 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
-from megaskip.evaluation.command import evaluate  # noqa: E402
-from megaskip.job import run_cli  # noqa: E402
+from megaskip.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    run_cli(evaluate)
+    main(["evaluate", *sys.argv[1:]])

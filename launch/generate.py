@@ -10,8 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
-from megaskip.generation import generate  # noqa: E402
-from megaskip.job import run_cli  # noqa: E402
+from megaskip.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    run_cli(generate)
+    main(["generate", *sys.argv[1:]])

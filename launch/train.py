@@ -8,11 +8,9 @@ python launch/train.py --help
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # runs from a clone, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
-from megaskip.job import run_cli, train  # noqa: E402
+from megaskip.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    run_cli(train)
+    main(["train", *sys.argv[1:]])

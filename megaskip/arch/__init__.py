@@ -4,12 +4,12 @@ Promise: no modelling code is copied, no state-dict key changes, and a family on
 not the identity is refused with numbers.
 """
 
-from megaskip.arch.anatomy import Anatomy, find_decoder, freeze
 from megaskip.arch.attach import attach_routers, attach_to_stage, detach_routers
+from megaskip.arch.decoder import DecoderParts, find_decoder, freeze
 from megaskip.arch.probe import ProbeReport, probe_layer
 
 __all__ = [
-    "Anatomy",
+    "DecoderParts",
     "ProbeReport",
     "attach_routers",
     "attach_to_stage",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from megaskip.arch.anatomy import find_decoder, freeze
+from megaskip.arch.decoder import find_decoder, freeze
 from megaskip.arch.part import LayerElsewhere
 from megaskip.arch.probe import probe_layer
 from megaskip.arch.stage import DecoderStage
@@ -33,20 +33,20 @@ def attach_routers(
     the numbers.
     """
     config = config or RouterConfig()
-    anatomy = find_decoder(model)
+    parts = find_decoder(model)
     if any(is_routed(module) for module in model.modules()):
         raise ConfigError("this model has routers already; call detach_routers(model) first")
-    layers = resolve_layers(config.layers, len(anatomy.layers))
+    layers = resolve_layers(config.layers, len(parts.layers))
     _require_routable(layers, config)
-    elsewhere = [one for one in layers if isinstance(anatomy.layers[one], LayerElsewhere)]
+    elsewhere = [one for one in layers if isinstance(parts.layers[one], LayerElsewhere)]
     here = [one for one in layers if one not in elsewhere]
-    device = next(iter((anatomy.layers[here[0]] if here else model).parameters())).device
+    device = next(iter((parts.layers[here[0]] if here else model).parameters())).device
     if verify and here:
         report = probe_layer(model, here[0])
         if not report.passed:
-            raise UnsupportedModelError(report.explain(anatomy.model_type))
-    routers = RouterSet(config, layers, anatomy.hidden_size, device=device)
-    wire(anatomy, routers, elsewhere=elsewhere)
+            raise UnsupportedModelError(report.explain(parts.model_type))
+    routers = RouterSet(config, layers, parts.hidden_size, device=device)
+    wire(parts, routers, elsewhere=elsewhere)
     if register:
         model.add_module(PREFIX, routers)
     freeze(model)
@@ -85,10 +85,10 @@ def _require_routable(layers: Sequence[int], config: RouterConfig) -> None:
 
 def detach_routers(model: nn.Module) -> None:
     """Take the routers off `model`: its classes, hooks and keys are those it had before."""
-    anatomy = find_decoder(model)
-    for module in anatomy.decoder.modules():
+    parts = find_decoder(model)
+    for module in parts.decoder.modules():
         if is_routed(module):
             unroute(module)
-    unwire(anatomy.decoder)
+    unwire(parts.decoder)
     if hasattr(model, PREFIX):
         delattr(model, PREFIX)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.decoder import find_decoder
 from megaskip.errors import UnsupportedModelError
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.decoder import find_decoder
 from megaskip.arch.stage import Slice, middle_cuts, slices, verify_stages
 from megaskip.routing import RouterSet
 
@@ -97,14 +97,14 @@ def cut_to_part(model: Any, part: Slice) -> None:
 
     Attached routers come between the two: unconnected, the model runs by itself.
     """
-    anatomy = find_decoder(model)
-    decoder: Any = anatomy.decoder
+    decoder_parts = find_decoder(model)
+    decoder: Any = decoder_parts.decoder
     dtype = next(model.parameters()).dtype
-    for index, layer in enumerate(anatomy.layers):
+    for index, layer in enumerate(decoder_parts.layers):
         if not part.first <= index < part.stop:
-            anatomy.layers[index] = LayerElsewhere(layer, index)
+            decoder_parts.layers[index] = LayerElsewhere(layer, index)
     if not part.is_first:
-        decoder.set_input_embeddings(_EmbeddingElsewhere(anatomy.hidden_size, dtype))
+        decoder.set_input_embeddings(_EmbeddingElsewhere(decoder_parts.hidden_size, dtype))
     if not part.is_last:
         decoder.norm = nn.Identity()
         config = model.config.get_text_config(decoder=True)
@@ -116,7 +116,7 @@ def cut_to_part(model: Any, part: Slice) -> None:
 def connect(model: Any, part: Slice, routers: RouterSet | None, neighbours: Neighbours) -> None:
     """Let hidden states, and what routed layers decided, come in below this part and go out
     above."""
-    anatomy = find_decoder(model)
+    decoder_parts = find_decoder(model)
     below = 0 if routers is None else sum(layer < part.first for layer in routers.layers)
 
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -144,9 +144,9 @@ def connect(model: Any, part: Slice, routers: RouterSet | None, neighbours: Neig
             neighbours.spread(logits)
 
     if not part.is_first:
-        anatomy.layers[part.first].register_forward_pre_hook(enter, with_kwargs=True)
+        decoder_parts.layers[part.first].register_forward_pre_hook(enter, with_kwargs=True)
     if not part.is_last:
-        anatomy.layers[part.stop - 1].register_forward_hook(leave)
+        decoder_parts.layers[part.stop - 1].register_forward_hook(leave)
     head = model.get_output_embeddings()
     if part.is_last:
         head.register_forward_hook(spread)

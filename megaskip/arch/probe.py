@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.decoder import find_decoder
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_layer, unroute
 
@@ -106,12 +106,12 @@ def probe_layer(
     Runs one forward pass of 8 tokens and the layer seven times. Under ZeRO-3 collective: every rank
     calls it. `inputs` are what the decoder is called with instead of token ids.
     """
-    anatomy = find_decoder(model)
-    layer = anatomy.layers[index]
+    parts = find_decoder(model)
+    layer = parts.layers[index]
     was_training = model.training
     model.eval()
     try:
-        args, kwargs = _arguments_of(layer, anatomy.decoder, inputs)
+        args, kwargs = _arguments_of(layer, parts.decoder, inputs)
         x = _input_like(args[0])
 
         def plain() -> Tensor:
@@ -119,7 +119,7 @@ def probe_layer(
             return out[0] if isinstance(out, tuple) else out
 
         reference = plain()
-        with _gated(layer, anatomy.model_type) as keep:
+        with _gated(layer, parts.model_type) as keep:
 
             def run(attention: float, mlp: float) -> Tensor:
                 keep.update(attn=attention, mlp=mlp)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaskip.arch.anatomy import Anatomy, find_decoder
+from megaskip.arch.decoder import DecoderParts, find_decoder
 from megaskip.arch.task_loss import TaskLoss, head_loss, verify_task_loss
 from megaskip.errors import UnsupportedModelError
 
@@ -61,12 +61,12 @@ class DecoderStage(nn.Module):
 
     def __init__(self, model: nn.Module, part: Slice, *, chunk_tokens: int) -> None:
         super().__init__()
-        anatomy = find_decoder(model)
+        parts = find_decoder(model)
         self.config = model.config
         self.part = part
         self.head = head_loss(model, chunk_tokens) if part.is_last else None
-        self.decoder = _cut(anatomy, part)
-        self.hidden_size = anatomy.hidden_size
+        self.decoder = _cut(parts, part)
+        self.hidden_size = parts.hidden_size
 
     def get_decoder(self) -> nn.Module:
         """Return the sliced base model, as an HF model does."""
@@ -87,15 +87,15 @@ class DecoderStage(nn.Module):
         )[0]
 
 
-def _cut(anatomy: Anatomy, part: Slice) -> nn.Module:
+def _cut(parts: DecoderParts, part: Slice) -> nn.Module:
     """Leave a base model the layers of one stage; layers keep their own index and config."""
-    decoder: Any = anatomy.decoder
+    decoder: Any = parts.decoder
     if not isinstance(getattr(decoder, "norm", None), nn.Module):
         raise UnsupportedModelError(
-            f"{anatomy.model_type}: {type(decoder).__name__} has no final norm called `norm`; "
+            f"{parts.model_type}: {type(decoder).__name__} has no final norm called `norm`; "
             "megaskip cannot cut it into stages. Use ZeRO-3 (ds_configs/zero3.json)"
         )
-    decoder.layers = nn.ModuleList(anatomy.layers[part.first : part.stop])
+    decoder.layers = nn.ModuleList(parts.layers[part.first : part.stop])
     decoder.config = config_slice(decoder.config, part)
     if not part.is_first:
         decoder.set_input_embeddings(None)

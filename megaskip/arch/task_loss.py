@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.decoder import find_decoder
 from megaskip.errors import UnsupportedModelError
 
 IGNORED = -100
@@ -58,13 +58,13 @@ class TaskLoss(nn.Module):
 def head_loss(model: nn.Module, chunk_tokens: int) -> "HeadLoss":
     """Return the loss behind a model's decoder; raises UnsupportedModelError for other heads than
     nn.Linear."""
-    anatomy = find_decoder(model)
-    if not isinstance(anatomy.head, nn.Linear):
+    parts = find_decoder(model)
+    if not isinstance(parts.head, nn.Linear):
         raise UnsupportedModelError(
-            f"{anatomy.model_type}: its output embedding is {type(anatomy.head).__name__}, "
+            f"{parts.model_type}: its output embedding is {type(parts.head).__name__}, "
             "expected nn.Linear"
         )
-    return HeadLoss(anatomy.head, _logit_transform(model.config), chunk_tokens)
+    return HeadLoss(parts.head, _logit_transform(model.config), chunk_tokens)
 
 
 class HeadLoss(nn.Module):

@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaskip.arch.anatomy import Anatomy
+from megaskip.arch.decision_cache import held_by, hold
+from megaskip.arch.decoder import DecoderParts
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_layer
-from megaskip.inference.held import held_by, hold
 from megaskip.routing import Pooling, RouterSet
 
 
 def wire(
-    anatomy: Anatomy, routers: RouterSet, *, first_layer: int = 0, elsewhere: Sequence[int] = ()
+    parts: DecoderParts, routers: RouterSet, *, first_layer: int = 0, elsewhere: Sequence[int] = ()
 ) -> None:
-    """Let the routed layers ask the gates of `routers`, and plain calls announce themselves.
+    """Let the routed layers ask the gates of `routers`, and plain calls describe themselves.
 
     `first_layer` is the absolute index of the decoder's first layer, when it is a slice of a model;
     layers `elsewhere` are held by other processes. A model of which a layer is refused stays as it
@@ -24,22 +24,22 @@ def wire(
     """
     here = {
         index: layer
-        for index, layer in enumerate(anatomy.layers, start=first_layer)
+        for index, layer in enumerate(parts.layers, start=first_layer)
         if index in routers.gates and index not in elsewhere
     }
-    sites = {index: find_sites(layer, anatomy.model_type) for index, layer in here.items()}
+    sites = {index: find_sites(layer, parts.model_type) for index, layer in here.items()}
     for index, layer in here.items():
         route_layer(layer, sites[index], routers.gates[index])
-    _add_hooks(anatomy.decoder, routers)
+    _add_hooks(parts.decoder, routers)
 
 
 def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
-    """Let plain calls of the model announce themselves: what is real comes from the attention
+    """Let plain calls of the model describe themselves: what is real comes from the attention
     mask."""
     # The hooks find the routers on the decoder: a deep copy of a model has its own there.
     decoder.__dict__["_skip_routers"] = routers
     decoder.__dict__["_skip_hooks"] = (
-        decoder.register_forward_pre_hook(_announce, with_kwargs=True),
+        decoder.register_forward_pre_hook(_set_batch, with_kwargs=True),
         decoder.register_forward_hook(_remember, with_kwargs=True, always_call=True),
     )
 
@@ -51,7 +51,7 @@ def unwire(decoder: nn.Module) -> None:
     decoder.__dict__.pop("_skip_routers", None)
 
 
-def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _set_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     routers: RouterSet = module.__dict__["_skip_routers"]
     routers.turn.begin()
     if routers.take_announcement():

@@ -47,10 +47,10 @@ def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -
     """
     path = Path(path)
     config, layers, base = read_router_config(path)
-    anatomy = find_decoder(model)
+    parts = find_decoder(model)
     if base is not None:
         base.require(describe_base(model.config), f"the router folder {path}")
-    tensors = read_router_weights(path, layers, config, anatomy.hidden_size)
+    tensors = read_router_weights(path, layers, config, parts.hidden_size)
     routers = attach_routers(model, dataclasses.replace(config, layers=layers), register=register)
     routers.load_state_dict(tensors)
     return routers

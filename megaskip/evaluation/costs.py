@@ -81,16 +81,16 @@ class CostModel:
     """Prices texts by the shape of a model and by what its routers kept."""
 
     def __init__(self, model: Any, routers: RouterSet | None) -> None:
-        anatomy = find_decoder(model)
+        parts = find_decoder(model)
         config = model.config.get_text_config(decoder=True)
         self._layers = _layers(model)
         self._pair = _flops_of_a_pair(config)
-        self._head = 2.0 * config.vocab_size * anatomy.hidden_size
+        self._head = 2.0 * config.vocab_size * parts.hidden_size
         self._routed = {} if routers is None else {one: i for i, one in enumerate(routers.layers)}
         self._target = "" if routers is None else routers.config.target
         self._unit = "" if routers is None else routers.config.unit
         # Skipped tokens are attended to unless the cache drops them, so attention runs in full.
-        self._drops = routers is not None and getattr(routers.flow, "drops_tokens", False)
+        self._drops = routers is not None and getattr(routers.executor, "drops_tokens", False)
 
     def price(
         self, tokens: int, predicted: int, kept: Sequence[float], units: Sequence[float]
@@ -129,11 +129,11 @@ class CostModel:
 
 
 def _layers(model: Any) -> list[_Layer]:
-    anatomy, config = find_decoder(model), model.config.get_text_config(decoder=True)
+    parts, config = find_decoder(model), model.config.get_text_config(decoder=True)
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     found = []
-    for index, layer in enumerate(anatomy.layers):
-        sites = find_sites(layer, anatomy.model_type)
+    for index, layer in enumerate(parts.layers):
+        sites = find_sites(layer, parts.model_type)
         attention, mlp = getattr(layer, sites.attention), getattr(layer, sites.mlp)
         slides = kinds is None or kinds[index] == "sliding_attention"
         found.append(

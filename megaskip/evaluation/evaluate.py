@@ -14,7 +14,7 @@ from megaskip.evaluation.costs import Cost
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport, Outcome, outcome_of
 from megaskip.evaluation.runner import LocalRunner
-from megaskip.evaluation.tasks import load_tasks
+from megaskip.evaluation.task_manager import load_tasks
 from megaskip.reporting.summary import versions
 from megaskip.routing import RouterSet
 
@@ -97,7 +97,7 @@ def evaluate_lm(
         )
     outcome = _answers(lm, tasks, settings)
     if dense is None and paired and lm.runner.routers is not None:
-        with lm.every_gate_open():
+        with lm.disabled():
             dense = _answers(lm, tasks, settings)
     about = {
         "settings": {name: getattr(settings, name) for name in settings.__slots__},

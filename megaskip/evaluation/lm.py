@@ -18,8 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.evaluation.costs import Cost, CostModel
+from megaskip.evaluation.rank_pool import RankPool
 from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows, TokenBatch
-from megaskip.evaluation.team import Team
 from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.routing import PREFIX
 
@@ -83,13 +83,13 @@ class MegaskipLM(HFLM):
         self._last_call: list[Cost] = []
         self._generated: list[Cost] = []
         self._gates = contextlib.ExitStack()
-        self.team = Team(
+        self.team = RankPool(
             self.runner,
             {"scoring": self._score, "generating": self._generate, "gates": self._set_gates},
         )
 
     @contextlib.contextmanager
-    def every_gate_open(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """Hold a context in which all ranks answer as the unrouted base."""
         self.team.run("gates", [True] * self.runner.shares)
         try:
@@ -99,7 +99,7 @@ class MegaskipLM(HFLM):
 
     def _set_gates(self, is_open: bool) -> None:
         if is_open and self.runner.routers is not None:
-            self._gates.enter_context(self.runner.routers.every_gate_open())
+            self._gates.enter_context(self.runner.routers.disabled())
         else:
             self._gates.close()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megaskip.arch import find_decoder
-from megaskip.parallel.staged import StagedModel
+from megaskip.parallel.loading.staged import StagedModel
 from megaskip.routing import RouterSet
 
 
@@ -96,7 +96,7 @@ class LocalRunner:
     def logits(self, batch: TokenBatch) -> tuple[Tensor, Kept]:
         """Return (logits [B, batch.last, V], what was kept)."""
         if self.routers is not None:
-            self.routers.announce(batch.token_mask, batch.prompt_mask)
+            self.routers.set_batch(batch.token_mask, batch.prompt_mask)
         out = self.model(
             input_ids=batch.input_ids,
             attention_mask=batch.token_mask.long(),

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from megaskip.arch.anatomy import describe_layers, find_decoder
+from megaskip.arch.decoder import describe_layers, find_decoder
 from megaskip.data.collate import Batch
 from megaskip.errors import ConfigError, DataError
 from megaskip.routing import RouterSet
@@ -26,7 +26,7 @@ def measure_capacity(
     counts = torch.zeros(2, len(routers.layers), dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        routers.set_batch(batch.token_mask, batch.prompt_mask, batch.segment_ids)
         decoder(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from megaskip._version import __version__
-from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.decoder import find_decoder
 from megaskip.arch.sites import find_sites
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json
 from megaskip.checkpoint.base import describe_folder
@@ -40,7 +40,7 @@ from megaskip.export.folder import (
 from megaskip.export.shards import bytes_of, copy_without, names_of_dropped
 from megaskip.export.static import WORDS, describe_dropped
 from megaskip.export.verify import Verified, verify_folder
-from megaskip.parallel.load import load_hf_config, skeleton
+from megaskip.parallel.loading.load import load_hf_config, skeleton
 from megaskip.routing import RouterSet
 
 FORMATS = ("hf", "decilm")
@@ -149,8 +149,8 @@ def verify_static(folder: Path, base: Path, target: str, layers: Sequence[int]) 
 
 def _require_droppable(base: Path, hf_config: Any, dropped: Mapping[str, Sequence[int]]) -> None:
     """Raise unless each dropped sublayer is there, and zeros in its place stay zero."""
-    anatomy = find_decoder(skeleton(hf_config, ModelConfig(model=str(base))))
-    last = len(anatomy.layers) - 1
+    parts = find_decoder(skeleton(hf_config, ModelConfig(model=str(base))))
+    last = len(parts.layers) - 1
     if not any(dropped.values()) or dropped.keys() - WORDS.keys():
         raise ConfigError(f"nothing to drop in {dict(dropped)}; name layers of attn or mlp")
     for target, index in [(key, index) for key, layers in dropped.items() for index in layers]:
@@ -158,7 +158,7 @@ def _require_droppable(base: Path, hf_config: Any, dropped: Mapping[str, Sequenc
             raise ConfigError(
                 f"layer {index} cannot be dropped: expected one of layers 1 to {last}"
             )
-        _require_zero_update(anatomy.layers[index], anatomy.model_type, target)
+        _require_zero_update(parts.layers[index], parts.model_type, target)
 
 
 def _require_zero_update(layer: nn.Module, model_type: str, target: str) -> None:

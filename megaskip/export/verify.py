@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.routers import load_routers
 from megaskip.errors import CheckpointError
-from megaskip.inference.flow import InferenceFlow
+from megaskip.inference.executor import InferenceExecutor
 from megaskip.routing import PREFIX
 
 TEXT = "A frozen language model learns which of its layers it can skip."
@@ -112,7 +112,7 @@ def _trained(base: Path, routers: Path, ids: str, kv: str) -> dict[str, torch.Te
     attached = load_routers(model.eval(), routers)
     if kv == "drop":
         # Training has no such semantics; without a cache, nothing of what holds them is shared.
-        attached.flow = InferenceFlow(unit=attached.config.unit, kv=kv)
+        attached.executor = InferenceExecutor(unit=attached.config.unit, kv=kv)
     inputs = torch.tensor([[int(i) for i in ids.split(",")]])
     logits: torch.Tensor = model(inputs, use_cache=False).logits
     return {"logits": logits} | {f"{PREFIX}.{k}": v for k, v in attached.state_dict().items()}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
-from megaskip.arch.anatomy import Anatomy
+from megaskip.arch.decoder import DecoderParts
 from megaskip.arch.sites import find_sites
 from megaskip.inference.kept import KeptRows, can_hold_a_part, holding_rows, is_offloaded
-from megaskip.routing.decision import Chosen
+from megaskip.routing.decision import SelectedRows
 
 DROPPABLE = ("attn", "mlp")
 
@@ -46,12 +46,12 @@ class NoMlp(nn.Module):
         return (output, None) if self._skip_is_tuple else output
 
 
-def drop_sublayers(anatomy: Anatomy, dropped: Mapping[str, Sequence[int]]) -> None:
+def drop_sublayers(parts: DecoderParts, dropped: Mapping[str, Sequence[int]]) -> None:
     """Replace sublayers of a decoder: `dropped` has the layers by what they lose, attn or mlp.
 
     Norms stay; those behind a sublayer make zero of zero.
     """
-    depth = len(anatomy.layers)
+    depth = len(parts.layers)
     for target, layers in dropped.items():
         wrong = [layer for layer in layers if not 0 <= layer < depth]
         if target not in DROPPABLE or wrong:
@@ -60,11 +60,11 @@ def drop_sublayers(anatomy: Anatomy, dropped: Mapping[str, Sequence[int]]) -> No
                 f"{' and '.join(DROPPABLE)} of layers 0 to {depth - 1}"
             )
     for index in dropped.get("attn", ()):
-        layer = anatomy.layers[index]
-        setattr(layer, find_sites(layer, anatomy.model_type).attention, NoAttention(index))
+        layer = parts.layers[index]
+        setattr(layer, find_sites(layer, parts.model_type).attention, NoAttention(index))
     for index in dropped.get("mlp", ()):
-        layer = anatomy.layers[index]
-        sites = find_sites(layer, anatomy.model_type)
+        layer = parts.layers[index]
+        sites = find_sites(layer, parts.model_type)
         setattr(layer, sites.mlp, NoMlp(is_tuple=sites.mlp_is_tuple))
 
 
@@ -85,7 +85,7 @@ def _count_tokens(cache: Any, index: int, hidden_states: Tensor) -> None:
         _count_in_whole(held, hidden_states)
         return
     if held._skip_rows is None:
-        held.decide(Chosen(index=torch.empty(0, dtype=torch.int64), total=batch))
+        held.decide(SelectedRows(index=torch.empty(0, dtype=torch.int64), total=batch))
     held.advance(tokens, ran=False)
 
 

@@ -18,11 +18,11 @@ from transformers import (
 from transformers import conversion_mapping as conversions
 from transformers.generation import GenerationMode
 
-from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.decoder import find_decoder
 from megaskip.arch.wiring import wire
 from megaskip.config.router import RouterConfig
 from megaskip.inference.dropped import drop_sublayers
-from megaskip.inference.flow import KV_CHOICES, InferenceFlow
+from megaskip.inference.executor import KV_CHOICES, InferenceExecutor
 from megaskip.routing.routers import PREFIX, Router, RouterSet
 
 MODEL_TYPE = "megaskip"
@@ -74,10 +74,10 @@ class _RoutedModel:
             raise ValueError(f"config.routing: kv is {kv!r}, expected one of {KV_CHOICES}")
         layers = tuple(routing.pop("layers"))
         settings = RouterConfig(layers=layers, **routing)
-        anatomy = find_decoder(self)  # type: ignore[arg-type]
-        routers = RouterSet(settings, layers, anatomy.hidden_size)
-        routers.flow = InferenceFlow(unit=settings.unit, kv=kv)
-        wire(anatomy, routers)
+        parts = find_decoder(self)  # type: ignore[arg-type]
+        routers = RouterSet(settings, layers, parts.hidden_size)
+        routers.executor = InferenceExecutor(unit=settings.unit, kv=kv)
+        wire(parts, routers)
         self.add_module(PREFIX, routers)  # type: ignore[attr-defined]
         # First: where the model is the decoder itself, the decoder's own hook asks for it.
         self.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
@@ -265,5 +265,5 @@ def _take_prompt_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> A
     mask = kwargs.get("attention_mask")
     real = torch.ones_like(prompt_mask) if not isinstance(mask, Tensor) else mask
     routers: Any = module.get_submodule(PREFIX)
-    routers.announce(real.bool(), prompt_mask.bool())
+    routers.set_batch(real.bool(), prompt_mask.bool())
     return args, kwargs

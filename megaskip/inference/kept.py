@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from megaskip.routing.decision import Chosen
+from megaskip.routing.decision import SelectedRows
 
 
 class KeptLayer:
@@ -77,10 +77,10 @@ class KeptRows(KeptLayer):
     _skip_rows: Tensor | None = None
     """bool [B], on the CPU: decisions of a sequence do not change, so nobody waits for a device.
     None before the first one."""
-    _skip_chosen: Chosen
+    _skip_chosen: SelectedRows
     """The kept rows, on the layer's device."""
 
-    def decide(self, chosen: Chosen) -> None:
+    def decide(self, chosen: SelectedRows) -> None:
         """Hold the rows of `chosen` from now on."""
         rows = torch.zeros(chosen.total, dtype=torch.bool)
         self._skip_rows = rows.index_fill_(0, chosen.index.cpu(), True)
@@ -110,7 +110,7 @@ class KeptRows(KeptLayer):
             self.values = self.values.index_select(0, stored)
         self._skip_rows = rows
         kept = rows.nonzero().squeeze(1).to(self._skip_chosen.index.device)
-        self._skip_chosen = Chosen(index=kept, total=len(rows))
+        self._skip_chosen = SelectedRows(index=kept, total=len(rows))
 
     def _skip_crop(self, tokens: int) -> None:
         if self.is_initialized:

@@ -13,7 +13,7 @@ from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import require_dtype, zero3_config
 from megaskip.parallel.engine import Engine
-from megaskip.parallel.load import (
+from megaskip.parallel.loading.load import (
     build_from_config,
     load_hf_config,
     load_partitioned,
@@ -22,10 +22,10 @@ from megaskip.parallel.load import (
     skeleton,
     weight_dtype,
 )
-from megaskip.parallel.load_stage import load_stage
-from megaskip.parallel.partition import boundaries_of
+from megaskip.parallel.loading.partition import boundaries_of
+from megaskip.parallel.loading.stage import load_stage
 from megaskip.parallel.topology import Topology
-from megaskip.routing import SparseFlow
+from megaskip.routing import SparseExecutor
 
 
 def build_engine(
@@ -58,7 +58,7 @@ def build_engine(
     verify_task_loss(loss)
     routers = attach_routers(loss.model, config.router, register=False)
     if config.parallel.train_execution == "sparse":
-        routers.flow = SparseFlow()
+        routers.executor = SparseExecutor()
     if config.parallel.activation_checkpointing:
         checkpoint_activations(loss.model, routers.layers[0])
     return Engine(loss, routers, config, topology, handle)
@@ -84,7 +84,7 @@ def _pipeline(
     stage = load_stage(folder, hf_config, dtype, config.model, part, cut, topology.device)
     routers = attach_to_stage(stage, config.router)
     if config.parallel.train_execution == "sparse":
-        routers.flow = SparseFlow()
+        routers.executor = SparseExecutor()
     if config.parallel.activation_checkpointing:
         checkpoint_activations(stage.decoder, max(routers.layers[0] - stage.part.first, 0))
     return PipelineEngine(stage, routers, config, topology)

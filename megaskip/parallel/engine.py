@@ -15,15 +15,9 @@ from torch import Tensor, nn
 
 from megaskip.config import RunConfig
 from megaskip.data import Batch
-from megaskip.data.row import IGNORED
 from megaskip.parallel.results import EvalResult, StepResult, Totals, quarters, share_of
 from megaskip.parallel.topology import Topology
-from megaskip.routing import Measured, RouterSet, RoutingDecision, ThresholdSearch
-
-_CALIBRATED = 0.002
-"""Distance from the asked capacity at which calibration stops."""
-_ENOUGH = 2**21
-"""Logits of all ranks that a quantile is taken of: its error is then a few ten-thousandths."""
+from megaskip.routing import Measured, RouterSet, RoutingDecision
 
 
 class Engine:
@@ -90,7 +84,7 @@ class Engine:
         settled = routers.budget.settled() if routers is not None else contextlib.nullcontext()
         try:
             with settled:
-                for batch, loss in self._forwards(batches):
+                for batch, loss in self.forwards(batches):
                     if batch is not None:
                         sums += self._eval_sums(batch, loss)
         finally:
@@ -100,69 +94,16 @@ class Engine:
         return EvalResult.of(sums.tolist())
 
     @torch.no_grad()
-    def calibrate(
-        self,
-        batches: Sequence[Batch | None],
-        *,
-        capacity: float | None = None,
-        rounds: int = 4,
-    ) -> float:
-        """Put the threshold where `batches` of all ranks keep `capacity` (the asked one without
-        it); returns what they keep.
-
-        Repeated, because a layer's decision changes what the layers above it read (see
-        ThresholdSearch).
-        """
-        assert self.routers is not None
-        budget = self.routers.budget
-        target = self.routers.config.capacity if capacity is None else capacity
-        search = ThresholdSearch(target)
-        for last in [False] * rounds + [True]:
-            if last:
-                budget.place(search.best)
-            kept, above = self._decide_all(batches)
-            search.note(budget.offset, kept)
-            if last or search.distance <= _CALIBRATED:
-                break
-            budget.place(search.next(quantile(above, 1 - target)))
-        return kept
-
-    def _decide_all(self, batches: Sequence[Batch | None]) -> tuple[float, Tensor]:
-        """Return (share kept, how far real units' logits are above the layer's own threshold,
-        float32 [N]: all, or evenly chosen ones of very many) over the batches of all ranks."""
-        assert self.routers is not None
-        sums, above = torch.zeros(2, dtype=torch.float64), [torch.zeros(0)]
-        for batch, _ in self._forwards(batches):
-            decisions = self._own_decisions() if batch is not None else {}
-            for layer, one in decisions.items():
-                logit = one.logit[one.unit_mask].cpu()
-                above.append(logit - self.routers.threshold_logits[layer])
-                sums += torch.tensor([float(one.kept().detach()), float(one.units())])
-        mine = torch.cat(above)
-        step = -(-len(mine) * self._topology.world_size // _ENOUGH) or 1
-        everywhere: list[Any] = [None] * self._topology.world_size
-        dist.all_gather_object(everywhere, (sums, mine[::step]))
-        kept, units = torch.stack([of_rank for of_rank, _ in everywhere]).sum(0).tolist()
-        return kept / max(units, 1.0), torch.cat([logits for _, logits in everywhere])
-
-    @torch.no_grad()
-    def unit_losses(self, batch: Batch | None) -> Tensor:
-        """Return the summed loss of each unit's tokens, float32 [B, U]: of `batch`, or of one that
-        counts for nothing. Collective; without pipeline stages."""
+    def token_losses(self, batch: Batch | None) -> tuple[Batch, Tensor]:
+        """Return (the batch that ran, the loss of each of its supervised tokens, float32 [N]): of
+        `batch`, or of one that counts for nothing. Collective; without pipeline stages."""
         mine = batch.to(self._topology.device) if batch is not None else self._filler()
-        losses = self._forward(mine, each=True)
-        first = next(iter(self._own_decisions().values()))
-        rows, units = first.unit_mask.shape
-        place = torch.arange(rows, device=losses.device)[:, None].expand_as(mine.labels) * units
-        if first.unit_of_token is not None:
-            place = place + first.unit_of_token
-        place = place[:, 1:][mine.labels[:, 1:] != IGNORED]
-        return losses.new_zeros(rows * units).index_add_(0, place, losses).view(rows, units)
+        return mine, self._forward(mine, each=True)
 
     def scores(self) -> dict[int, Tensor]:
         """Return the router scores of this rank's last micro-batch, by layer; for histograms.
         Collective; the first rank gets all layers'."""
-        return {k: d.logit.detach().sigmoid() for k, d in self._own_decisions().items()}
+        return {k: d.logit.detach().sigmoid() for k, d in self.own_decisions().items()}
 
     # -- what a pipeline does in its own way
 
@@ -173,7 +114,7 @@ class Engine:
             sums += self._micro_step(batch, totals, len(batches))
         return sums
 
-    def _forwards(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch | None, Tensor]]:
+    def forwards(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch | None, Tensor]]:
         """Yield each batch with its summed loss, right after its forward pass.
 
         For None a batch that counts for nothing runs, so that this rank is in every collective.
@@ -182,7 +123,7 @@ class Engine:
             mine = batch.to(self._topology.device) if batch is not None else self._filler()
             yield batch, self._forward(mine)
 
-    def _own_decisions(self) -> dict[int, RoutingDecision]:
+    def own_decisions(self) -> dict[int, RoutingDecision]:
         """Return the last forward pass's decisions that this rank made."""
         return self.routers.decisions() if self.routers is not None else {}
 
@@ -250,15 +191,15 @@ class Engine:
         return self._forward(batch, **taught)
 
     def _forward(self, batch: Batch, **how: Any) -> Tensor:
-        self._announce(batch)
+        self._set_batch(batch)
         loss: Tensor = self.module(
             batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels, **how
         )
         return loss
 
-    def _announce(self, batch: Batch) -> None:
+    def _set_batch(self, batch: Batch) -> None:
         if self.routers is not None:
-            self.routers.announce(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+            self.routers.set_batch(batch.token_mask, batch.prompt_mask, batch.segment_ids)
 
     def _penalty(self, totals: Totals, micro_batches: int, like: Tensor) -> Tensor:
         routers = self.routers
@@ -330,6 +271,11 @@ class Engine:
         )
 
     @property
+    def world_size(self) -> int:
+        """Return the number of ranks."""
+        return self._topology.world_size
+
+    @property
     def _num_routed(self) -> int:
         return len(self.routers.layers) if self.routers is not None else 0
 
@@ -349,11 +295,3 @@ def _materialise(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-
-
-def quantile(values: Tensor, share: float) -> float:
-    """Return the middle between the two values that `share` of all lie below; any size of [N]."""
-    ordered = values.double().sort().values
-    at = round(share * len(ordered))
-    below, above = ordered[max(at - 1, 0)], ordered[min(at, len(ordered) - 1)]
-    return float(below + above) / 2

@@ -17,7 +17,7 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.live_bytes import LiveBytes
-from megaskip.parallel.load import build_from_config
+from megaskip.parallel.loading.load import build_from_config
 
 TRAINED_BYTES = 16
 """float32 weight, gradient and two moments of a trained parameter."""
@@ -95,7 +95,7 @@ def _micro_step(
     with LiveBytes() as live:
         live.ignore([*model.parameters(), *model.buffers(), *trains.parameters()])
         if routers is not None:
-            routers.announce(real, real)
+            routers.set_batch(real, real)
         hidden = find_decoder(model).decoder(input_ids=ids, use_cache=False)[0]
         activations = live.current
         task = loss.head(hidden.flatten(0, 1), ids.flatten())

@@ -13,8 +13,8 @@ from megaskip.arch.stage import DecoderStage, Slice, slices
 from megaskip.config import RunConfig
 from megaskip.parallel.estimate import TRAINED_BYTES, Estimate
 from megaskip.parallel.live_bytes import LiveBytes
-from megaskip.parallel.load import build_from_config, skeleton
-from megaskip.parallel.partition import boundaries_of
+from megaskip.parallel.loading.load import build_from_config, skeleton
+from megaskip.parallel.loading.partition import boundaries_of
 from megaskip.routing import RouterSet
 
 
@@ -61,7 +61,7 @@ def _micro_step(
     below = sum(layer < stage.part.first for layer in routers.layers)
     with LiveBytes() as live:
         live.ignore([*stage.parameters(), *stage.buffers(), *routers.parameters()])
-        routers.announce(real, real)
+        routers.set_batch(real, real)
         inputs = _inputs(stage.part, (*shape, stage.hidden_size), dtype, learns=below > 0)
         if below:
             units = shape[1] if config.router.unit == "token" else 1

@@ -21,10 +21,10 @@ from megaskip.checkpoint.routers import CONFIG, read_router_config, read_tensors
 from megaskip.config import ModelConfig, RouterConfig, RunConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import CheckpointError, ConfigError
-from megaskip.inference.flow import InferenceFlow
+from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.hf import MODEL_TYPE, MegaskipForCausalLM
 from megaskip.parallel.build import shard_backbone
-from megaskip.parallel.load import (
+from megaskip.parallel.loading.load import (
     find_model_folder,
     load_hf_config,
     load_whole,
@@ -32,7 +32,7 @@ from megaskip.parallel.load import (
     skeleton,
     weight_dtype,
 )
-from megaskip.parallel.staged import StagedModel, load_staged
+from megaskip.parallel.loading.staged import StagedModel, load_staged
 from megaskip.parallel.topology import Topology
 from megaskip.routing import PREFIX, RouterSet
 
@@ -195,7 +195,7 @@ class _Backbone:
     ) -> InferenceModel:
         """Return the model with the routers that were attached to it."""
         routers.to(self._device)
-        routers.flow = InferenceFlow(unit=config.unit, kv=kv)
+        routers.executor = InferenceExecutor(unit=config.unit, kv=kv)
         return self._finished(routers, f"{description}, {config.granularity}")
 
     def _finished(self, routers: RouterSet | None, description: str) -> InferenceModel:

@@ -24,7 +24,7 @@ from megaskip.arch.stage import DecoderStage
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.parallel.engine import Engine
-from megaskip.parallel.link import Link
+from megaskip.parallel.p2p import P2PChannel
 from megaskip.parallel.results import Totals
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Pooling, RouterSet, RoutingDecision
@@ -45,7 +45,7 @@ class PipelineEngine(Engine):
         """Routed layers of the stages before this one; without any, nothing is learnt there."""
         self._learns = bool(self._below or self._own)
         self._dtype = next(stage.parameters()).dtype
-        self._previous, self._next = Link(topology.rank - 1), Link(topology.rank + 1)
+        self._previous, self._next = P2PChannel(topology.rank - 1), P2PChannel(topology.rank + 1)
         self._logits: dict[int, Tensor] = {}
 
     @property
@@ -93,7 +93,7 @@ class PipelineEngine(Engine):
         self._finish()
         return sums
 
-    def _forwards(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch | None, Tensor]]:
+    def forwards(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch | None, Tensor]]:
         """Yield each batch with its summed loss (zero before the last stage), once it has run.
 
         Replicas do not wait for each other, so None is passed over.
@@ -139,7 +139,7 @@ class PipelineEngine(Engine):
         if keep:
             routers.receive(keep[0])
         hidden_states = stage(hidden_states, batch.attention_mask, batch.position_ids)
-        self._logits = {k: d.logit.detach() for k, d in self._own_decisions().items()}
+        self._logits = {k: d.logit.detach() for k, d in self.own_decisions().items()}
         if stage.head is not None:
             return [stage.head.of_batch(hidden_states, batch.labels)]
         return [hidden_states, routers.carry()] if self._learns else [hidden_states]
@@ -162,7 +162,7 @@ class PipelineEngine(Engine):
         sums[5:] = self._counts()
         return sums
 
-    def _own_decisions(self) -> dict[int, RoutingDecision]:
+    def own_decisions(self) -> dict[int, RoutingDecision]:
         return {k: d for k, d in self.routers.decisions().items() if k in self._own}
 
     def _counts(self) -> Tensor:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megaskip.config import RunConfig
 from megaskip.errors import RankError
-from megaskip.parallel.load import tensor_files
+from megaskip.parallel.loading.load import tensor_files
 from megaskip.parallel.topology import Topology
 
 _SPARE = 1.1

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from megaskip.data import Batch
 
 
-class Watched(list[Batch | None]):
+class ProgressBatches(list[Batch | None]):
     """A list of batches; going through it draws a bar, which is gone at the end."""
 
     def __init__(

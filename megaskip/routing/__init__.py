@@ -5,27 +5,23 @@ Promise: a fresh router keeps everything, bit for bit; all routing arithmetic is
 
 from megaskip.routing.budget import Budget, Measured
 from megaskip.routing.decision import RoutingDecision, straight_through
-from megaskip.routing.flow import DenseFlow, Flow, SparseFlow
+from megaskip.routing.executor import DenseExecutor, Executor, SparseExecutor
 from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
 from megaskip.routing.routers import PREFIX, Router, RouterSet, make_router
-from megaskip.routing.search import ThresholdSearch
-from megaskip.routing.worth import Worth
 
 __all__ = [
     "PREFIX",
     "Budget",
-    "DenseFlow",
-    "Flow",
+    "DenseExecutor",
+    "Executor",
     "Gate",
     "Measured",
     "Pooling",
     "Router",
     "RouterSet",
     "RoutingDecision",
-    "SparseFlow",
-    "ThresholdSearch",
-    "Worth",
+    "SparseExecutor",
     "make_router",
     "straight_through",
 ]

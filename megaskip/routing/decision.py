@@ -28,7 +28,7 @@ def straight_through(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
+class SelectedRows:
     """Which of a number of rows or tokens run."""
 
     index: Tensor
@@ -70,12 +70,12 @@ class RoutingDecision:
         return self.keep.gather(1, self.unit_of_token)
 
     @functools.cached_property
-    def rows(self) -> Chosen:
+    def rows(self) -> SelectedRows:
         """The rows, of B, in which some unit runs."""
         return _chosen((self.keep.detach() > 0).any(dim=1))
 
     @functools.cached_property
-    def tokens(self) -> Chosen:
+    def tokens(self) -> SelectedRows:
         """The tokens, of B * T, that run; not for one decision a row."""
         return _chosen((self.per_token().detach() > 0).flatten())
 
@@ -93,5 +93,5 @@ class RoutingDecision:
         return self.unit_mask.sum(dtype=torch.float32)
 
 
-def _chosen(mask: Tensor) -> Chosen:
-    return Chosen(index=mask.nonzero().squeeze(1), total=len(mask))
+def _chosen(mask: Tensor) -> SelectedRows:
+    return SelectedRows(index=mask.nonzero().squeeze(1), total=len(mask))

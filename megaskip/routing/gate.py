@@ -41,17 +41,17 @@ class Gate:
         self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
     ) -> Any:
         """Run the attention on what is kept; returns its output tuple, not yet multiplied."""
-        flow = self._routers.flow
-        return flow.attention(run, hidden_states, kwargs, self._decided(), self.layer)
+        executor = self._routers.executor
+        return executor.attention(run, hidden_states, kwargs, self._decided(), self.layer)
 
     def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
         """Run the MLP on what is kept; returns its output, not yet multiplied."""
-        return self._routers.flow.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
+        return self._routers.executor.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
 
     def apply(self, update: Tensor, site: str) -> Tensor:
-        """Multiply the update [B, T, D] by the decision, in the update's dtype, unless the flow
+        """Multiply the update [B, T, D] by the decision, in the update's dtype, unless the executor
         did."""
-        if self._routers.flow.leaves_zeros:
+        if self._routers.executor.leaves_zeros:
             return update
         return update * self._multiplier(update)
 
@@ -60,7 +60,7 @@ class Gate:
         tokens."""
         routers = self._routers
         held = routers.held.get(self.layer)
-        if held is None or not routers.flow.passes_by(hidden_states, kwargs, held, self.layer):
+        if held is None or not routers.executor.passes_by(hidden_states, kwargs, held, self.layer):
             return False
         routers.record(self.layer, held)
         return True
@@ -68,7 +68,7 @@ class Gate:
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return x + keep * (output - x), written so that it is exact at keep 0 and 1; all [B, T,
         D]."""
-        if self._routers.flow.leaves_zeros:  # x + 0 + 0 where it is skipped
+        if self._routers.executor.leaves_zeros:  # x + 0 + 0 where it is skipped
             return output
         keep = self._multiplier(output)
         return output * keep + hidden_states * (1 - keep)

@@ -17,7 +17,7 @@ from megaskip.errors import ConfigError
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget, Measured, layer_hinge
 from megaskip.routing.decision import RoutingDecision
-from megaskip.routing.flow import DenseFlow, Flow
+from megaskip.routing.executor import DenseExecutor, Executor
 from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
 from megaskip.routing.turn import Turn
@@ -82,7 +82,7 @@ class RouterSet(nn.Module):
     float32.
 
     Registered on a model as `skip_routers`, or kept beside one that DeepSpeed shards. Before a
-    forward pass `announce` tells it which tokens are real; plain calls of an attached model do so
+    forward pass `set_batch` tells it which tokens are real; plain calls of an attached model do so
     by themselves.
     """
 
@@ -101,7 +101,7 @@ class RouterSet(nn.Module):
         self.noise = 0.0
         self.temperature = 1.0
         self.configure(config)
-        self.flow: Flow = DenseFlow()
+        self.executor: Executor = DenseExecutor()
         self.held: Mapping[int, RoutingDecision] = {}
         self.gates = {layer: Gate(self, layer) for layer in self.layers}
         self._pooling: Pooling | None = None
@@ -118,7 +118,7 @@ class RouterSet(nn.Module):
 
     # -- before the forward pass
 
-    def announce(
+    def set_batch(
         self,
         token_mask: Tensor,
         prompt_mask: Tensor | None = None,
@@ -135,7 +135,7 @@ class RouterSet(nn.Module):
     def pooling(
         self, token_mask: Tensor, prompt_mask: Tensor | None, segment_ids: Tensor | None
     ) -> Pooling:
-        """Return what each decision about such a batch looks at; arguments as in `announce`."""
+        """Return what each decision about such a batch looks at; arguments as in `set_batch`."""
         if self.config.unit == "token":
             return Pooling.tokens(token_mask)
         pooled = token_mask if prompt_mask is None or self.config.pool == "all" else prompt_mask
@@ -174,7 +174,7 @@ class RouterSet(nn.Module):
         self._forced = keep
 
     @contextlib.contextmanager
-    def every_gate_open(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """Hold a context in which everything runs: the unrouted base model. What was forced before
         holds again after it."""
         before = self._forced
@@ -250,12 +250,12 @@ class RouterSet(nn.Module):
     def receive(self, keep: Tensor) -> None:
         """Take over what the stages below decided, float32 [n, B, U]: the first n routed layers'.
 
-        Call it between `announce` and the forward pass. Their penalty and shares are then computed
+        Call it between `set_batch` and the forward pass. Their penalty and shares are then computed
         here, and the penalty's gradient returns through `keep`; their logits stay where they were
         made.
         """
         pooling = self._pooling
-        assert pooling is not None, "announce() comes before receive()"
+        assert pooling is not None, "set_batch() comes before receive()"
         for layer, one in zip(self.layers, keep, strict=False):
             decision = RoutingDecision(
                 logit=one.detach(),
@@ -332,7 +332,7 @@ class RouterSet(nn.Module):
         if tuple(width) != (batch, tokens):
             raise ValueError(
                 f"the batch announced to the routers is {tuple(width)} (rows, tokens), but the "
-                f"layers see {(batch, tokens)}; call announce() with the masks of this very batch"
+                f"layers see {(batch, tokens)}; call set_batch() with the masks of this very batch"
             )
         return pooling
 

@@ -11,7 +11,7 @@ from megaskip.config import parse_run_config
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.estimate import estimate
 from megaskip.parallel.estimate_stages import estimate_stages
-from megaskip.parallel.load import load_hf_config, weight_dtype
+from megaskip.parallel.loading.load import load_hf_config, weight_dtype
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 BATCH = ["--micro_batch_size", "4", "--seq_length", "128"]

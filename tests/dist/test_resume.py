@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from spawn import Ranks, run_worker, start, train
 
-from megaskip import job
+from megaskip.calibration import threshold
+from megaskip.cli.train import main as train
 from megaskip.errors import MegaskipError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.preempt import Preemption
@@ -118,10 +119,10 @@ def test_what_is_trained_is_safe_before_it_is_calibrated(
     settings = flags(data, folder, "--save_every", "0", "--no-progress")
     monkeypatch.setattr(Engine, "calibrate", killed)
     with pytest.raises(KeyboardInterrupt):
-        job.train(settings)
+        train(settings)
     assert (folder / f"step_{STEPS:06d}" / "COMPLETE").is_file()
     monkeypatch.undo()
-    job.train([*settings, "--resume", "auto"])
+    train([*settings, "--resume", "auto"])
     report = json.loads((folder / "report.json").read_text())
     assert (report["steps"], report["calibrated_capacity"] is not None) == (STEPS, True)
 
@@ -130,7 +131,7 @@ def test_what_is_trained_is_safe_before_it_is_calibrated(
 def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    decide_all, trained = Engine._decide_all, []
+    decide_all, trained = threshold.decide_all, []
 
     def signalled(engine: Engine, batches: object) -> object:
         trained.append(saved())
@@ -138,7 +139,7 @@ def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
             os.kill(os.getpid(), number)
         return decide_all(engine, batches)  # type: ignore[arg-type]
 
-    job.train(flags(data, tmp_path / "whole", "--no-progress"))
+    train(flags(data, tmp_path / "whole", "--no-progress"))
     folder = tmp_path / "run"
     checkpoint = folder / f"step_{STEPS:06d}"
 
@@ -146,18 +147,18 @@ def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
         return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
     settings = [*flags(data, folder, "--no-progress"), "--resume", "auto"]
-    monkeypatch.setattr(Engine, "_decide_all", signalled)
-    job.train(settings)
+    monkeypatch.setattr(threshold, "decide_all", signalled)
+    train(settings)
     assert "COMPLETE" in saved()
     assert saved() == trained[0]  # as it was trained, not half calibrated
     assert not (folder / "report.json").exists()
     assert len(trained) == 2
     monkeypatch.undo()
-    job.train(settings)
+    train(settings)
     for name in ("routers/routers.safetensors", "routers/router_config.json"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     done = {name: (folder / name).read_bytes() for name in ("report.json", "run.json")}
-    job.train([*settings, "--lr", "0.5"])
+    train([*settings, "--lr", "0.5"])
     assert {name: (folder / name).read_bytes() for name in done} == done
 
 
@@ -187,7 +188,7 @@ def test_training_that_diverges_ends_with_the_step_and_keeps_its_checkpoints(
 
     monkeypatch.setattr(Engine, "train_step", diverging)
     with pytest.raises(MegaskipError, match="step 4: the gradient is nan"):
-        job.train(flags(data, tmp_path / "run", "--no-progress"))
+        train(flags(data, tmp_path / "run", "--no-progress"))
     assert (tmp_path / "run/step_000003/COMPLETE").is_file()
 
 

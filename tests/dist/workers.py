@@ -13,14 +13,15 @@ import torch
 
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
-from megaskip.evaluation.allocation import allocate, skip_costs
+from megaskip.calibration.allocation import allocate, skip_costs
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
+from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.topology import Topology, process_group, read_topology
-from megaskip.parallel.watch import Watch
+from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.zero3 import prepare_deepspeed
 
 ROWS, TOKENS = 2, 24
@@ -74,7 +75,7 @@ def _evaluate(model: str, flags: list[str]) -> dict[str, Any]:
             "capacity": routed.capacity,
             "capacity_error": routed.capacity_error,
             "capacity_per_layer": list(routed.capacity_per_layer),
-            "calibrated": engine.calibrate(mine),
+            "calibrated": calibrate_threshold(engine, mine),
             "offset": engine.routers.budget.offset,
             "scores": scores,
         }
@@ -135,7 +136,7 @@ def _gathered_numel(engine: Engine) -> int:
 def evaluations(cases: list[list[str]]) -> list[Any]:
     """Return the tasks of launch/evaluate.py's reports with the flags of each case; None on other
     ranks than the first."""
-    from megaskip.evaluation.command import evaluate_on_ranks, parse
+    from megaskip.cli.evaluate import evaluate_on_ranks, parse
 
     usual = ["--output", "unused.json", "--dtype", "float32", "--model"]
     reports = []
@@ -226,7 +227,7 @@ def _randomise(routers: Any) -> None:
 def patient(silence: int, work: float) -> bool:
     """Let the first rank work for `work` seconds after all others are done, while all watch."""
     topology = read_topology(os.environ)
-    with Watch(topology, silence=silence):
+    with HeartbeatMonitor(topology, silence=silence):
         time.sleep(work if topology.is_first else 0)
     return True
 

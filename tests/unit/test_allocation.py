@@ -14,21 +14,22 @@ from torch import Tensor
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.arch.task_loss import TaskLoss
-from megaskip.config import RunConfig
-from megaskip.data import Batch
-from megaskip.errors import ConfigError
-from megaskip.evaluation.allocation import (
+from megaskip.calibration.allocation import (
     _is_lower,
     _shares_above,
     _static_drop,
     allocate,
     skip_costs,
 )
-from megaskip.evaluation.calibration import calibrate_all, with_points
-from megaskip.evaluation.similarity import update_similarity
+from megaskip.calibration.capacities import calibrate_all, with_points
+from megaskip.calibration.cost_model import SkipCostModel
+from megaskip.calibration.similarity import update_similarity
+from megaskip.calibration.threshold import calibrate_threshold
+from megaskip.config import RunConfig
+from megaskip.data import Batch
+from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.routing import Worth
 
 COSTLY = 2
 """The layer whose attention changes the most."""
@@ -66,7 +67,7 @@ def said(engine: Engine, count: int) -> list[Batch | None]:
     assert engine.routers is not None
     labelled: list[Batch | None] = []
     for one in map(batch, range(count)):
-        with engine.routers.every_gate_open(), torch.no_grad():
+        with engine.routers.disabled(), torch.no_grad():
             logits = engine.module.model(one.input_ids).logits
         labels = torch.cat([one.labels[:, :1], logits[:, :-1].argmax(-1)], dim=1)
         labelled.append(dataclasses.replace(one, labels=labels))
@@ -83,14 +84,14 @@ def test_lines_are_found_and_those_of_noise_are_flat() -> None:
     logits = torch.randn(3, 400, generator=generator, dtype=torch.float64) * 2 + 1
     noise = torch.randn(3, 400, generator=generator, dtype=torch.float64)
     lines = torch.tensor([[0.5], [0.0], [-0.5]], dtype=torch.float64)
-    worth = Worth.fit(logits, lines * logits + 0.1 * noise + 3.0)
+    worth = SkipCostModel.fit(logits, lines * logits + 0.1 * noise + 3.0)
     assert worth.slope[0] == pytest.approx(0.5, abs=0.02)
     assert worth.intercept[0] == pytest.approx(3.0, abs=0.05)
     assert (worth.slope[1:] > 0).all()
     assert (worth.slope[1:] < 0.02).all()  # says nothing; says the opposite
     at = torch.full((3, 1), 0.4, dtype=torch.float64)
     assert worth.of(at)[0].item() == pytest.approx(3.2, abs=0.05)
-    flat = Worth.fit(logits, lines * logits + 0.1 * noise + 3.0, trust=0.0)
+    flat = SkipCostModel.fit(logits, lines * logits + 0.1 * noise + 3.0, trust=0.0)
     assert (flat.slope > 0).all()
     assert (flat.slope < 0.02).all()
     assert flat.of(at)[0].item() == pytest.approx(3.5, abs=0.05)  # the mean at the mean logit, 1
@@ -142,9 +143,9 @@ def as_it_is(engine: Engine, texts: list[Batch | None], capacity: float) -> tupl
 def test_layers_that_cost_more_keep_more_and_the_text_loses_less(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaskip.evaluation.allocation._static_drop", as_it_is)
+    monkeypatch.setattr("megaskip.calibration.allocation._static_drop", as_it_is)
     texts = said(engine, 8)
-    engine.calibrate(texts, capacity=0.5)
+    calibrate_threshold(engine, texts, capacity=0.5)
     level = engine.evaluate(texts, routed=True)
     kept = allocate(engine, texts, 0.5, rounds=2)
     found = engine.evaluate(texts, routed=True)
@@ -166,20 +167,20 @@ def test_routers_that_mislead_give_way_to_whole_layers(
         logits, shares = _static_drop(*given)
         return logits, 1 - shares
 
-    def fit(logits: Tensor, costs: Tensor, *, trust: float) -> Worth:
-        return Worth.fit(logits, -costs if trust else costs, trust=trust)
+    def fit(logits: Tensor, costs: Tensor, *, trust: float) -> SkipCostModel:
+        return SkipCostModel.fit(logits, -costs if trust else costs, trust=trust)
 
-    monkeypatch.setattr("megaskip.evaluation.allocation.Worth", SimpleNamespace(fit=fit))
-    monkeypatch.setattr("megaskip.evaluation.allocation._static_drop", opposite)
+    monkeypatch.setattr("megaskip.calibration.allocation.SkipCostModel", SimpleNamespace(fit=fit))
+    monkeypatch.setattr("megaskip.calibration.allocation._static_drop", opposite)
     with torch.no_grad():
         for index in (1, 3):
             engine.module.model.model.layers[index].self_attn.o_proj.weight.zero_()
     texts = said(engine, 4)
-    engine.calibrate(texts, capacity=0.5)
+    calibrate_threshold(engine, texts, capacity=0.5)
     allocate(engine, texts, 0.5, rounds=2)
     found = engine.evaluate(texts, routed=True)
     assert found.capacity_per_layer == pytest.approx((0.0, 1.0, 0.0, 1.0), abs=0.1)
-    with engine.routers.every_gate_open():
+    with engine.routers.disabled():
         assert engine.evaluate(texts, routed=True).loss == pytest.approx(found.loss, abs=0.01)
 
 
@@ -196,10 +197,10 @@ def test_what_is_tried_are_the_costliest_units_then_whole_layers_then_half_of_it
     def note(_: object, __: Tensor, shares: Tensor) -> None:
         tried.append(shares)
 
-    monkeypatch.setattr("megaskip.evaluation.allocation._static_drop", as_it_is)
-    monkeypatch.setattr("megaskip.evaluation.allocation._Best.consider", note)
+    monkeypatch.setattr("megaskip.calibration.allocation._static_drop", as_it_is)
+    monkeypatch.setattr("megaskip.calibration.allocation._Best.consider", note)
     monkeypatch.setattr(
-        "megaskip.evaluation.allocation.skip_costs", lambda engine, texts: (logits, costs)
+        "megaskip.calibration.allocation.skip_costs", lambda engine, texts: (logits, costs)
     )
     allocate(engine, [batch(1)], 0.5, rounds=2)
     bar = costs.flatten().median()
@@ -222,15 +223,15 @@ def test_nothing_better_than_a_static_drop_leaves_the_static_drop(
         logits, costs = skip_costs(engine, texts)
         return logits, -costs
 
-    monkeypatch.setattr("megaskip.evaluation.allocation.skip_costs", useless)
+    monkeypatch.setattr("megaskip.calibration.allocation.skip_costs", useless)
     texts = said(engine, 4)
-    engine.calibrate(texts, capacity=0.375)  # one layer and a half of four
+    calibrate_threshold(engine, texts, capacity=0.375)  # one layer and a half of four
     kept = allocate(engine, texts, 0.375, rounds=1)
     found = engine.evaluate(texts, routed=True)
     assert kept == found.capacity == pytest.approx(0.375, abs=0.01)
     model, routers = engine.module.model, engine.routers
     assert routers is not None
-    with routers.every_gate_open():
+    with routers.disabled():
         similarity = update_similarity(model, [one for one in texts if one is not None])
     by_change = sorted(routers.layers, key=similarity.__getitem__)
     share = dict(zip(routers.layers, found.capacity_per_layer, strict=True))
@@ -261,7 +262,7 @@ def test_what_does_not_lose_less_is_not_taken(
         logits, costs = skip_costs(engine, texts)
         return logits, -costs
 
-    monkeypatch.setattr("megaskip.evaluation.allocation.skip_costs", reversed_costs)
+    monkeypatch.setattr("megaskip.calibration.allocation.skip_costs", reversed_costs)
     allocate(engine, texts, 0.5, rounds=2)
     assert engine.routers.config.threshold == before
     assert engine.evaluate(texts, routed=True) == best
@@ -277,7 +278,7 @@ def test_costs_are_measured_beside_what_was_found_for_the_next_capacity(
         seen.append(engine.routers.config.threshold)
         return skip_costs(engine, texts)
 
-    monkeypatch.setattr("megaskip.evaluation.allocation.skip_costs", watched)
+    monkeypatch.setattr("megaskip.calibration.allocation.skip_costs", watched)
     small, large = calibrate_all(engine, texts, texts, [0.5, 0.3], rounds=1)
     assert (small.capacity, large.capacity) == (0.3, 0.5)
     _, beside = seen

@@ -9,19 +9,19 @@ from families import tiny_model
 from routed_models import VOCABULARY
 
 from megaskip import RouterConfig, attach_routers
+from megaskip.calibration.similarity import UpdateSimilarity, update_similarity
 from megaskip.data import Batch
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import DataError
-from megaskip.evaluation.baselines import (
+from megaskip.evaluation.paired import ratio_difference
+from megaskip.parallel.loading.load import DEMO_FOLDER
+from megaskip.study.baselines import (
     random_order,
     skipping,
     static_order,
     uniform_order,
 )
-from megaskip.evaluation.paired import ratio_difference
-from megaskip.evaluation.scoring import read_pairs, score, text_batches
-from megaskip.evaluation.similarity import UpdateSimilarity, update_similarity
-from megaskip.parallel.load import DEMO_FOLDER
+from megaskip.study.scoring import read_pairs, score, text_batches
 
 LAYERS = (1, 2, 3, 4)
 
@@ -75,9 +75,9 @@ def test_similarity_is_that_of_the_stream_before_and_after(family: str, target: 
             layer.self_attn.o_proj.weight.zero_()
         elif target == "attn":
             layer.mlp.down_proj.weight.zero_()
-        seen.announce(one.token_mask)
+        seen.set_batch(one.token_mask)
         states = model(one.input_ids, output_hidden_states=True).hidden_states
-        seen.announce(None)
+        seen.set_batch(None)
         model(one.input_ids)  # counts for nothing
     cosine = torch.nn.functional.cosine_similarity(states[2], states[3], dim=-1)
     direct = float(cosine[one.token_mask].mean())

@@ -11,15 +11,17 @@ from families import tiny_model
 from routed_models import VOCABULARY, as_exported, randomise
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
+from megaskip.calibration.capacities import MissedError, calibrate_all, with_points
+from megaskip.calibration.search import ThresholdSearch
+from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.evaluation.calibration import MissedError, calibrate_all, with_points
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.routing import Measured, RouterSet, ThresholdSearch
+from megaskip.routing import Measured, RouterSet
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget
 
@@ -213,9 +215,9 @@ def test_the_search_narrows_down_a_step() -> None:
 def test_very_many_logits_are_sampled_and_the_capacity_is_hit(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaskip.parallel.engine._ENOUGH", 500)
+    monkeypatch.setattr("megaskip.calibration.threshold._ENOUGH", 500)
     assert engine.routers is not None
     randomise(engine.routers)
-    _, above = engine._decide_all(batches(1))
+    _, above = decide_all(engine, batches(1))
     assert len(above) <= 500 < 640 * 3
-    assert engine.calibrate(batches(1), capacity=0.4) == pytest.approx(0.4, abs=0.005)
+    assert calibrate_threshold(engine, batches(1), capacity=0.4) == pytest.approx(0.4, abs=0.005)

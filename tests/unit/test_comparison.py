@@ -1,7 +1,6 @@
 """A comparison puts every method at the same skip and pairs it with the dense model by document."""
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import transformers
 from routed_models import randomise
 
 from megaskip import RouterConfig, attach_routers, save_routers
+from megaskip.calibration.allocation import UnreachedError
+from megaskip.cli.compare import parse
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.errors import ConfigError
-from megaskip.evaluation.allocation import UnreachedError
-from megaskip.evaluation.comparison import Comparison, contrasts, spread
-from megaskip.evaluation.pareto import draw, draw_layers, markdown
-from megaskip.parallel.load import DEMO_FOLDER
+from megaskip.parallel.loading.load import DEMO_FOLDER
 from megaskip.parallel.topology import process_group, read_topology
+from megaskip.study.comparison import Comparison, contrasts, spread
+from megaskip.study.pareto import draw, draw_layers, markdown
 
 DOCUMENTS = 24
 ROOT = Path(__file__).parents[2]
@@ -139,11 +139,6 @@ def test_what_cannot_be_compared_is_refused(comparison: Comparison, tmp_path: Pa
 
 
 def test_the_one_that_others_are_set_against_is_among_them() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from compare import parse
-    finally:
-        sys.path.pop(0)
     usual = ["--model", "m", "--data", "d", "--output", "o", "--methods", "static,random"]
     assert parse(usual).ours == "ours"
     with pytest.raises(ConfigError, match="--pairs 0 must be at least 1"):

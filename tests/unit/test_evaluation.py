@@ -16,16 +16,16 @@ from families import tiny_model
 from routed_models import randomise
 
 from megaskip import RouterConfig, attach_routers
+from megaskip.cli.evaluate import parse
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.evaluation import EvalReport, evaluate_model, quick_table
-from megaskip.evaluation.command import parse
 from megaskip.evaluation.costs import CostModel
 from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.paired import difference, standard_error
-from megaskip.evaluation.tasks import load_tasks
-from megaskip.inference.flow import InferenceFlow
+from megaskip.evaluation.task_manager import load_tasks
+from megaskip.inference.executor import InferenceExecutor
 from megaskip.parallel.inference import Placement, load_for_inference
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def demo(
     model.requires_grad_(False)  # torch folds matrix products differently for weights that learn
     if granularity is not None:
         routers = attach_routers(model, RouterConfig(granularity=granularity), verify=False)
-        routers.flow = InferenceFlow(unit=routers.config.unit, kv=kv)
+        routers.executor = InferenceExecutor(unit=routers.config.unit, kv=kv)
         if learned:
             randomise(routers)
     return model
@@ -127,9 +127,9 @@ def test_the_skip_ratio_is_the_one_counted_in_the_model(granularity: str) -> Non
 def test_only_the_context_decides_about_an_answer() -> None:
     model = demo()
     asked: list[torch.Tensor] = []
-    model.skip_routers.announce, plain = (
+    model.skip_routers.set_batch, plain = (
         lambda real, prompt: (asked.append(prompt.sum(1)), plain(real, prompt)),
-        model.skip_routers.announce,
+        model.skip_routers.set_batch,
     )
     lm = MegaskipLM(model, TOKENIZER, batch_size=4)
     context, answers = [1, 20, 30, 40, 50], [[60], [60, 70], [60, 70, 80, 90]]
@@ -150,7 +150,7 @@ def test_scores_are_those_of_the_model_one_text_at_a_time() -> None:
     ):
         ids = torch.tensor([[*context, *answer][:-1]])
         prompt = torch.arange(ids.shape[1])[None] < len(context)
-        model.skip_routers.announce(torch.ones_like(prompt), prompt)
+        model.skip_routers.set_batch(torch.ones_like(prompt), prompt)
         with torch.no_grad():
             scores = model(ids).logits[0, len(context) - 1 :].log_softmax(-1)
         own = sum(float(scores[place, token]) for place, token in enumerate(answer))
@@ -189,7 +189,7 @@ def test_dropped_tokens_cost_neither_flops_nor_memory() -> None:
 def test_a_window_is_over_the_text_of_which_a_share_is_kept() -> None:
     model = tiny_model("mistral", sliding_window=4)
     routers = attach_routers(model, RouterConfig(granularity="attn_token", layers="2-4"))
-    routers.flow = InferenceFlow(unit="token", kv="drop")
+    routers.executor = InferenceExecutor(unit="token", kv="drop")
     cost = CostModel(model, routers).price(16, 1, [8.0] * 3, [16.0] * 3)
     assert (cost.dense_kv, cost.kv) == (6 * 4, 3 * 4 + 3 * 2)
     short = CostModel(model, routers).price(2, 1, [1.0] * 3, [2.0] * 3)

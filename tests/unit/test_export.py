@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from megaskip import RouterConfig, attach_routers, detach_routers, load_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
+from megaskip.cli import convert
+from megaskip.cli.generate import load_routed
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import bundled_code
 from megaskip.export.folder import MODES, base_name, export_folder
 from megaskip.export.verify import verify_folder
-from megaskip.generation import load_routed
 from megaskip.inference.hf import MegaskipForCausalLM
 
-TOOLS = Path(__file__).parents[2] / "tools"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")
 
 CHILD = """
@@ -201,14 +201,9 @@ def test_verifying_an_adapter_is_refused_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export("llama", tmp_path / "one")
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import convert_to_hf
-
     source = ["--routers", str(tmp_path / "one/routers"), "--base", str(tmp_path / "one/base")]
     with pytest.raises(ConfigError, match="an adapter is loaded with its base"):
-        convert_to_hf.main(
-            [*source, "--output", str(tmp_path / "out"), "--mode", "adapter", "--verify"]
-        )
+        convert.main([*source, "--output", str(tmp_path / "out"), "--mode", "adapter", "--verify"])
     assert not (tmp_path / "out").exists()
 
 
@@ -264,11 +259,8 @@ def test_the_closing_table_says_how_the_folder_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     export("llama", tmp_path, mode="adapter")
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import convert_to_hf
-
     source = ["--routers", str(tmp_path / "routers"), "--base", str(tmp_path / "base")]
-    convert_to_hf.main([*source, "--output", str(tmp_path / "out"), "--mode", mode])
+    convert.main([*source, "--output", str(tmp_path / "out"), "--mode", mode])
     loads = [line for line in capsys.readouterr().out.splitlines() if "load" in line]
     assert len(loads) == 1
     assert says in loads[0]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.atomic import read_json
+from megaskip.cli import export_static as export_static_command
 from megaskip.data.collate import collate
 from megaskip.data.row import Row
 from megaskip.data.tokenizer import load_tokenizer
@@ -30,7 +30,6 @@ from megaskip.export.static import choose_dropped, measure_capacity, sublayers
 from megaskip.export.static_folder import export_static, verify_static
 
 DEMO = Path(__file__).parents[2] / "megaskip/demo/backbone"
-TOOLS = Path(__file__).parents[2] / "tools"
 LAYERS = (1, 3, 4)  # layer 1 is the first of gemma2's that attends to everything
 WIDE = {"intermediate_size": 256}  # what DeciLM can say
 
@@ -446,13 +445,8 @@ def test_verify_compares_a_fresh_process_with_the_forced_base(tmp_path: Path) ->
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.setenv("HOME", str(tmp_path))  # where tokenised data are kept
-    import export_static as module
-
-    yield module.main
-    for name in ("export_static", "run_source"):
-        sys.modules.pop(name, None)
+    return export_static_command.main
 
 
 def demo_routers(folder: Path) -> list[str]:

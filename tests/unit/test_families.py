@@ -14,7 +14,7 @@ from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import GRANULARITIES
 from megaskip.errors import ConfigError, UnsupportedModelError
-from megaskip.routing import SparseFlow
+from megaskip.routing import SparseExecutor
 
 VOCABULARY = 97
 
@@ -192,7 +192,7 @@ def test_sparse_execution_computes_less_and_gives_the_same(family: str, granular
         dense = model(ids).logits
         kept = routers.capacity()
         assert 0 < kept < 1
-        routers.flow = SparseFlow()
+        routers.executor = SparseExecutor()
         rows = count_rows(model, routers.layers, "attn" in granularity)
         sparse = model(ids).logits
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
+from megaskip.cli import convert
+from megaskip.cli.generate import Conversation, load_routed, parse
+from megaskip.cli.generate import main as generate
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError, DataError
 from megaskip.export.folder import export_folder
-from megaskip.generation import Conversation, generate, load_routed, parse
-from megaskip.run_folder import other_tokenizer
+from megaskip.training.run_folder import other_tokenizer
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "megaskip/demo/backbone"
@@ -128,10 +130,7 @@ def test_export_and_generation_take_the_tokenizer_of_the_run(
 ) -> None:
     own_tokenizer(tmp_path)
     shutil.copytree(exported / "run/routers", tmp_path / "run/routers")
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import convert_to_hf
-
-    convert_to_hf.main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "exported")])
+    convert.main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "exported")])
     written = load_tokenizer(tmp_path / "exported")
     assert written.chat_template == TEMPLATE
     assert "<new>" in written.get_vocab()

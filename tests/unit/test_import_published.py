@@ -1,6 +1,5 @@
 """Published routers are imported as they are, or refused with what does not fit."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megaskip import load_routers
 from megaskip.checkpoint import read_router_config
+from megaskip.cli import import_routers
 from megaskip.config import GRANULARITIES
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.published import ImportReport, import_published
@@ -385,12 +385,7 @@ def test_imported_routers_keep_what_the_published_code_kept(
 
 def test_tool_prints_what_matched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = source_of(tmp_path / "source", routers_as(), model_type="llama_mindskip")
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/import_routers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    tool.main(["--source", str(source), "--output", str(tmp_path / "out")])
+    import_routers.main(["--source", str(source), "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     for part in ("3, in layers 2-4", "attn_sequence", "float32; written", "recorded as llama_mind"):
         assert part in printed

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorLi
 from transformers.cache_utils import DynamicLayer
 
 from megaskip.config import GRANULARITIES
-from megaskip.inference.flow import InferenceFlow
+from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.hf import MegaskipModel
 
 KINDS = [(granularity, "keep") for granularity in GRANULARITIES]
@@ -265,7 +265,7 @@ def test_static_cache_computes_everything_and_says_so(granularity: str) -> None:
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, attention_mask=mask, **options)
     if granularity == "attn_sequence" or kv == "drop":
-        model.skip_routers.flow._drop = kv == "drop"
+        model.skip_routers.executor._drop = kv == "drop"
         with pytest.warns(UserWarning, match="computed in full"):
             found = model.generate(
                 ids, attention_mask=mask, cache_implementation="static", **options
@@ -344,7 +344,7 @@ def test_unknown_cache_layers_hold_everything_and_say_so(granularity: str, kv: s
     cache = Cache(layer_class_to_replicate=OtherLayer)
     with torch.no_grad(), pytest.warns(UserWarning, match="OtherLayer cannot hold a part"):
         found = model(ids, past_key_values=cache).logits
-    model.skip_routers.flow = InferenceFlow(unit=granularity.split("_")[1])
+    model.skip_routers.executor = InferenceExecutor(unit=granularity.split("_")[1])
     with torch.no_grad():
         torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
     assert {type(layer) for layer in cache.layers} == {OtherLayer}

@@ -10,7 +10,7 @@ import torch
 
 from megaskip.config import RunConfig
 from megaskip.errors import RankError
-from megaskip.parallel.load import say_if_slow
+from megaskip.parallel.loading.load import say_if_slow
 from megaskip.parallel.preflight import Report, find_problems, preflight
 from megaskip.parallel.topology import process_group, read_topology
 

@@ -99,7 +99,7 @@ def test_tokens_after_the_prompt_change_decisions_only_when_all_are_pooled(
     found = []
     with torch.no_grad():
         for batch in (ids, other):
-            routers.announce(real, prompt)
+            routers.set_batch(real, prompt)
             model(batch)
             found.append(logits_of(routers))
     same = torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-6)
@@ -115,7 +115,7 @@ def test_segments_of_a_packed_row_are_judged_apart() -> None:
     segments = torch.tensor([[0] * 7 + [1] * 5])
     positions = torch.cat([torch.arange(7), torch.arange(5)]).unsqueeze(0)
     with torch.no_grad():
-        routers.announce(segments >= 0, segments >= 0, segments)
+        routers.set_batch(segments >= 0, segments >= 0, segments)
         model(packed, position_ids=positions, use_cache=False)
         together, keep = logits_of(routers), routers.keep()
         for index, part in enumerate((first, second)):
@@ -138,7 +138,7 @@ def test_padding_is_no_unit_of_capacity() -> None:
 def test_announced_batch_of_another_shape_is_an_error() -> None:
     model = tiny_model()
     routers = attach_routers(model)
-    routers.announce(torch.ones(2, 5, dtype=torch.bool))
+    routers.set_batch(torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="announced to the routers is"):
         model(ids_of(3))
 
@@ -146,7 +146,7 @@ def test_announced_batch_of_another_shape_is_an_error() -> None:
 def test_an_announcement_holds_for_one_forward_pass() -> None:
     model = tiny_model()
     routers = attach_routers(model)
-    routers.announce(torch.ones(2, T, dtype=torch.bool))
+    routers.set_batch(torch.ones(2, T, dtype=torch.bool))
     model(ids_of(2))
     model(ids_of(3, 4))
     assert routers.keep()[3].shape == (3, 1)
@@ -162,7 +162,7 @@ def test_penalties_of_micro_batches_add_up_to_the_global_one() -> None:
 
     def run(rows: slice) -> tuple[Tensor, Tensor]:
         routers.zero_grad()
-        routers.announce(mask[rows])
+        routers.set_batch(mask[rows])
         model(ids[rows], attention_mask=mask[rows].long())
         penalty = routers.penalty(total)
         penalty.backward()

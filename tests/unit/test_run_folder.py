@@ -10,13 +10,14 @@ import filelock
 import pytest
 from families import tiny_model
 
-from megaskip import RouterConfig, attach_routers, job, save_routers
+from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.resume import COMPLETE
+from megaskip.cli.train import main as train
 from megaskip.config import RunConfig
 from megaskip.config.run import CheckpointConfig
 from megaskip.errors import ConfigError
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.run_folder import choose_run_folder, hold_run_folder, is_finished, reopen
+from megaskip.training.run_folder import choose_run_folder, hold_run_folder, is_finished, reopen
 
 RESUME = RunConfig(checkpoint=CheckpointConfig(resume="auto"))
 
@@ -49,7 +50,7 @@ def test_a_start_that_fails_leaves_no_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="--layers"):
-        job.train(["--layers", "7-20", "--held_out", "8", "--dtype", "float32"])
+        train(["--layers", "7-20", "--held_out", "8", "--dtype", "float32"])
     assert not list((tmp_path / "runs").iterdir())
 
 

@@ -13,14 +13,14 @@ from families import FAMILIES, tiny_config, tiny_model
 
 from megaskip.arch import part as part_module
 from megaskip.arch import stage as stages
-from megaskip.arch.anatomy import find_decoder
+from megaskip.arch.decoder import find_decoder
 from megaskip.arch.part import verify_parts
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig, parse_run_config
 from megaskip.errors import ConfigError, MegaskipError, UnsupportedModelError
 from megaskip.parallel.ds_config import read_ds_config
-from megaskip.parallel.load import load_hf_config
-from megaskip.parallel.load_stage import load_stage
-from megaskip.parallel.partition import balance, boundaries_of, layer_costs
+from megaskip.parallel.loading.load import load_hf_config
+from megaskip.parallel.loading.partition import balance, boundaries_of, layer_costs
+from megaskip.parallel.loading.stage import load_stage
 from megaskip.parallel.topology import read_topology
 
 PIPELINE = ["--ds_config", "ds_configs/pipeline.json"]

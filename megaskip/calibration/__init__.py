@@ -1,0 +1,1 @@
+"""Thresholds: what skipping costs, where a capacity is met."""

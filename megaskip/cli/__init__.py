@@ -1,0 +1,1 @@
+"""Entry points: flags to options, options to work. Nothing below imports this."""

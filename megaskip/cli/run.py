@@ -1,0 +1,29 @@
+"""How an entry point ends: its errors become one message and a status, never a traceback."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from megaskip.errors import MegaskipError
+
+_USER_ERROR = 2
+_FIRST_SPEAKS = 3.0
+"""Seconds that other ranks leave the first one to print an error that all of them have found."""
+
+
+def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run an entry point on `argv` (sys.argv without it); a MegaskipError ends it with
+    one message and status 2, no
+    traceback."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except MegaskipError as error:
+        if rank != 0:
+            time.sleep(_FIRST_SPEAKS)
+        name = f"[rank {rank}] " if rank else ""
+        print(f"{name}error: {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: threads of a process group in an undefined state could keep the process.
+        sys.stdout.flush()
+        os._exit(_USER_ERROR)

@@ -1,0 +1,76 @@
+"""Ranks that work on batches together: the first one asks, all of them answer.
+
+Which batches there are does not depend on how many ranks there are, so neither do the answers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megaskip.errors import MegaskipError
+from megaskip.evaluation.runner import Runner
+
+Handler = Callable[[Any], Any]
+
+
+class RankPool:
+    """The ranks of an evaluation; alone without a process group."""
+
+    def __init__(self, runner: Runner, handlers: dict[str, Handler]) -> None:
+        self._runner, self._handlers = runner, handlers
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self.is_first = self._world == 1 or dist.get_rank() == 0
+
+    def run(self, kind: str, batches: list[Any], *, sizes: list[int] | None = None) -> list[Any]:
+        """Return the handler's answers to `batches`, in order. The first rank calls it.
+
+        `sizes` are the requests in each batch, for the progress bar.
+        """
+        self._tell((kind, batches))
+        return self._answer(kind, batches, sizes or [1] * len(batches))
+
+    def serve(self) -> None:
+        """Answer until the first rank is done. Every other rank calls it.
+
+        Raises the MegaskipError that the first rank ended with, if any.
+        """
+        while True:
+            heard: list[Any] = [None]
+            dist.broadcast_object_list(heard, src=0)
+            if isinstance(heard[0], MegaskipError):
+                raise heard[0]
+            if heard[0] is None:
+                return
+            kind, batches = heard[0]
+            self._answer(kind, batches, [1] * len(batches))
+
+    def dismiss(self, error: MegaskipError | None = None) -> None:
+        """Let the other ranks go, with the error that ends the evaluation, if any."""
+        self._tell(error)
+
+    def _tell(self, what: Any) -> None:
+        if self._world > 1:
+            dist.broadcast_object_list([what], src=0)
+
+    def _answer(self, kind: str, batches: list[Any], sizes: list[int]) -> list[Any]:
+        runner, handler = self._runner, self._handlers[kind]
+        done: dict[int, Any] = {}
+        with tqdm(total=sum(sizes), desc=kind, disable=None if self.is_first else True) as bar:
+            for turn in range(0, len(batches), runner.shares):
+                mine = turn + runner.share
+                if mine < len(batches):
+                    answer = handler(batches[mine])
+                    if runner.answers:
+                        done[mine] = answer
+                elif runner.lock_step:
+                    # The others gather weights: this rank takes part, and forgets the answer.
+                    handler(batches[-1])
+                bar.update(sum(sizes[turn : turn + runner.shares]))
+        if self._world == 1:
+            return [done[index] for index in range(len(batches))]
+        everywhere: list[Any] = [None] * self._world
+        dist.gather_object(done, everywhere if self.is_first else None, dst=0)
+        merged = {index: answer for part in everywhere for index, answer in (part or {}).items()}
+        return [merged[index] for index in range(len(batches))] if self.is_first else []

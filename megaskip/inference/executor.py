@@ -1,0 +1,132 @@
+"""Inference that computes and stores what is kept: rows of a batch, or tokens of a row.
+
+Shapes: B rows, T tokens of this call, D hidden.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from megaskip.inference.kept import (
+    KeptRows,
+    KeptTokens,
+    can_hold_a_part,
+    holding_rows,
+    holding_tokens,
+    is_offloaded,
+)
+from megaskip.inference.packed import attend_among_kept
+from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.executor import SparseExecutor, run_rows
+
+KV_CHOICES = ("keep", "drop")
+
+
+class InferenceExecutor(SparseExecutor):
+    """Leaves out what is skipped, in prefill and decode, and its keys and values where sound.
+
+    A sequence that skips a layer holds nothing there. For token units `kv="keep"` is the published
+    semantics, in which skipped tokens are still attended to (their keys and values are computed);
+    `kv="drop"` makes them invisible, as in mixture-of-depths, and saves their computation and
+    memory.
+    """
+
+    leaves_zeros = True
+
+    def __init__(self, *, unit: str, kv: str = "keep") -> None:
+        self._unit = unit
+        self._drop = kv == "drop"
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Return whether tokens that skip an attention hold no keys and values in it."""
+        return self._drop
+
+    def attention(
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        decision: RoutingDecision,
+        layer: int,
+    ) -> Any:
+        """Run attention on what is kept; keys and values go to the cache in `kwargs`, if any."""
+        cache = kwargs.get("past_key_values")
+        if self._unit == "token" and self._drop:
+            return self._among_kept(run, hidden_states, kwargs, decision, layer)
+        if cache is None:
+            ran = super().attention(run, hidden_states, kwargs, decision, layer)
+            return ran if decision.is_per_row else _multiplied(ran, decision)
+        if self._unit == "token":
+            return _multiplied(run(hidden_states, **kwargs), decision)
+        held = _layer_of(cache, layer)
+        if not isinstance(held, KeptRows):
+            if decision.unit_of_token is not None or not can_hold_a_part(cache, held):
+                _say_dense(cache, held)
+                return _multiplied(run(hidden_states, **kwargs), decision)
+            held = holding_rows(cache, layer)
+        if held._skip_rows is None:
+            held.decide(decision.rows)
+        ran = run_rows(run, hidden_states, kwargs, held._skip_chosen)
+        held.advance(hidden_states.shape[1], ran=not held._skip_chosen.none)
+        return ran
+
+    def passes_by(
+        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+    ) -> bool:
+        """Return whether no row has run this layer or will; its cache then counts the tokens."""
+        cache = kwargs.get("past_key_values")
+        held = _layer_of(cache, layer) if cache is not None else None
+        if not isinstance(held, KeptRows) or not decision.rows.none:
+            return False
+        held.advance(hidden_states.shape[1], ran=False)
+        return True
+
+    def _among_kept(
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        decision: RoutingDecision,
+        layer: int,
+    ) -> Any:
+        """Run attention among kept tokens, which are all that the cache holds."""
+        cache = kwargs.get("past_key_values")
+        held = _layer_of(cache, layer) if cache is not None else None
+        if held is not None and not isinstance(held, KeptTokens):
+            if not can_hold_a_part(cache, held):
+                _say_dense(cache, held)
+                return _multiplied(run(hidden_states, **kwargs), decision)
+            held = holding_tokens(cache, layer, hidden_states.shape[0], hidden_states.device)
+        kept = (decision.keep > 0) & decision.unit_mask
+        return attend_among_kept(run, hidden_states, kwargs, kept, held)
+
+
+def _multiplied(ran: Any, decision: RoutingDecision) -> Any:
+    """Return attention's output tuple with zeros for the units that are skipped."""
+    keep = decision.per_token().unsqueeze(-1).to(ran[0].dtype)
+    return ran[0] * keep, *ran[1:]
+
+
+def _layer_of(cache: Any, layer: int) -> Any:
+    """Return the cache layer, made now if the cache makes its layers as they come."""
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"megaskip: past_key_values is a {type(cache).__name__}, expected a cache of "
+            "transformers with one layer for each of the model's; pass a DynamicCache"
+        )
+    while len(cache.layers) <= layer:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[layer]
+
+
+def _say_dense(cache: Any, layer: Any) -> None:
+    what = "an offloaded cache" if is_offloaded(cache) else type(layer).__name__
+    warnings.warn(
+        f"megaskip: {what} cannot hold a part of the keys and values, so routed layers are "
+        "computed in full and multiplied; use a DynamicCache to save what is skipped",
+        stacklevel=2,
+    )

@@ -1,0 +1,82 @@
+"""Where a pipeline is cut: so that the busiest stage does as little as possible. Pure arithmetic.
+
+Work is counted in multiply-adds per token: forward 1 x weights, backward 1 x (gradients of inputs;
+frozen weights have none), recomputation 1 x. Layers below the lowest routed one have no backward.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from megaskip.arch import find_decoder
+from megaskip.config import ParallelConfig, RouterConfig, resolve_layers
+from megaskip.errors import ConfigError
+
+
+def boundaries_of(model: nn.Module, router: RouterConfig, parallel: ParallelConfig) -> list[int]:
+    """Return the first layer of every stage but the first; `model` may be on the meta device.
+
+    Raises ConfigError when there are fewer layers than stages, or a given boundary is no layer.
+    """
+    depth = len(find_decoder(model).layers)
+    stages, given = parallel.pipeline_stages, parallel.boundaries()
+    if stages > depth:
+        raise ConfigError(f"--pipeline_stages {stages}: the model has {depth} layers only")
+    if given is not None:
+        if given and given[-1] >= depth:
+            raise ConfigError(
+                f"--pipeline_partition {parallel.pipeline_partition}: the model has layers 0 to "
+                f"{depth - 1}"
+            )
+        return list(given)
+    recompute = parallel.activation_checkpointing
+    costs = layer_costs(model, resolve_layers(router.layers, depth)[0], recompute=recompute)
+    return balance(costs, stages)
+
+
+def layer_costs(model: nn.Module, lowest: int, *, recompute: bool) -> list[float]:
+    """Return the work of each layer; the last one's includes the output embedding's."""
+    parts = find_decoder(model)
+    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    passes = 3 if recompute else 2
+    costs = [
+        _active_weights(layer, config) * (passes if index >= lowest else 1)
+        for index, layer in enumerate(parts.layers)
+    ]
+    if parts.head is not None:
+        costs[-1] += 2 * sum(p.numel() for p in parts.head.parameters())
+    return costs
+
+
+def balance(costs: Sequence[float], stages: int) -> list[int]:
+    """Return the cuts of `costs` into contiguous, non-empty parts with the least largest sum."""
+    count = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[s][stop]: (largest part, first cut) of the first `stop` layers in s + 1 parts.
+    best = [[(sums[stop], 0) for stop in range(count + 1)]]
+    for parts in range(1, stages):
+        row = [(float("inf"), 0)] * (count + 1)
+        for stop in range(parts + 1, count + 1):
+            row[stop] = min(
+                (max(best[-1][cut][0], sums[stop] - sums[cut]), cut) for cut in range(parts, stop)
+            )
+        best.append(row)
+    cuts: list[int] = []
+    stop = count
+    for row in reversed(best[1:]):
+        stop = row[stop][1]
+        cuts.insert(0, stop)
+    return cuts
+
+
+def _active_weights(layer: nn.Module, config: Any) -> float:
+    """Return the weights that a token meets: of fused experts, as many as it is sent to."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    total = 0.0
+    for parameter in layer.parameters():
+        is_experts = parameter.dim() == 3 and chosen
+        total += parameter.numel() * (chosen / parameter.shape[0] if is_experts else 1)
+    return total

@@ -1,0 +1,136 @@
+"""Weights of one pipeline stage: each rank reads its own tensors from the safetensors shards."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from megaskip.arch.stage import Slice
+from megaskip.config import ModelConfig
+from megaskip.errors import MegaskipError
+from megaskip.log import get_logger
+from megaskip.parallel.loading.converted import converted, is_a_model
+from megaskip.parallel.loading.load import build_from_config, load_whole, tensor_files
+
+logger = get_logger(__name__)
+
+PartOfModel = TypeVar("PartOfModel", bound=nn.Module)
+
+
+def load_stage(
+    folder: Path,
+    hf_config: Any,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    part: Slice,
+    cut: Callable[[nn.Module], PartOfModel],
+    device: torch.device,
+) -> PartOfModel:
+    """Return what `cut` leaves of the model, `part`, with its weights on `device`.
+
+    Every rank calls it by itself and reads its own tensors. Models whose stored names are not those
+    of the module (MoE experts that transformers fuses on loading) go through the CPU's memory;
+    those whose layers differ by their number besides, such as deepseek_v3, are read whole.
+    """
+    shards = tensor_files(folder)
+    model = _without_weights(hf_config, config, dtype)
+    alone = {name for name, _ in model.named_parameters()} <= shards.keys()
+    alone = alone or is_a_model(model, part)
+    if not alone:
+        logger.info("every rank reads the whole model (its layers differ by their number)")
+        whole = load_whole(folder, hf_config, dtype, config, torch.device("cpu"))
+        return cut(whole).eval().to(device)
+    names, exact = _stored_names(model), _kept_exact(model)
+    stage = cut(model).eval()
+    # Buffers count that are stored, such as the bias by which experts are chosen.
+    buffers = [one for one in stage.buffers() if names.get(id(one)) in shards]
+    wanted = {names[id(one)]: one for one in (*stage.parameters(), *buffers)}
+    if wanted.keys() <= shards.keys():
+        stored = _from_files(wanted, shards)
+    else:
+        stored = iter(converted(model, part, set(wanted), shards, dtype).items())
+    filled = {
+        id(wanted[name]): _own(tensor, wanted[name], name, device, exact(name))
+        for name, tensor in stored
+        if name in wanted
+    }
+    missing = [name for name, one in wanted.items() if id(one) not in filled]
+    if missing:
+        raise MegaskipError(f"{folder}: no stored tensor becomes {missing[0]}; is it complete?")
+    for module in stage.modules():
+        for held in (module._parameters, module._buffers):
+            for name, one in held.items():
+                if one is not None:
+                    held[name] = filled.get(id(one), one)  # type: ignore[assignment]
+    return stage.to(device)
+
+
+def _stored_names(model: nn.Module) -> dict[int, str]:
+    """Return the name of each parameter and stored buffer, by its id; tied ones have the first."""
+    stored = model.state_dict(keep_vars=True)
+    return {id(stored[name]): name for name in reversed(stored)}
+
+
+def _kept_exact(model: nn.Module) -> Callable[[str], bool]:
+    """Return what tells the names of tensors that transformers keeps in float32."""
+    parts = {
+        part
+        for kind in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for part in getattr(model, kind, None) or ()
+    }
+    return lambda name: any(part in name for part in parts)
+
+
+def _without_weights(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """Return the model with parameters on the meta device and buffers, such as RoPE's, computed."""
+    with transformers.initialization.no_init_weights(), _parameters_on_meta():
+        model = build_from_config(hf_config, config, dtype)
+    # Construction without initialisation leaves tied embeddings apart.
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    def as_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(as_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _from_files(
+    wanted: Mapping[str, Tensor], shards: Mapping[str, Path]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stored values of each wanted tensor, file by file."""
+    for file in sorted({shards[name] for name in wanted}):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in (name for name in wanted if shards[name] == file):
+                    yield name, handle.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise MegaskipError(f"{file}: cannot read the weights ({error})") from None
+
+
+@torch.no_grad()
+def _own(stored: Tensor, like: Tensor, name: str, device: torch.device, exact: bool) -> Tensor:
+    """Return the stored values in a parameter or buffer such as `like`, in float32 if `exact`."""
+    if stored.shape != like.shape:
+        raise MegaskipError(
+            f"{name} has shape {tuple(stored.shape)}, config.json asks for {tuple(like.shape)}"
+        )
+    dtype = torch.float32 if exact else like.dtype
+    # A copy of its own: what is mapped from a file would be read again under memory pressure.
+    own = torch.empty(like.shape, dtype=dtype, device=device).copy_(stored)
+    return nn.Parameter(own, requires_grad=False) if isinstance(like, nn.Parameter) else own

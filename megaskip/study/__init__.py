@@ -1,0 +1,1 @@
+"""Comparisons of ways to skip: what they cost, what they lose."""

@@ -1,0 +1,314 @@
+"""One model that plays every way to skip attention, on the same documents and at equal skip.
+
+Knows a model and its texts, not how routers were trained.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaskip.arch import attach_routers, detach_routers, find_decoder
+from megaskip.calibration.allocation import TOLERANCE, UnreachedError, allocate
+from megaskip.calibration.similarity import update_similarity
+from megaskip.calibration.threshold import calibrate_threshold
+from megaskip.checkpoint.routers import load_router_tensors, read_router_config
+from megaskip.config import RouterConfig, RunConfig, resolve_layers
+from megaskip.data import Batch, build_dataset
+from megaskip.data.loader import DataLoader
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import ConfigError
+from megaskip.evaluation.costs import CostModel
+from megaskip.evaluation.paired import ratio_difference
+from megaskip.inference.executor import InferenceExecutor
+from megaskip.parallel.build import build_engine
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.topology import Topology
+from megaskip.reporting.token_map import TokenMap, token_map_texts
+from megaskip.routing import RouterSet
+from megaskip.study.baselines import (
+    Order,
+    Policy,
+    random_order,
+    skipping,
+    static_order,
+    uniform_order,
+)
+from megaskip.study.pareto import Contrast, Point
+from megaskip.study.scoring import Scores, pair_accuracy, read_pairs, score, text_batches
+
+_TIMED = 7
+_ROWS = 2
+"""Rows of a micro-batch; a batch for forward passes only has four times as many (DataLoader)."""
+_SHOWN = 60
+"""Tokens of the document in the picture."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one way to skip did to every document."""
+
+    text: Scores
+    pairs: Scores | None
+    """Of the sentences of the minimal pairs, good, bad, good, ..."""
+    latency: float
+    """Time of a prefill of the first held-out batch, in which what is skipped is not computed, over
+    that of one beside it in which everything is."""
+
+
+class Comparison:
+    """The model, its texts, and one set of routers that plays every method."""
+
+    def __init__(self, config: RunConfig, topology: Topology, folder: Path) -> None:
+        """Load `config.model` from `folder`; `config.router.layers` are what all methods route and
+        `config.data.held_out` the documents to measure on."""
+        self._config, self._topology = config, topology
+        self._engine = build_engine(config, topology, folder, None)
+        self.model: Any = self._engine.module.model
+        self.depth = len(find_decoder(self.model).layers)
+        self.layers = resolve_layers(config.router.layers, self.depth)
+        self._costs = CostModel(self.model, self.routers)
+        self._tokenizer = load_tokenizer(folder)
+        data = build_dataset(config.data, self._tokenizer)
+        documents = spread(data.held_out, config.data.held_out)
+        data = dataclasses.replace(data, held_out=documents)
+        loader = DataLoader(
+            data=data,
+            rank=0,
+            world_size=1,
+            micro_batch_size=_ROWS,
+            global_batch_size=_ROWS,
+            seed=config.data.seed,
+            pad_token_id=self._tokenizer.pad_token_id,
+            prompt_tokens=config.data.prompt_tokens,
+        )
+        self._calibration = self._here(loader.calibration(config.optim.calibration_rows))
+        self._held_out = self._here(loader.held_out())
+        if not self._held_out:
+            raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
+        self._pairs: list[Batch] = []
+        self._near: dict[Path, RouterConfig] = {}
+
+    def add_pairs(self, folder: Path, limit: int) -> None:
+        """Measure minimal pairs, too: `limit` of every set in `folder`."""
+        sets = read_pairs(folder, limit)
+        texts = [text for pairs in sets.values() for pair in pairs for text in pair]
+        prompt = self._config.data.prompt_tokens
+        self._pairs = self._here(text_batches(texts, self._tokenizer, prompt_tokens=prompt))
+
+    def _here(self, batches: Sequence[Batch | None]) -> list[Batch]:
+        return [batch.to(self._topology.device) for batch in batches if batch is not None]
+
+    @property
+    def routers(self) -> RouterSet:
+        """Return the routers that are attached now."""
+        assert self._engine.routers is not None
+        return self._engine.routers
+
+    def share(self, skip: float) -> float:
+        """Return the share of the routed layers that makes `skip` of all layers."""
+        share = skip * self.depth / len(self.layers)
+        if not 0 < share < 1:
+            raise ConfigError(
+                f"--skip {100 * skip:g} cannot be reached by {len(self.layers)} routed layers of "
+                f"{self.depth}; route more (--layers)"
+            )
+        return share
+
+    # -- ways to skip
+
+    def orders(self, seeds: Sequence[int]) -> dict[str, list[Order]]:
+        """Return the baselines' orders of layers, one a seed where they have seeds."""
+        similarity = self.similarity()
+        return {
+            "static": [static_order(similarity, self.layers)],
+            "random": [random_order(self.layers, seed) for seed in seeds],
+            "uniform": [uniform_order(self.layers)],
+        }
+
+    def similarity(self) -> dict[int, float]:
+        """Return how little each layer's attention changes the calibration text, by layer."""
+        with self.routers.disabled():
+            return update_similarity(self.model, self._calibration)
+
+    @property
+    def everything(self) -> Policy:
+        """Return the policy that skips nothing: the dense model."""
+        return skipping(static_order({}, ()), self.layers, 0.0)
+
+    def policy(self, order: Order, skip: float) -> Policy:
+        """Return the policy that skips `skip` of all attention in that order."""
+        return skipping(order, self.layers, skip * self.depth)
+
+    def take(self, routers: Path, skip: float, *, rounds: int = 0) -> float:
+        """Put the routers of a folder on the model, with the threshold at which the calibration
+        text skips `skip`, or after `rounds` of `allocate` one a layer, near those found for the
+        share before; returns the capacity it came to. Raises UnreachedError when that is
+        another."""
+        config, layers, _ = read_router_config(routers)
+        if layers != self.layers:
+            raise ConfigError(f"{routers}: routes layers {layers}, the comparison {self.layers}")
+        self._attach(config)
+        self.routers.load_state_dict(load_router_tensors(routers, self.routers))
+        capacity = 1 - self.share(skip)
+        kept = calibrate_threshold(self._engine, self._calibration, capacity=capacity, rounds=6)
+        if rounds:
+            near = self._near.get(routers)
+            kept = allocate(self._engine, self._calibration, capacity, rounds=rounds, near=near)
+            self._near[routers] = self.routers.config
+        if abs(kept - capacity) > TOLERANCE:
+            raise UnreachedError(
+                f"{routers}: at the nearest threshold they keep {kept:.3f} of the calibration "
+                f"text, not {capacity:.3f}: too many of their scores are equal"
+            )
+        return kept
+
+    def _attach(self, config: RouterConfig) -> None:
+        # The capacity asked in training plays no role any more, for the threshold is searched. All
+        # methods decide on the prompt, as in generation: one that sees the answer it is scored on
+        # (pool="all") would know too much.
+        fresh = RouterConfig(
+            layers=self.layers,
+            router=config.router,
+            prompt_tokens=config.prompt_tokens,
+        )
+        detach_routers(self.model)
+        routers = attach_routers(self.model, fresh, register=False, verify=False)
+        self._engine = Engine(self._engine.module, routers, self._config, self._topology)
+
+    # -- measures
+
+    def measure(self, policy: Policy | None) -> Measured:
+        """Return what a policy does to the documents; without one the routers decide."""
+        text = score(self.model, self.routers, self._held_out, policy)
+        pairs = None
+        if self._pairs:
+            pairs = score(self.model, self.routers, self._pairs, policy, rows_per_document=2)
+        return Measured(text=text, pairs=pairs, latency=self._latency(policy))
+
+    def _latency(self, policy: Policy | None) -> float:
+        executor, ratios = self.routers.executor, []
+        self.routers.executor = InferenceExecutor(unit="sequence")
+        try:
+            self._seconds(self.everything)  # warms up
+            for _ in range(_TIMED):
+                ratios.append(self._seconds(policy) / self._seconds(self.everything))
+        finally:
+            self.routers.executor = executor
+        return statistics.median(ratios)
+
+    def _seconds(self, policy: Policy | None) -> float:
+        begun = time.perf_counter()
+        score(self.model, self.routers, self._held_out[:1], policy)
+        return time.perf_counter() - begun
+
+    def picture(self, title: str) -> TokenMap:
+        """Return what the routers do to the first held-out document."""
+        first = self._held_out[0]
+        score(self.model, self.routers, self._held_out[:1])
+        tokens = first.input_ids[0][first.token_mask[0]][:_SHOWN]
+        keep = torch.stack(
+            [one[0].expand(len(first.token_mask[0])) for one in self.routers.keep().values()]
+        )
+        return TokenMap(
+            tokens=token_map_texts(self._tokenizer, tokens.tolist()),
+            layers=self.layers,
+            ran=(keep[:, : len(tokens)] > 0).cpu().numpy(),
+            num_layers=self.depth,
+            prompt_tokens=0,
+            title=title,
+            target=self.routers.config.target,
+        )
+
+    def flop_ratio(self, skipped: float) -> float:
+        """Return FLOPs without `skipped` of all attention over all FLOPs, at the texts' length."""
+        rows = sum(len(batch.input_ids) for batch in self._held_out)
+        tokens = round(sum(float(batch.token_mask.sum()) for batch in self._held_out) / rows)
+        nothing = [0.0] * len(self.layers)
+        least = self._costs.price(tokens, tokens, nothing, [1.0] * len(self.layers)).flop_ratio
+        return 1 - skipped * self.depth / len(self.layers) * (1 - least)
+
+    # -- over seeds
+
+    def point(
+        self, method: str, asked: float, measured: Sequence[Measured], dense: Measured, **more: Any
+    ) -> Point:
+        """Return a method's point: documents' scores averaged over seeds, then paired with
+        dense."""
+        nll, tokens, hits = _mean(measured, "nll"), dense.text.tokens, _hits(measured)
+        dense_hits, exact = _hits([dense]), _mean(measured, "exact")
+        gap = None
+        if hits is not None and dense_hits is not None:
+            gap = ratio_difference(hits, dense_hits, np.ones_like(hits))
+        skipped = 1 - _mean(measured, "kept").mean(axis=1)
+        of_all = float(skipped.mean()) * len(self.layers) / self.depth
+        return Point(
+            method=method,
+            asked=asked,
+            skipped=of_all,
+            seeds=len(measured),
+            loss=float(nll.sum() / tokens.sum()),
+            loss_gap=ratio_difference(nll, dense.text.nll, tokens),
+            pairs=None if hits is None else float(hits.mean()),
+            pairs_gap=gap,
+            exact=float(exact.mean()),
+            exact_gap=ratio_difference(exact, dense.text.exact, np.ones_like(exact)),
+            flops=self.flop_ratio(of_all),
+            latency=statistics.mean(one.latency for one in measured),
+            skipped_by_layer=dict(zip(self.layers, skipped.tolist(), strict=True)),
+            **more,
+        )
+
+
+def contrasts(found: Mapping[tuple[str, float], Sequence[Measured]], ours: str) -> list[Contrast]:
+    """Return `ours` against each other method at equal skip, paired by document.
+
+    `found` is by method and share that was to be skipped.
+    """
+    rows = []
+    for (method, skip), theirs in found.items():
+        mine = found.get((ours, skip))
+        if method == ours or not mine or not theirs:
+            continue
+        a, b = _hits(mine), _hits(theirs)
+        both = a is not None and b is not None
+        rows.append(
+            Contrast(
+                method=ours,
+                against=method,
+                skip=skip,
+                loss=ratio_difference(
+                    _mean(mine, "nll"), _mean(theirs, "nll"), mine[0].text.tokens
+                ),
+                pairs=ratio_difference(a, b, np.ones_like(a)) if both else None,
+                exact=ratio_difference(
+                    _mean(mine, "exact"), _mean(theirs, "exact"), np.ones(len(mine[0].text.exact))
+                ),
+            )
+        )
+    return rows
+
+
+def _mean(measured: Sequence[Measured], field: str) -> Any:
+    """Return a field of the text's scores, averaged over seeds, by document."""
+    return np.mean([getattr(one.text, field) for one in measured], axis=0)
+
+
+def _hits(measured: Sequence[Measured]) -> Any:
+    """Return the pairs' hits averaged over seeds, None without pairs."""
+    hits = [pair_accuracy(one.pairs) for one in measured if one.pairs is not None]
+    return np.mean(hits, axis=0) if hits else None
+
+
+def spread(documents: Any, count: int) -> list[Any]:
+    """Return `count` documents from all over the text: a file's first ones may be of one source,
+    on which routers keep less or more than on the others."""
+    there = len(documents)
+    count = min(count, there)
+    return [documents[index * there // count] for index in range(count)]

@@ -1,0 +1,159 @@
+"""How well a model, whose attention is skipped in some way, predicts each of many documents.
+
+Shapes: B documents, T tokens, V vocabulary.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from megaskip.data import Batch
+from megaskip.data.collate import collate
+from megaskip.data.row import IGNORED, Row
+from megaskip.errors import DataError
+from megaskip.routing import RouterSet
+from megaskip.study.baselines import Policy
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """One value a row, in the order of the rows."""
+
+    nll: Numbers
+    """Summed negative log-likelihood of the supervised tokens, nats."""
+    tokens: Numbers
+    """How many those are."""
+    exact: Numbers
+    """1 where every supervised token is the most likely one: greedy decoding says the same."""
+    kept: Numbers
+    """Share of the units of each routed layer that ran, [R, rows]."""
+
+    def loss(self) -> float:
+        """Return the mean loss of a token, nats."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    routers: RouterSet,
+    batches: Sequence[Batch],
+    policy: Policy | None = None,
+    *,
+    rows_per_document: int = 1,
+) -> Scores:
+    """Score every row of `batches`; the routers decide where there is no policy.
+
+    So many neighbouring rows are one document to a policy: it treats the sentences of a pair alike.
+    """
+    columns: list[Tensor] = []
+    first = 0
+    try:
+        for batch in batches:
+            rows = len(batch.input_ids)
+            documents = [row // rows_per_document for row in range(first, first + rows)]
+            routers.force({} if policy is None else policy(documents))
+            columns.append(_score_batch(model, routers, batch))
+            first += rows
+    finally:
+        routers.force({})
+    nll, tokens, exact, *kept = torch.cat(columns, dim=1).double().cpu().numpy()
+    return Scores(nll=nll, tokens=tokens, exact=exact, kept=np.stack(kept))
+
+
+def read_pairs(folder: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
+    """Return {set: (good, bad) sentences} of a folder of JSONL files, `limit` pairs of each.
+
+    Raises DataError for a folder without such files, and for a line that is no pair.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise DataError(f"{folder}: no .jsonl file with minimal pairs there")
+    return {path.stem: list(_pairs_of(path, limit)) for path in files}
+
+
+def text_batches(
+    texts: Sequence[str], tokenizer: Any, *, prompt_tokens: int, size: int = 64
+) -> list[Batch]:
+    """Return texts as batches in which every token but the first is predicted.
+
+    The first is the tokenizer's begin token, or its end token where it has none (as in lm-eval);
+    raises DataError where it has neither.
+    """
+    begin = tokenizer.bos_token_id
+    begin = tokenizer.eos_token_id if begin is None else begin
+    if begin is None:
+        raise DataError("the tokenizer has no token to begin a text with, neither bos nor eos")
+    rows = []
+    for text in texts:
+        ids = [begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        supervised = np.arange(len(ids)) > 0
+        rows.append(
+            Row(
+                input_ids=np.asarray(ids, dtype=np.int32),
+                supervised=supervised,
+                prompt_length=0,
+                source=0,
+            )
+        )
+    return [
+        collate(
+            rows[i : i + size], pad_token_id=tokenizer.pad_token_id, prompt_tokens=prompt_tokens
+        )
+        for i in range(0, len(rows), size)
+    ]
+
+
+def pair_accuracy(scores: Scores) -> Numbers:
+    """Return 1 for each pair whose good sentence is likelier; rows are good, bad, good, ..."""
+    return (scores.nll[0::2] < scores.nll[1::2]).astype(np.float64)
+
+
+def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch) -> Tensor:
+    """Return [nll, tokens, exact, kept of R layers] of each row, float64 [3 + R, B]."""
+    routers.set_batch(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).logits[:, :-1]
+    targets = batch.labels[:, 1:]
+    real = targets != IGNORED
+    # Flat: over a strided class dimension it takes eight times as long on a CPU.
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets)
+    exact = ((logits.argmax(-1) == targets) | ~real).all(1)
+    decisions = routers.decisions().values()
+    kept = [(d.keep * d.unit_mask).sum(1) / d.unit_mask.sum(1).clamp(min=1) for d in decisions]
+    columns = [losses.sum(1), real.sum(1), exact, *kept]
+    return torch.stack([column.double() for column in columns])
+
+
+def _pairs_of(path: Path, limit: int) -> Iterator[tuple[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if number > limit:
+                return
+            if line.strip():
+                yield _pair(line, f"{path}, line {number}")
+
+
+def _pair(line: str, place: str) -> tuple[str, str]:
+    try:
+        row: Mapping[str, str] = json.loads(line)
+        return row["sentence_good"], row["sentence_bad"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{place}: expected an object with sentence_good and sentence_bad ({error!r})"
+        ) from None

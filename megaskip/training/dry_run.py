@@ -1,0 +1,86 @@
+"""--dry_run: what a job would train, need and take, without weights and without ranks."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from megaskip.arch.decoder import describe_layers, describe_trainable
+from megaskip.config import RunConfig, resolve_layers
+from megaskip.data import StreamingRows, build_dataset
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import ConfigError
+from megaskip.parallel.ds_config import read_ds_config
+from megaskip.parallel.estimate import Estimate, estimate
+from megaskip.parallel.estimate_stages import estimate_stages
+from megaskip.parallel.loading.load import load_hf_config, weight_dtype
+from megaskip.reporting.summary import human_bytes, table
+
+
+def dry_run_lines(config: RunConfig, folder: Path, world_size: int) -> list[str]:
+    """Return the table that --dry_run prints, for `world_size` ranks."""
+    hf_config = load_hf_config(folder, config.model)
+    dtype = weight_dtype(config.model, hf_config)
+    ds_content = read_ds_config(config)
+    num_stages = config.parallel.pipeline_stages
+    if world_size % num_stages:
+        raise ConfigError(
+            f"--world_size {world_size} is not a multiple of --pipeline_stages {num_stages}"
+        )
+    if num_stages > 1:
+        stages = estimate_stages(config, hf_config, dtype)
+        needs = max(stages, key=lambda one: one.total)
+    else:
+        stages = []
+        needs = estimate(config, hf_config, dtype, world_size=world_size, ds_content=ds_content)
+    size = config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
+    size *= world_size // num_stages
+    rows = [
+        ("model", f"{folder} ({hf_config.model_type}), {needs.parameters:,} parameters, {dtype}"),
+        *_trainable(config, hf_config, needs),
+        ("ranks", f"{world_size}, {_engine_name(num_stages, ds_content is not None)}"),
+        *((f"bytes on stage {n}", human_bytes(one.total)) for n, one in enumerate(stages)),
+        ("bytes on a rank", human_bytes(needs.total)),
+        ("  weights", human_bytes(needs.weights)),
+        ("  gathered weights", human_bytes(needs.gathers)),
+        ("  trained, with optimizer", human_bytes(needs.trained)),
+        ("  activations", human_bytes(needs.activations)),
+        ("  logits, temporaries", human_bytes(needs.workspace)),
+        ("global batch", f"{size} rows of at most {config.data.seq_length} tokens"),
+        *_length(config, folder, size),
+    ]
+    return table(rows, title="dry run: nothing is loaded, nothing is started")
+
+
+def _engine_name(num_stages: int, sharded: bool) -> str:
+    if num_stages > 1:
+        return f"{num_stages} stages; below, the stage that needs most"
+    return "ZeRO-3" if sharded else "the whole model on each"
+
+
+def _trainable(config: RunConfig, hf_config: object, needs: Estimate) -> Iterator[tuple[str, str]]:
+    if config.model.train == "full":
+        yield "trains", f"every weight, {needs.parameters:,} parameters"
+        return
+    text = hf_config.get_text_config(decoder=True)  # type: ignore[attr-defined]
+    layers = resolve_layers(config.router.layers, text.num_hidden_layers)
+    yield "routes", f"{config.router.granularity} of layers {describe_layers(layers)}"
+    yield "trains", describe_trainable(dict(needs.trainable))
+
+
+def _length(config: RunConfig, folder: Path, size: int) -> Iterator[tuple[str, str]]:
+    """Yield steps and tokens; from the flags, else from the data if there is a tokenizer."""
+    steps = config.optim.max_steps
+    if steps is None:
+        try:
+            named, trust = config.model.tokenizer or folder, config.model.trust_remote_code
+            data = build_dataset(config.data, load_tokenizer(named, trust_remote_code=trust))
+        except ConfigError as error:
+            yield "steps", f"not known without the data ({error}); give --max_steps"
+            return
+        if isinstance(data.train, StreamingRows):
+            yield "steps", "not known for a stream; give --max_steps"
+            return
+        steps = max(math.ceil(config.optim.epochs * len(data.train) / size), 1)
+        for line in data.stats.lines():
+            yield "data", line
+    yield "steps", f"{steps}, at most {steps * size * config.data.seq_length:,} tokens"

@@ -1,0 +1,103 @@
+"""What a variant of inference.py computes, reads and holds: counted, not timed."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from inference_variants import Bench, Force, Variant, decode, prefill
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaskip.arch import find_decoder
+from megaskip.arch.sites import find_sites
+from megaskip.parallel.live_bytes import LiveBytes
+
+
+def account(bench: Bench, variant: Variant, force: Force) -> dict[str, float]:
+    """Return what a variant computes, reads and holds."""
+    with FlopCounterMode(display=False, custom_mapping=attention_formulas()) as counter:
+        cache = prefill(bench, variant, force)
+    steps = decode(bench, variant, force, cache)
+    read = statistics.mean(bytes_read(bench, variant, cache, step) for step in steps)
+    return {
+        "prefill_gflop": counter.get_total_flops() / 1e9,
+        "decode_read_mib": read / 2**20,
+        "kv_mib": sum(map(kv_bytes, cache.layers)) / 2**20,
+    }
+
+
+def attention_formulas() -> dict[Any, Any]:
+    """Return FLOPs of fused attention: torch counts none on a CPU, and asks for equal heads."""
+
+    def flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        batch, heads, queries, width = query
+        return int(2 * batch * heads * queries * key[2] * (width + value[3]))
+
+    names = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    operators = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in names]
+    return dict.fromkeys(operators, flops)
+
+
+def peak(bench: Bench, variant: Variant, force: Force) -> dict[str, float]:
+    """Return the peak of prefill and decode, beyond what lives already."""
+
+    def run() -> None:
+        for _ in decode(bench, variant, force, prefill(bench, variant, force)):
+            pass
+
+    if bench.prompt.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    live = LiveBytes()
+    live.ignore([*bench.model.parameters(), *bench.model.buffers()])
+    with live:
+        run()
+    return {"peak_mib": live.peak / 2**20}
+
+
+def bytes_read(bench: Bench, variant: Variant, cache: Any, step: int) -> float:
+    """Return the bytes that one decode step has to read: weights, keys and values."""
+    keep = variant.steps[step] if variant.steps else variant.prompt
+    share = {layer: float(tensor.mean()) for layer, tensor in keep.items()}
+    skips = set(variant.skips)
+    by_token = variant.granularity.endswith("token")
+    if by_token and variant.kv == "keep":
+        skips -= {"attn"}  # skipped tokens have keys and values, so attention is computed in full
+    read = weight_bytes(bench.model, skips, [layer for layer, one in share.items() if not one])
+    # A row that holds keys and values reads them at every step; a token does if it is kept.
+    seen = share if by_token and "attn" in skips else {}
+    return read + sum(kv_bytes(one) * seen.get(i, 1.0) for i, one in enumerate(cache.layers))
+
+
+def weight_bytes(model: Any, skips: set[str], skipped: Sequence[int]) -> int:
+    """Return the bytes of the weights that are read when no row runs the `skipped` layers."""
+    parts, table_in = find_decoder(model), model.get_input_embeddings()
+    is_tied = parts.head is not None and parts.head.weight is table_in.weight
+    total = size(model) - (0 if is_tied else size(table_in))  # of the table, rows are looked up
+    for layer in (parts.layers[index] for index in skipped):
+        sites = find_sites(layer, parts.model_type)
+        parts = {"attn": sites.attention, "mlp": sites.mlp}
+        total -= sum(size(getattr(layer, parts[part])) for part in skips)
+    return total
+
+
+def size(module: Any) -> int:
+    """Return the bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def kv_bytes(layer: Any) -> int:
+    """Return the bytes of a cache layer's storages."""
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+
+def ideals(counted: dict[str, float], dense: dict[str, float]) -> dict[str, float]:
+    """Return the ratios to dense that the counts allow."""
+    return {
+        "prefill_ideal": dense["prefill_gflop"] / counted["prefill_gflop"],
+        "decode_ideal": dense["decode_read_mib"] / counted["decode_read_mib"],
+        "kv_share": counted["kv_mib"] / dense["kv_mib"],
+    }

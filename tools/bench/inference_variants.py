@@ -1,0 +1,161 @@
+"""What inference.py compares, and one call of it: decisions that are forced, not learnt.
+
+Shapes: B rows, T tokens, U units of decision in a row, n new tokens.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaskip.arch import attach_routers, detach_routers, find_decoder
+from megaskip.arch.sites import find_sites
+from megaskip.config import RouterConfig
+from megaskip.inference.dropped import drop_sublayers
+from megaskip.inference.executor import InferenceExecutor
+
+Keep = dict[int, Tensor]
+"""Forced decisions by layer, float32 [B, U], 1 = run."""
+Force = Callable[[Keep], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to run the model, with its decisions."""
+
+    name: str
+    granularity: str = ""
+    kv: str = "keep"
+    asked: float = 1.0
+    prompt: Keep = dataclasses.field(default_factory=dict)
+    steps: tuple[Keep, ...] = ()
+    """Decisions about each new token; empty where those of the prompt hold on."""
+
+    @property
+    def skips(self) -> tuple[str, ...]:
+        """Return what a decision leaves out: attn, mlp or both."""
+        target = self.granularity.split("_")[0]
+        return ("attn", "mlp") if target == "block" else (target,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What all variants share: the model, its routed layers and a batch."""
+
+    model: Any
+    layers: tuple[int, ...]
+    prompt: Tensor
+    """int64 [B, T]."""
+    answer: Tensor
+    """int64 [B, n], the tokens of the decode steps."""
+
+
+DENSE = Variant(name="dense")
+
+
+def variants(
+    bench: Bench, granularities: Sequence[str], kvs: Sequence[str], capacities: Sequence[float]
+) -> Iterator[Variant]:
+    """Yield what is compared with dense."""
+    batch = len(bench.prompt)
+    for granularity in granularities:
+        target, unit = granularity.split("_")
+        for asked in capacities:
+            # An MLP has no keys, and a sequence's are never kept without it.
+            for kv in kvs if unit == "token" and target != "mlp" else ("keep",):
+                yield _routed(bench, granularity, kv, asked)
+            if asked < 1 and unit == "sequence":
+                alike = {i: one.expand(batch, 1) for i, one in spread(bench, 1, asked).items()}
+                yield Variant(name="dropped", granularity=granularity, asked=asked, prompt=alike)
+
+
+def _routed(bench: Bench, granularity: str, kv: str, asked: float) -> Variant:
+    batch, turns = len(bench.prompt), range(bench.answer.shape[1])
+    made = functools.partial(Variant, name="routed", granularity=granularity, kv=kv, asked=asked)
+    if granularity.endswith("sequence"):
+        return made(prompt=spread(bench, batch, asked))
+    steps = tuple(spread(bench, batch, asked, turn=turn) for turn in turns)
+    return made(prompt=spread_tokens(bench, asked), steps=steps)
+
+
+def spread(bench: Bench, batch: int, capacity: float, *, turn: int = 0) -> Keep:
+    """Return [B, 1] by layer: the share of all cells, dealt out to layers and rows in turn."""
+    depth = len(bench.layers)
+    total = int(capacity * batch * depth + 0.5)
+    keep = {}
+    for index, layer in enumerate(bench.layers):
+        place = (index + turn) % depth
+        rows = torch.arange(total * place // depth, total * (place + 1) // depth) + turn
+        cells = torch.zeros(batch, 1).index_fill_(0, rows % batch, 1.0)
+        keep[layer] = cells.to(bench.prompt.device)
+    return keep
+
+
+def spread_tokens(bench: Bench, capacity: float) -> Keep:
+    """Return [B, T] by layer: the share of every row's tokens, others in every row and layer."""
+    batch, tokens = bench.prompt.shape
+    total = int(capacity * tokens + 0.5)
+    device = bench.prompt.device
+    place = torch.arange(batch, device=device)[:, None] + torch.arange(tokens, device=device)
+    return {
+        layer: ((place + index) * total % tokens < total).float()
+        for index, layer in enumerate(bench.layers)
+    }
+
+
+@contextlib.contextmanager
+def wired(bench: Bench, variant: Variant) -> Iterator[Force]:
+    """Give the model the routers of a variant or drop its sublayers; yields what forces decisions.
+
+    Afterwards the model is as it was.
+    """
+    if not variant.prompt:
+        yield lambda keep: None
+    elif variant.name == "dropped":
+        with _dropped(bench, variant):
+            yield lambda keep: None
+    else:
+        config = RouterConfig(granularity=variant.granularity, layers=bench.layers)
+        routers = attach_routers(bench.model, config, verify=False)
+        routers.executor = InferenceExecutor(unit=config.unit, kv=variant.kv)
+        try:
+            yield routers.force
+        finally:
+            detach_routers(bench.model)
+
+
+@contextlib.contextmanager
+def _dropped(bench: Bench, variant: Variant) -> Iterator[None]:
+    parts = find_decoder(bench.model)
+    gone = [index for index, keep in variant.prompt.items() if not keep.any()]
+    places = []
+    for layer in (parts.layers[index] for index in gone):
+        sites = find_sites(layer, parts.model_type)
+        names = {"attn": sites.attention, "mlp": sites.mlp}
+        places += [(layer, names[part], getattr(layer, names[part])) for part in variant.skips]
+    drop_sublayers(parts, dict.fromkeys(variant.skips, gone))
+    try:
+        yield
+    finally:
+        for layer, name, module in places:
+            setattr(layer, name, module)
+
+
+def prefill(bench: Bench, variant: Variant, force: Force) -> Any:
+    """Run the prompt and return its cache; the last token alone has logits, as in generate()."""
+    force(variant.prompt)
+    return bench.model(input_ids=bench.prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decode(bench: Bench, variant: Variant, force: Force, cache: Any) -> Iterator[int]:
+    """Run the tokens of the answer one after the other; yields the number of each after it."""
+    for step, ids in enumerate(bench.answer.split(1, dim=1)):
+        if variant.steps:
+            force(variant.steps[step])
+        bench.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        yield step
