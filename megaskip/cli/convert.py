@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
             kv=options.kv,
             tokenizer=tokenizer,
             facts=facts,
-            progress=lambda count: bar.update(count),
+            progress=bar.update,
         )
     rows = summary(done, time.monotonic() - begun)
     verified = None

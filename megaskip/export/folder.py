@@ -68,7 +68,7 @@ def export_folder(
     kv: str = "keep",
     tokenizer: Any | None = None,
     facts: dict[str, Any] | None = None,
-    progress: Callable[[int], None] = lambda size: None,
+    progress: Callable[[int], object] = lambda size: None,
 ) -> Exported:
     """Write `output` from a router folder and its base model's folder, whole or not at all.
 
@@ -193,7 +193,7 @@ def _hidden_size(content: dict[str, Any]) -> int:
 
 
 def _put_weights(
-    folder: Path, base: Path, added: list[str], done: Exported, progress: Callable[[int], None]
+    folder: Path, base: Path, added: list[str], done: Exported, progress: Callable[[int], object]
 ) -> None:
     """Link or copy the base's shards and write the index that names them and the routers."""
     weight_map = {
