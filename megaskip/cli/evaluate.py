@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 
 from megaskip.checkpoint.atomic import why_unwritable, write_json
+from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config import ParallelConfig, RunConfig
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, MegaskipError
@@ -22,7 +23,6 @@ from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.parallel.topology import Topology, process_group, read_topology
-from megaskip.training.run_folder import other_tokenizer
 
 logger = get_logger(__name__)
 

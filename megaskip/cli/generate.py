@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
 from megaskip.arch import find_decoder
+from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config.checks import at_least, within
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
@@ -24,7 +25,6 @@ from megaskip.log import quiet_libraries
 from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import PREFIX
-from megaskip.training.run_folder import other_tokenizer
 
 Messages = list[dict[str, str]]
 

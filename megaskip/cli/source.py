@@ -11,11 +11,11 @@ from typing import Any
 
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.routers import CONFIG
+from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config import DataConfig, ModelConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.load import DEMO_FOLDER, find_model_folder
-from megaskip.training.run_folder import other_tokenizer
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

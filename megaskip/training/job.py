@@ -14,6 +14,7 @@ from megaskip.arch.decoder import describe_layers, describe_trainable
 from megaskip.checkpoint import BaseModel, describe_base
 from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.resume import read_state
+from megaskip.checkpoint.run_tokenizer import given_tokenizer
 from megaskip.config import DataConfig, RunConfig
 from megaskip.config.run import DEMO
 from megaskip.data import StreamingRows, TokenizedData, build_dataset
@@ -36,7 +37,6 @@ from megaskip.training.dry_run import dry_run_lines
 from megaskip.training.run_folder import (
     choose_run_folder,
     discard_if_empty,
-    given_tokenizer,
     hold_run_folder,
     is_finished,
     reopen,

@@ -1,5 +1,4 @@
-"""Where a run writes: which folder, what it may not overwrite, and run.json (first rank only); and
-which tokenizer a finished one was given."""
+"""Where a run writes: which folder, what it may not overwrite, and run.json (first rank only)."""
 
 import contextlib
 import dataclasses
@@ -7,7 +6,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
 
@@ -15,7 +13,6 @@ from megaskip.checkpoint.atomic import read_json, why_unwritable, write_json
 from megaskip.checkpoint.resume import checkpoints, read_state
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config import RunConfig
-from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank
@@ -101,42 +98,6 @@ def write_run_file(folder: Path, config: RunConfig, world_size: int) -> None:
             "git_revision": _git_revision(),
         },
     )
-
-
-def other_tokenizer(named: str | None, run: Path | None, base: Path) -> Any | None:
-    """Return the tokenizer in place of the base model's; None for the base's own.
-
-    It is the `named` one, or what the run in a folder was given with --tokenizer and
-    --chat_template. Raises ConfigError when that is gone.
-    """
-    if named is not None:
-        return load_tokenizer(named)
-    if run is None or not (run / "run.json").is_file():
-        return None
-    config = read_json(run / "run.json")["config"]
-    model, template = config["model"], config["data"]["chat_template"]
-    if model["tokenizer"] is None and template is None:
-        return None
-    trust = model["trust_remote_code"]
-    return given_tokenizer(model["tokenizer"] or base, template, trust_remote_code=trust)
-
-
-def given_tokenizer(source: str | Path, template: str | None, *, trust_remote_code: bool) -> Any:
-    """Return the tokenizer of `source` with the chat template in the file `template`, if any."""
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    if template is not None:
-        tokenizer.chat_template = _template_in(Path(template).expanduser())
-    return tokenizer
-
-
-def _template_in(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"the run was trained with --chat_template {file}, which cannot be read "
-            f"({error.strerror or error}); put it back, or name a tokenizer with --tokenizer"
-        ) from None
 
 
 def _newest(config: RunConfig) -> tuple[Path, Path | None]:
