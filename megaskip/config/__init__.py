@@ -3,8 +3,9 @@
 Promise: a RunConfig that exists is valid in itself, and each value has one owner.
 """
 
-from megaskip.config.cli import build_parser, parse_run_config
+from megaskip.config.cli import parse_options, parse_run_config
 from megaskip.config.layers import resolve_layers
+from megaskip.config.options import option
 from megaskip.config.router import GRANULARITIES, RouterConfig, Threshold
 from megaskip.config.run import (
     CheckpointConfig,
@@ -27,7 +28,8 @@ __all__ = [
     "RouterConfig",
     "RunConfig",
     "Threshold",
-    "build_parser",
+    "option",
+    "parse_options",
     "parse_run_config",
     "resolve_layers",
 ]

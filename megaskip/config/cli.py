@@ -1,198 +1,214 @@
-"""RunConfig from the command line and a YAML file: flags win over the file, all problems come at
-once."""
+"""Settings from a command line: a frozen dataclass in, its flags parsed, all problems at once.
+
+The only module that knows argparse. Imports nothing heavy: --help is answered without torch.
+"""
 
 import argparse
-import ast
+import contextlib
 import dataclasses
 import functools
-import inspect
-import textwrap
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-import yaml
-
-from megaskip.config.checks import did_you_mean
+from megaskip.config.checks import did_you_mean, one_of
+from megaskip.config.options import Flag, convert, flags_of, is_section
 from megaskip.config.run import RunConfig
 from megaskip.errors import ConfigError
 
+Options = TypeVar("Options")
 
-def build_parser(description: str, **kwargs: Any) -> argparse.ArgumentParser:
-    """Return the parser of all run flags, grouped by section, each explained by its field's
-    text."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s [--ds_config JSON] [--model DIR] [--data PATH] [flags]",
-        formatter_class=argparse.RawTextHelpFormatter,
-        allow_abbrev=False,
-        **kwargs,
-    )
-    parser.add_argument(
-        "--config", metavar="run.yaml", help="flags from a YAML file; the command line wins"
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        default=None,
-        help=_wrap(_field_docs(RunConfig)["dry_run"]),
-    )
-    # The deepspeed launcher adds it; the rank itself comes from the environment.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    for section, cls in _sections().items():
-        group = parser.add_argument_group(section, (cls.__doc__ or "").strip())
-        docs = _field_docs(cls)
-        for item in _flags(cls):
-            _add_flag(group, item, typing.get_type_hints(cls)[item.name], docs.get(item.name, ""))
-    return parser
+_RUN_USAGE = "[--ds_config JSON] [--model DIR] [--data PATH] [flags]"
+_EXPECTED = {int: "a whole number", float: "a number"}
+_CONFIG_FILE = "config"
+_CONFIG_FILE_DOC = "flags from a YAML file; the command line wins"
 
 
-def parse_run_config(argv: Sequence[str], description: str = "") -> RunConfig:
-    """Return the run that `argv` and its --config file describe; raises ConfigError with every
-    problem."""
-    parser = build_parser(description, exit_on_error=False)
-    problems: list[str] = []
+def parse_options(
+    options: type[Options],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str = "",
+    usage: str | None = None,
+    config_file: bool = False,
+) -> Options:
+    """Return the `options` that `argv` gives: every field of the dataclass is a flag.
+
+    The string under a field is its help; `megaskip.config.options.option` gives a field choices,
+    a list or another metavar. A field whose type is a dataclass is a section: its flags form a
+    group. With `config_file` there is a flag --config for a YAML file with the same flags. --help
+    prints and raises SystemExit. Raises ConfigError with every problem found.
+    """
+    parser = make_parser(
+        options, prog=prog, description=description, usage=usage, config_file=config_file
+    )
+    flags, problems = flags_of(options), list[str]()
     try:
         namespace, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error.argument_name or 'command line'}: {error.message}") from None
-    problems += _unknown_arguments(unknown)
-    given = {
-        k: v
-        for k, v in vars(namespace).items()
-        if v is not None and k not in ("config", "local_rank")
-    }
-    values = {**_read_yaml(namespace.config, problems), **given} if namespace.config else given
-    return _assemble(values, problems)
+    given = {name: text for name, text in vars(namespace).items() if text is not None}
+    file = given.pop(_CONFIG_FILE, None) if config_file else None
+    problems += _unknown_arguments(unknown, flags)
+    values: dict[str, Any] = {}
+    if file is not None:
+        from megaskip.config.yaml_file import read_yaml
 
-
-def flag_names() -> dict[str, str]:
-    """Return {flag: section} of every run flag."""
-    return {item.name: section for section, cls in _sections().items() for item in _flags(cls)}
-
-
-def _assemble(values: Mapping[str, Any], problems: list[str]) -> RunConfig:
-    sections: dict[str, Any] = {}
-    for section, cls in _sections().items():
-        chosen = {item.name: values[item.name] for item in _flags(cls) if item.name in values}
-        if section == "data":
-            chosen |= {k: values[k] for k in ("seed", "prompt_tokens") if k in values}
-        try:
-            sections[section] = cls(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
-            )
-        except ConfigError as error:
-            problems += [text for text in error.problems if text not in problems]
-        except TypeError as error:
-            problems.append(f"{section}: a value has the wrong type ({error})")
+        values |= read_yaml(file, flags, problems)
+    for name, text in given.items():
+        with _collected(problems):
+            values[name] = _value(flags[name], text)
+    problems += [
+        f"--{name} is required: {flag.doc}"
+        for name, flag in flags.items()
+        if flag.is_required and name not in values and name not in given
+    ]
+    made = _make(options, values, problems)
     if problems:
         raise ConfigError(*problems)
-    return RunConfig(**sections, dry_run=bool(values.get("dry_run", False)))
+    return typing.cast(Options, made)
 
 
-def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--config {path}: not valid YAML ({' '.join(str(error).split())})"
-        ) from None
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"--config {path}: expected 'flag: value' lines, found {type(content).__name__}"
-        )
-    known = flag_names()
-    values = {}
-    for key, value in content.items():
-        if key not in known and key != "dry_run":
-            problems.append(f"--config {path}: unknown key {key!r}{did_you_mean(key, known)}")
-            continue
-        values[key] = _coerce(key, value, path, problems)
-    return {key: value for key, value in values.items() if value is not None}
+def parse_run_config(
+    argv: Sequence[str], description: str = "", *, prog: str = "megaskip train"
+) -> RunConfig:
+    """Return the run that `argv` and its --config file describe; raises ConfigError with every
+    problem."""
+    return parse_options(
+        RunConfig, argv, prog=prog, description=description, usage=_RUN_USAGE, config_file=True
+    )
 
 
-def _coerce(key: str, value: Any, path: str, problems: list[str]) -> Any:
-    """Return a YAML value as the flag's type; YAML reads 1e-3 as a string and 5 as an int for a
-    float."""
-    if value is None or key == "dry_run":
-        return value
-    cls = _sections()[flag_names()[key]]
-    kind = _plain_type(typing.get_type_hints(cls)[key])
-    if kind is tuple:
-        return tuple(value) if isinstance(value, list) else (str(value),)
-    if key == "layers":
-        return value if isinstance(value, list) else str(value)
-    if isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict)):
-        problems.append(f"--config {path}: {key} is {value!r}, expected {kind.__name__}")
-        return None
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        problems.append(f"--config {path}: {key} is {value!r}, expected {kind.__name__}")
-        return None
+def make_parser(
+    options: Any,
+    *,
+    prog: str,
+    description: str = "",
+    usage: str | None = None,
+    config_file: bool = False,
+) -> argparse.ArgumentParser:
+    """Return the parser of all flags, grouped by section; values stay text, for `_value` to
+    check."""
+    required = (f"--{f.name} {f.metavar}" for f in flags_of(options).values() if f.is_required)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        usage=f"%(prog)s {usage or ' '.join([*required, '[flags]'])}",
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=28
+        ),
+        allow_abbrev=False,
+        exit_on_error=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    if config_file:
+        parser.add_argument(f"--{_CONFIG_FILE}", metavar="run.yaml", help=_CONFIG_FILE_DOC)
+    # Launchers add it; the rank itself comes from the environment.
+    for name in ("--local_rank", "--local-rank"):
+        parser.add_argument(name, action=_Ignored, help=argparse.SUPPRESS)
+    _add_flags(parser, parser, options, config_file)
+    return parser
 
 
-@functools.cache
-def _sections() -> dict[str, Any]:
-    hints = typing.get_type_hints(RunConfig)
-    return {f.name: hints[f.name] for f in dataclasses.fields(RunConfig) if f.name != "dry_run"}
+class _Ignored(argparse.Action):
+    """An argument that is accepted and not kept."""
+
+    def __call__(self, *unused: Any, **keywords: Any) -> None:
+        """Keep nothing."""
 
 
-def _flags(cls: Any) -> list[dataclasses.Field[Any]]:
-    return [item for item in dataclasses.fields(cls) if item.metadata.get("flag", True)]
+def _add_flags(parser: argparse.ArgumentParser, group: Any, options: Any, negatable: bool) -> None:
+    hints, flags = typing.get_type_hints(options), flags_of(options)
+    for item in dataclasses.fields(options):
+        hint = hints[item.name]
+        if is_section(hint):
+            section = parser.add_argument_group(item.name, (hint.__doc__ or "").strip())
+            _add_flags(parser, section, hint, negatable)
+        elif item.name in flags:
+            _add_flag(group, flags[item.name], negatable)
 
 
-def _add_flag(group: Any, item: dataclasses.Field[Any], hint: Any, doc: str) -> None:
-    kind, name = _plain_type(hint), f"--{item.name}"
-    default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
-    text = _wrap(doc if item.default in (None, ()) else f"{doc} [{default}]")
-    if kind is bool:
-        group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
-    elif kind is tuple:
-        group.add_argument(name, action="append", metavar="PATH[:weight]", help=text)
+def _add_flag(group: Any, flag: Flag, negatable: bool) -> None:
+    name, shown = f"--{flag.name}", flag.default_text
+    if flag.kind is bool and not (negatable or flag.default):
+        group.add_argument(name, action="store_true", help=_escaped(flag.doc))
+        return
+    text = _escaped(f"{flag.doc} [{shown}]" if shown else flag.doc)
+    if flag.kind is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
     else:
-        metavar = "SPEC" if item.name == "layers" else kind.__name__.upper()
-        group.add_argument(name, type=kind, metavar=metavar, help=text)
+        action = "append" if flag.is_repeatable else "store"
+        group.add_argument(name, action=action, metavar=flag.metavar, help=text)
 
 
-def _plain_type(hint: Any) -> Any:
-    """Return the type a flag is parsed with: str for unions that hold it, tuple for repeatable
-    flags."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = [option for option in typing.get_args(hint) if option is not type(None)]
-        return str if str in options else options[0]
-    return typing.get_origin(hint) or hint
+def _value(flag: Flag, text: Any) -> Any:
+    """Return what the texts of a flag mean; raises ConfigError."""
+    if flag.kind is bool:
+        return text
+    if not flag.is_tuple:
+        return _single(flag, text)
+    texts = text if flag.separator is None else [t for t in text.split(flag.separator) if t.strip()]
+    return tuple(_single(flag, one) for one in texts)
 
 
-@functools.cache
-def _field_docs(cls: Any) -> dict[str, str]:
-    """Return the string under each field of a dataclass."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    body = typing.cast(ast.ClassDef, tree.body[0]).body
-    docs = {}
-    for node, after in zip(body, body[1:], strict=False):
-        named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            docs[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
-    return docs
+def _single(flag: Flag, text: str) -> Any:
+    text = text.strip() if flag.separator else text
+    if flag.choices and (problems := list(one_of(flag.name, text, flag.choices))):
+        raise ConfigError(*problems)
+    try:
+        return convert(text, flag.kind)
+    except ValueError:
+        expected = _EXPECTED.get(flag.kind, flag.kind.__name__)
+        raise ConfigError(f"--{flag.name} {text!r}: expected {expected}") from None
 
 
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, width=84).replace("%", "%%")
+def _make(options: Any, values: Mapping[str, Any], problems: list[str]) -> Any:
+    """Return the dataclass with its sections, or None when a problem is noted instead."""
+    hints, arguments, complete = typing.get_type_hints(options), {}, True
+    for item in dataclasses.fields(options):
+        followed = item.metadata.get("follows")
+        source = followed or item.name
+        if is_section(hints[item.name]):
+            section = _make(hints[item.name], values, problems)
+            complete &= section is not None
+            arguments[item.name] = section
+        elif source in values and (followed or item.metadata.get("flag", True)):
+            value = values[source]
+            arguments[item.name] = tuple(value) if isinstance(value, list) else value
+        elif item.default is item.default_factory is dataclasses.MISSING:
+            complete = False
+    if not complete:
+        return None
+    try:
+        return options(**arguments)
+    except ConfigError as error:
+        problems += [text for text in error.problems if text not in problems]
+    except TypeError as error:
+        problems.append(f"{options.__name__}: a value has the wrong type ({error})")
+    return None
 
 
-def _unknown_arguments(unknown: Sequence[str]) -> list[str]:
+@contextlib.contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+
+
+def _unknown_arguments(unknown: Sequence[str], flags: Mapping[str, Flag]) -> list[str]:
     """Return what is wrong with arguments that no flag took; a stray flag's value is part of it."""
-    flags = [f"--{name}" for name in flag_names()]
+    names = [f"--{name}" for name in flags]
     problems = []
     for before, text in zip(["", *unknown], unknown, strict=False):
         if text.startswith("--"):
             name = text.split("=")[0]
-            problems.append(f"unknown flag {name}{did_you_mean(name, flags)}")
+            problems.append(f"unknown flag {name}{did_you_mean(name, names)}")
         elif not before.startswith("--"):
             problems.append(f"unexpected argument {text!r}")
     return problems
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")

@@ -36,7 +36,7 @@ class RouterConfig:
     router: str = "linear"
     """What scores a unit: "linear" (as published), "affine" (with a bias, so that a layer can be
     worth little for all), or "mlp" (one hidden layer of 16)."""
-    layers: int | str | Sequence[int] = "half"
+    layers: int | str | Sequence[int] = field(default="half", metadata={"metavar": "SPEC"})
     """Routed layers: "half" (the deepest half except the last, as published), a count of deepest
     layers (the last excluded), or a list such as 8-14,16 (one layer alone is written 12-12)."""
     capacity: float = 0.5

@@ -5,24 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megaskip.config.checks import at_least, finite, one_of, within
+from megaskip.config.options import Checked, option
 from megaskip.config.router import RouterConfig
-from megaskip.errors import ConfigError
 
 DEMO = "demo"
-
-
-class Checked:
-    """A section that reports all of its problems at once."""
-
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        problems = tuple(self._problems())
-        if problems:
-            raise ConfigError(*problems)
-
-    def _problems(self) -> Iterator[str]:
-        yield from ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +43,11 @@ class ModelConfig(Checked):
 class DataConfig(Checked):
     """What the routers learn from."""
 
-    data: tuple[str, ...] = (DEMO,)
+    data: tuple[str, ...] = option((DEMO,), metavar="PATH[:weight]")
     """Training data, PATH[:weight], repeatable: .json, .jsonl, .parquet, .txt, a folder of them, or
     a hub name; alpaca, sharegpt, messages, prompt/completion, question/answer or plain text. "demo"
     ships with megaskip."""
-    eval_data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = option((), metavar="PATH[:weight]")
     """Held-out data, like --data; without it --held_out samples are carved off the training
     data."""
     held_out: int = 512
@@ -80,9 +66,9 @@ class DataConfig(Checked):
     """Processes that tokenise."""
     max_samples: int | None = None
     """Use only so many samples of the mix."""
-    prompt_tokens: int = field(default=32, metadata={"flag": False})
+    prompt_tokens: int = option(32, is_flag=False, follows="prompt_tokens")
     """Follows RouterConfig.prompt_tokens."""
-    seed: int = field(default=0, metadata={"flag": False})
+    seed: int = option(0, is_flag=False, follows="seed")
     """Follows OptimConfig.seed."""
 
     def _problems(self) -> Iterator[str]:
