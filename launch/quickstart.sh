@@ -2,7 +2,7 @@
 # From a fresh clone to trained routers: installs once, runs the main job on the embedded demo, and evaluates it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/setup.sh
+. launch/setup.sh train,eval
 dtype=auto
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   # DeepSpeed starts a rank per GPU; on a machine without one it starts as many as this says.

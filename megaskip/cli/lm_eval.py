@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import lm_eval.tasks
-from lm_eval.__main__ import cli_evaluate
-
 import megaskip.evaluation.lm  # noqa: F401  registers the model
 from megaskip.errors import ConfigError
 from megaskip.evaluation.task_manager import DocumentwiseManager
+from megaskip.extras import extra
+
+with extra("eval"):
+    import lm_eval.tasks
+    from lm_eval.__main__ import cli_evaluate
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,10 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from megaskip.data.fields import Place
 from megaskip.errors import DataError
+from megaskip.extras import extra
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 TEXT_PIECE = 100_000
@@ -179,6 +178,9 @@ def _end_of_piece(text: str, start: int) -> int:
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
+    with extra("train"):
+        import datasets
+
     # streaming=True reads the file itself; False would first copy it into the datasets cache.
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
@@ -196,6 +198,9 @@ def _read_hub(source: Source) -> Iterator[RawRow]:
 
 def load_hub(source: Source) -> Any:
     """Return the train split of a hub data set `org/name` or `org/name/subset`."""
+    with extra("train"):
+        import datasets
+
     parts = source.name.split("/")
     subset = parts[2] if len(parts) == 3 else None
     try:

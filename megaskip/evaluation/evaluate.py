@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lm_eval
-from datasets.utils.logging import disable_progress_bar
-
 from megaskip.errors import ConfigError
 from megaskip.evaluation.costs import Cost
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport, Outcome, outcome_of
 from megaskip.evaluation.runner import LocalRunner
 from megaskip.evaluation.task_manager import load_tasks
+from megaskip.extras import extra
 from megaskip.reporting.summary import versions
 from megaskip.routing import RouterSet
+
+with extra("eval"):
+    import lm_eval
+    from datasets.utils.logging import disable_progress_bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

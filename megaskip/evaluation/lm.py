@@ -10,18 +10,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.evaluation.costs import Cost, CostModel
 from megaskip.evaluation.rank_pool import RankPool
 from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows, TokenBatch
+from megaskip.extras import extra
 from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.routing import PREFIX
+
+with extra("eval"):
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 Document = tuple[str, int]
 """Task and index."""

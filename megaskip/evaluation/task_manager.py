@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.tasks import TaskManager
-
 from megaskip.config.checks import did_you_mean
 from megaskip.errors import ConfigError, DataError
+from megaskip.extras import extra
+
+with extra("eval"):
+    from lm_eval.tasks import TaskManager
 
 BUNDLED = Path(__file__).parent / "tasks"
 _FEWSHOT_SEED = 1234

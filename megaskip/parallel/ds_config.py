@@ -9,6 +9,7 @@ from typing import Any
 from megaskip.config import RunConfig
 from megaskip.config.checks import did_you_mean
 from megaskip.errors import ConfigError
+from megaskip.extras import extra
 
 # A routed 70B layer holds 856M parameters: room for two lets one be prefetched while another
 # computes (DeepSpeed's defaults of 1e9 and 5e7 allow neither).
@@ -90,7 +91,8 @@ def require_dtype(content: dict[str, Any], dtype: str) -> None:
 
 def _wrong_zero(path: str, content: dict[str, Any]) -> list[str]:
     """Return what DeepSpeed itself would refuse in zero_optimization, deep inside its start."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    with extra("train"):
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     given = {k: v for k, v in content.get("zero_optimization", {}).items() if v != "auto"}
     known = DeepSpeedZeroConfig.model_fields

@@ -17,17 +17,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe import schedule
 from torch import Tensor
 
 from megaskip.arch.stage import DecoderStage
 from megaskip.config import RunConfig
 from megaskip.data import Batch
+from megaskip.extras import extra
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.p2p import P2PChannel
 from megaskip.parallel.results import Totals
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Pooling, RouterSet, RoutingDecision
+
+with extra("train"):
+    from deepspeed.runtime.pipe import schedule
 
 
 class PipelineEngine(Engine):

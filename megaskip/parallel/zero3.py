@@ -10,11 +10,14 @@ import ctypes.util
 from collections.abc import Mapping
 from typing import Any
 
-import deepspeed
 from torch import nn
 
 from megaskip.arch import find_decoder
 from megaskip.arch.task_loss import HeadLoss, TaskLoss
+from megaskip.extras import extra
+
+with extra("train"):
+    import deepspeed
 
 _MMAP_THRESHOLD = 4 << 20
 """Bytes from which a freed block goes back to the system at once."""

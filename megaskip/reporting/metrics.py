@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from megaskip.extras import extra
 from megaskip.reporting.heatmap import capacity_heatmap
+
+with extra("train"):
+    from torch.utils.tensorboard import SummaryWriter
 
 FILE = "metrics.jsonl"
 

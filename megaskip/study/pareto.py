@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from megaskip.evaluation.paired import Difference
+from megaskip.extras import extra
+
+with extra("report"):
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 _LINEAR = 0.002
 """Nats up to which the figure's loss axis is linear; it is logarithmic from there on."""

@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "megaskip"
 LEVEL = {
     "errors": 0,
+    "extras": 0,
     "log": 0,
     "_version": 0,
     "config": 1,

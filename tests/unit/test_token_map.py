@@ -102,7 +102,7 @@ def test_long_texts_are_cut_with_a_note(tmp_path: Path, monkeypatch: pytest.Monk
 
     written: list[str] = []
     monkeypatch.setattr(
-        "megaskip.reporting.token_map.Figure.text",
+        "megaskip.reporting.token_map_png.Figure.text",
         lambda self, x, y, text, **style: written.append(text),
     )
     shown.write_png(tmp_path / "map.png")

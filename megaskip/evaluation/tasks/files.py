@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from megaskip.errors import DataError
+from megaskip.extras import extra
+
+with extra("eval"):
+    from datasets import Dataset
 
 _HERE = Path(__file__).parent
 
