@@ -208,11 +208,8 @@ def _skip_costs(engine: Engine, routers: RouterSet, batch: Batch | None) -> Tens
     """Return the logits and costs of one batch's units, float64 [2, R, N]."""
     before = unit_losses(engine, batch)
     decided, columns = routers.decisions(), []
-    try:
-        for layer, one in decided.items():
-            routers.force({layer: 1 - one.keep})
+    for layer, one in decided.items():
+        with routers.override({layer: 1 - one.keep}):
             change = (unit_losses(engine, batch) - before) * (2 * one.keep - 1)
-            columns.append(torch.stack([one.logit, change])[:, one.unit_mask].double().cpu())
-    finally:
-        routers.force({})
+        columns.append(torch.stack([one.logit, change])[:, one.unit_mask].double().cpu())
     return torch.stack(columns, dim=1)

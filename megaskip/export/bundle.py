@@ -16,6 +16,7 @@ _MODULES = (
     "config/router",
     "routing/decision",
     "routing/pooling",
+    "routing/counts",
     "routing/budget",
     "routing/any_budget",
     "routing/executor",

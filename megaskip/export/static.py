@@ -11,7 +11,7 @@ from torch import nn
 from megaskip.arch.decoder import describe_layers, find_decoder
 from megaskip.data.collate import Batch
 from megaskip.errors import ConfigError, DataError
-from megaskip.routing import RouterSet
+from megaskip.routing import Counts, RouterSet
 
 WORDS = {"attn": "attention", "mlp": "MLP"}
 
@@ -23,7 +23,7 @@ def measure_capacity(
     """Return, for each routed layer, the share of real units that run in `batches`."""
     decoder = find_decoder(model).decoder
     device = next(model.parameters()).device
-    counts = torch.zeros(2, len(routers.layers), dtype=torch.float64, device=device)
+    counts = Counts.zeros(len(routers.layers), device=device)
     for batch in batches:
         batch = batch.to(device)
         routers.set_batch(batch.token_mask, batch.prompt_mask, batch.segment_ids)
@@ -33,11 +33,10 @@ def measure_capacity(
             position_ids=batch.position_ids,
             use_cache=False,
         )
-        counts += routers.counts()[:2]
-    kept, units = counts.tolist()
-    if not all(units):
+        counts = counts + routers.counts()
+    if not counts.units.all():
         raise DataError("the calibration text holds no tokens; name another with --data")
-    return {layer: k / n for layer, k, n in zip(routers.layers, kept, units, strict=True)}
+    return dict(zip(routers.layers, counts.capacity_per_layer(), strict=True))
 
 
 def choose_dropped(

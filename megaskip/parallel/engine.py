@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from megaskip.config import RunConfig
 from megaskip.data import Batch
+from megaskip.data.row import IGNORED
 from megaskip.parallel.results import EvalResult, StepResult, Totals, quarters, share_of
 from megaskip.parallel.topology import Topology
-from megaskip.routing import Measured, RouterSet, RoutingDecision
+from megaskip.routing import Counts, Measured, RouterSet, RoutingDecision
 
 
 class Engine:
@@ -78,18 +79,15 @@ class Engine:
         `routed=False` keeps everything: the dense model.
         """
         routers = self.routers
-        if routers is not None and not routed:
-            routers.force(dict.fromkeys(routers.layers, 1.0))
         sums = self._zeros(5)
-        settled = routers.budget.settled() if routers is not None else contextlib.nullcontext()
-        try:
-            with settled:
-                for batch, loss in self.forwards(batches):
-                    if batch is not None:
-                        sums += self._eval_sums(batch, loss)
-        finally:
+        with contextlib.ExitStack() as contexts:
             if routers is not None:
-                routers.force({})
+                contexts.enter_context(routers.budget.settled())
+            if routers is not None and not routed:
+                contexts.enter_context(routers.disabled())
+            for batch, loss in self.forwards(batches):
+                if batch is not None:
+                    sums += self._eval_sums(batch, loss)
         dist.all_reduce(sums)
         return EvalResult.of(sums.tolist())
 
@@ -128,8 +126,8 @@ class Engine:
         return self.routers.decisions() if self.routers is not None else {}
 
     def _counts(self) -> Tensor:
-        """Return RouterSet.counts() of this rank's decisions, flat, zero elsewhere."""
-        return self.routers.counts().flatten() if self.routers is not None else self._zeros(0)
+        """Return the packed Counts of this rank's decisions, zero elsewhere."""
+        return self.routers.counts().pack() if self.routers is not None else self._zeros(0)
 
     def _eval_sums(self, batch: Batch, loss: Tensor) -> Tensor:
         """Return [loss, supervised tokens, rows, sums of their shares and squares, counts]."""
@@ -147,7 +145,7 @@ class Engine:
         real = torch.ones_like(ids, dtype=torch.bool)
         return Batch(
             input_ids=ids,
-            labels=ids - 100,
+            labels=torch.full_like(ids, IGNORED),
             token_mask=real,
             prompt_mask=real,
             position_ids=ids + torch.arange(8, device=ids.device),
@@ -183,11 +181,9 @@ class Engine:
             return self._forward(batch)
         taught: dict[str, Any] = {}
         if self._distill:
-            self.routers.force(dict.fromkeys(self.routers.layers, 1.0))
-            with torch.no_grad():
+            with self.routers.disabled(), torch.no_grad():
                 taught["teacher"] = self._forward(batch, states_only=True)
             taught["share"] = self._distill
-            self.routers.force({})
         return self._forward(batch, **taught)
 
     def _forward(self, batch: Batch, **how: Any) -> Tensor:
@@ -256,10 +252,10 @@ class Engine:
     def _result(
         self, sums: list[float], totals: Totals, grad_norm: float, progress: float | None
     ) -> StepResult:
-        kept, units, logits, squares = quarters(sums[2:])
+        kept, units, *_ = quarters(sums[2:])
         if self.routers is not None:
-            measured = Measured.of((kept, units, logits, squares))
-            self.routers.steer(measured, progress=progress)
+            counts = Counts.unpack(torch.tensor(sums[2:], dtype=torch.float64))
+            self.routers.steer(Measured.of(counts), progress=progress)
         return StepResult(
             loss_task=sums[0],
             loss_penalty=sums[1],

@@ -169,10 +169,11 @@ class PipelineEngine(Engine):
         return {k: d for k, d in self.routers.decisions().items() if k in self._own}
 
     def _counts(self) -> Tensor:
-        counts = self._zeros(0).view(4, -1)
+        counts = self._zeros(0)
         if self._own:
-            counts[:, self._below : self._below + len(self._own)] = self.routers.counts(self._own)
-        return counts.flatten()
+            own = slice(self._below, self._below + len(self._own))
+            counts.view(4, -1)[:, own] = self.routers.counts(self._own).pack().view(4, -1)
+        return counts
 
     def _pooling(self, batch: Batch) -> Pooling:
         return self.routers.pooling(batch.token_mask, batch.prompt_mask, batch.segment_ids)

@@ -47,7 +47,7 @@ class EvalResult:
 
 
 def quarters(values: Sequence[float]) -> list[Sequence[float]]:
-    """Return the rows of flattened RouterSet.counts()."""
+    """Return the rows of packed Counts."""
     layers = len(values) // 4
     return [values[i * layers : (i + 1) * layers] for i in range(4)]
 

@@ -4,6 +4,7 @@ Promise: a fresh router keeps everything, bit for bit; all routing arithmetic is
 """
 
 from megaskip.routing.budget import Budget, Measured
+from megaskip.routing.counts import Counts
 from megaskip.routing.decision import RoutingDecision, straight_through
 from megaskip.routing.executor import DenseExecutor, Executor, SparseExecutor
 from megaskip.routing.gate import Gate
@@ -13,6 +14,7 @@ from megaskip.routing.routers import PREFIX, Router, RouterSet, make_router
 __all__ = [
     "PREFIX",
     "Budget",
+    "Counts",
     "DenseExecutor",
     "Executor",
     "Gate",

@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megaskip.routing.counts import Counts
 from megaskip.routing.decision import RoutingDecision
 
 _RAMP = 0.2
@@ -39,16 +40,18 @@ class Measured:
     """By how much each layer's capacity is above that of all."""
 
     @classmethod
-    def of(cls, counts: Sequence[Sequence[float]]) -> "Measured":
-        """Return the measurement from RouterSet.counts(), summed over the global batch."""
-        kept, units, logits, squares = map(sum, counts)
+    def of(cls, counts: Counts) -> "Measured":
+        """Return the measurement from the counts of the global batch."""
+        by_layer = counts.kept.tolist(), counts.units.tolist()
+        kept, units = map(sum, by_layer)
+        logits, squares = sum(counts.logits.tolist()), sum(counts.squares.tolist())
         units = max(units, 1.0)
         capacity, variance = kept / units, max(squares / units - (logits / units) ** 2, 0.0)
         return cls(
             capacity=capacity,
             units=units,
             spread=math.sqrt(variance),
-            excess=tuple(k / max(u, 1.0) - capacity for k, u in zip(*counts[:2], strict=True)),
+            excess=tuple(k / max(u, 1.0) - capacity for k, u in zip(*by_layer, strict=True)),
         )
 
 

@@ -91,7 +91,7 @@ class Gate:
         segments = pooling.unit_of_token
         return RoutingDecision(
             logit=logit,
-            keep=routers.forced(self.layer, keep),
+            keep=routers.overridden(self.layer, keep),
             unit_mask=pooling.unit_mask.to(keep.device),
             unit_of_token=None if segments is None else segments.to(keep.device),
         )

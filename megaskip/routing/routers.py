@@ -16,6 +16,7 @@ from megaskip.config import RouterConfig
 from megaskip.errors import ConfigError
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget, Measured, layer_hinge
+from megaskip.routing.counts import Counts
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.executor import DenseExecutor, Executor
 from megaskip.routing.gate import Gate
@@ -107,7 +108,7 @@ class RouterSet(nn.Module):
         self._pooling: Pooling | None = None
         self._announced = False
         self._decisions: dict[int, RoutingDecision] = {}
-        self._forced: Mapping[int, Tensor | float] = {}
+        self._overrides: Mapping[int, Tensor | float] = {}
         for layer in self.layers:
             router = make_router(config.router, hidden_size, device=device)
             self.add_module(str(layer), nn.ModuleDict({config.target: router}))
@@ -165,24 +166,24 @@ class RouterSet(nn.Module):
         announced, self._announced = self._announced, False
         return announced
 
-    def force(self, keep: Mapping[int, Tensor | float]) -> None:
-        """Override decisions from now on, per layer (a number, or a tensor [B, U]); an empty
-        mapping ends it.
-
-        For probes, benchmarks and baselines. The router still has its straight-through gradient.
-        """
-        self._forced = keep
-
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Hold a context in which everything runs: the unrouted base model. What was forced before
-        holds again after it."""
-        before = self._forced
-        self.force(dict.fromkeys(self.layers, 1.0))
+    def override(self, keep: Mapping[int, Tensor | float]) -> Iterator[None]:
+        """Decide in here as `keep` says, by layer: a number, or a tensor [B, U]; 1 = run.
+
+        Layers that it does not name decide as they did outside, by an outer override or by
+        themselves. For probes, benchmarks and baselines; the router still has its straight-through
+        gradient.
+        """
+        before = self._overrides
+        self._overrides = {**before, **keep}
         try:
             yield
         finally:
-            self.force(before)
+            self._overrides = before
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which everything runs: the unrouted base model."""
+        return self.override(dict.fromkeys(self.layers, 1.0))
 
     # -- after it
 
@@ -223,18 +224,10 @@ class RouterSet(nn.Module):
         units = torch.stack([d.unit_mask.sum(1) for d in decisions]).sum(0)
         return kept.double() / units.clamp(min=1)
 
-    def counts(self, layers: Sequence[int] | None = None) -> Tensor:
-        """Return float64 [4, R] sums over the last forward pass's units, by routed layer.
-
-        Units kept, units seen, logits, squared logits, of `layers` (all routed ones without it).
-        Sums of ranks and micro-batches add up.
-        """
-        columns = []
-        for decision in self._require_decisions(layers):
-            logit = decision.logit.detach().double() * decision.unit_mask
-            kept, units = decision.kept().detach(), decision.units()
-            columns.append(torch.stack([kept.double(), units, logit.sum(), logit.square().sum()]))
-        return torch.stack(columns, dim=1)
+    def counts(self, layers: Sequence[int] | None = None) -> Counts:
+        """Return the sums over the last forward pass's units, of `layers` (all routed ones without
+        it)."""
+        return Counts.of(self._require_decisions(layers))
 
     # -- between the stages of a pipeline
 
@@ -273,7 +266,7 @@ class RouterSet(nn.Module):
         gradually.
         """
         if self.config.budget == "global":
-            self.budget.steer(measured or Measured.of(self.counts().tolist()), progress)
+            self.budget.steer(measured or Measured.of(self.counts()), progress)
 
     def settled_config(self) -> RouterConfig:
         """Return the configuration with the threshold where steering has put it."""
@@ -336,11 +329,11 @@ class RouterSet(nn.Module):
             )
         return pooling
 
-    def forced(self, layer: int, keep: Tensor) -> Tensor:
-        """Return `keep` with the forced values of the layer, if any; the gradient stays."""
-        if layer not in self._forced:
+    def overridden(self, layer: int, keep: Tensor) -> Tensor:
+        """Return `keep` with the values that override the layer, if any; the gradient stays."""
+        if layer not in self._overrides:
             return keep
-        value = torch.as_tensor(self._forced[layer], dtype=torch.float32, device=keep.device)
+        value = torch.as_tensor(self._overrides[layer], dtype=torch.float32, device=keep.device)
         value = value.expand_as(keep)
         return value + (keep - keep.detach()) if keep.requires_grad else value
 

@@ -16,7 +16,7 @@ _GOLDEN = 0.6180339887498949
 Order = Callable[[int, int], Sequence[int]]
 """(document, how many it skips) -> layers, the first of which it skips."""
 Policy = Callable[[Sequence[int]], Mapping[int, Tensor]]
-"""Documents -> what each routed layer keeps of them, float32 [B, 1], for RouterSet.force."""
+"""Documents -> what each routed layer keeps of them, float32 [B, 1], for RouterSet.override."""
 
 
 def static_order(similarity: Mapping[int, float], layers: Sequence[int]) -> Order:

@@ -57,15 +57,12 @@ def score(
     """
     columns: list[Tensor] = []
     first = 0
-    try:
-        for batch in batches:
-            rows = len(batch.input_ids)
-            documents = [row // rows_per_document for row in range(first, first + rows)]
-            routers.force({} if policy is None else policy(documents))
+    for batch in batches:
+        rows = len(batch.input_ids)
+        documents = [row // rows_per_document for row in range(first, first + rows)]
+        with routers.override({} if policy is None else policy(documents)):
             columns.append(_score_batch(model, routers, batch))
-            first += rows
-    finally:
-        routers.force({})
+        first += rows
     nll, tokens, exact, *kept = torch.cat(columns, dim=1).double().cpu().numpy()
     return Scores(nll=nll, tokens=tokens, exact=exact, kept=np.stack(kept))
 

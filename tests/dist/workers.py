@@ -115,9 +115,9 @@ def _diverge(model: str, flags: list[str]) -> dict[str, Any]:
         assert engine.routers is not None
         _randomise(engine.routers)
         keep = 1.0 if topology.is_first else 0.0
-        engine.routers.force(dict.fromkeys(engine.routers.layers, keep))
-        engine.train_step([_batch(topology.rank, packed=False)], 0.0)
-        engine.train_step([_batch(topology.rank + 9, packed=False)], 0.0)
+        with engine.routers.override(dict.fromkeys(engine.routers.layers, keep)):
+            engine.train_step([_batch(topology.rank, packed=False)], 0.0)
+            engine.train_step([_batch(topology.rank + 9, packed=False)], 0.0)
         return {
             "gradients": {n: p.grad.clone() for n, p in engine.parameters.items()},
             "gathered": _gathered_numel(engine),

@@ -109,10 +109,8 @@ def test_a_cost_is_what_turning_the_decision_around_changes(engine: Engine) -> N
     row = dataclasses.replace(row, prompt_mask=row.token_mask, position_ids=one.position_ids[:1])
     loss = {}
     for keep in (0.0, 1.0):
-        engine.routers.force({3: keep})
-        with torch.no_grad():
+        with engine.routers.override({3: keep}), torch.no_grad():
             loss[keep] = float(engine._forward(row))
-    engine.routers.force({})
     assert costs[2, 1] == pytest.approx(loss[0.0] - loss[1.0], rel=1e-4, abs=1e-5)
 
 

@@ -21,7 +21,7 @@ from megaskip.data import Batch
 from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.routing import Measured, RouterSet
+from megaskip.routing import Counts, Measured, RouterSet
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget
 
@@ -173,8 +173,9 @@ def test_held_out_decisions_are_those_of_the_asked_capacity(engine: Engine) -> N
 
 def test_a_layer_that_keeps_more_than_the_others_pays_the_hinge_on_top() -> None:
     budget = Budget(target=0.5, gain=0.1)
-    # Units kept and seen by two layers, sums of their logits and of the squares.
-    budget.steer(Measured.of([[9.0, 3.0], [10.0, 10.0], [0.0, 0.0], [5.0, 5.0]]), None)
+    by_layer = torch.tensor([[9.0, 3.0], [10.0, 10.0], [0.0, 0.0], [5.0, 5.0]])
+    counts = Counts.unpack(by_layer.double().flatten())
+    budget.steer(Measured.of(counts), None)
     kept = torch.tensor([9.0, 3.0], requires_grad=True)
     budget.penalty(kept, torch.tensor([10.0, 10.0]), 20.0).backward()
     assert kept.grad is not None

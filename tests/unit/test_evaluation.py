@@ -114,9 +114,9 @@ def test_the_skip_ratio_is_the_one_counted_in_the_model(granularity: str) -> Non
     def count(module: Any, args: Any, output: Any) -> None:
         if granularity == "attn_sequence" and output[0].shape[1] == 1:
             return  # a sequence has decided at its prefill
-        kept, units, *_ = routers.counts().sum(1).tolist()
-        counted[0] += kept
-        counted[1] += units
+        counts = routers.counts()
+        counted[0] += float(counts.kept.sum())
+        counted[1] += float(counts.units.sum())
 
     handle = model.get_decoder().register_forward_hook(count)
     report = run(model, batch_size=1, paired=False)
@@ -219,11 +219,11 @@ def test_an_earlier_reports_dense_answers_are_reused() -> None:
     assert len(calls) <= 5  # 10 documents x 4 choices in batches of 8, once
 
 
-def test_what_was_forced_before_is_forced_again() -> None:
+def test_what_was_overridden_before_is_overridden_again() -> None:
     model = demo()
-    model.skip_routers.force({model.skip_routers.layers[0]: 0.0})
-    report = run(model, ["demo_text"], limit=2)
-    assert model.skip_routers._forced == {model.skip_routers.layers[0]: 0.0}
+    with model.skip_routers.override({model.skip_routers.layers[0]: 0.0}):
+        report = run(model, ["demo_text"], limit=2)
+        assert model.skip_routers._overrides == {model.skip_routers.layers[0]: 0.0}
     assert (report.skip_ratio() or 0) >= 1 / len(model.skip_routers.layers)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def static(
 
 def forced_off(model: Any, target: str) -> Any:
     config = RouterConfig(granularity=f"{target}_sequence", layers=LAYERS)
-    attach_routers(model, config).force(dict.fromkeys(LAYERS, 0.0))
+    attach_routers(model, config).place([math.inf] * len(LAYERS))
     return model
 
 

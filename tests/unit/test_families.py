@@ -96,8 +96,7 @@ def test_skipping_everything_equals_the_identity_layer(family: str) -> None:
         layers[index].register_forward_pre_hook(
             lambda module, args, index=index: inputs.__setitem__(index, args[0])
         )
-    routers.force(dict.fromkeys(routers.layers, 0.0))
-    with torch.no_grad():
+    with routers.override(dict.fromkeys(routers.layers, 0.0)), torch.no_grad():
         model(ids_of())
     assert torch.equal(inputs[2], inputs[5])
 

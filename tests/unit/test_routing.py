@@ -175,15 +175,27 @@ def test_penalties_of_micro_batches_add_up_to_the_global_one() -> None:
     assert float(gradient.abs().max()) > 0
 
 
-def test_forced_decisions_end_when_released() -> None:
+def test_decisions_are_overridden_in_a_context_and_free_again_after_it() -> None:
     model = tiny_model()
     routers = attach_routers(model)
-    routers.force({2: 0.0, 3: 1.0, 4: torch.tensor([[0.0], [1.0], [1.0]])})
-    model(ids_of(3))
+    with routers.override({2: 0.0, 3: 1.0, 4: torch.tensor([[0.0], [1.0], [1.0]])}):
+        model(ids_of(3))
     assert abs(routers.capacity() - 5 / 9) < 1e-6
-    routers.force({})
     model(ids_of(3))
     assert routers.capacity() == 1.0
+
+
+def test_an_override_ends_with_an_exception_and_adds_to_an_outer_one() -> None:
+    model = tiny_model()
+    routers = attach_routers(model)
+    with routers.override({2: 0.0}):
+        with pytest.raises(ZeroDivisionError), routers.disabled():
+            raise ZeroDivisionError
+        with routers.override({3: 0.0}):
+            model(ids_of(2))
+        assert [float(keep.detach().sum()) for keep in routers.keep().values()] == [0.0, 0.0, 2.0]
+        model(ids_of(2))
+        assert [float(keep.detach().sum()) for keep in routers.keep().values()] == [0.0, 2.0, 2.0]
 
 
 def test_reading_decisions_before_a_forward_pass_is_an_error() -> None:

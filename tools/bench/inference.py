@@ -46,7 +46,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a clone
 
 from inference_cost import account, ideals, peak, size
-from inference_variants import DENSE, Bench, Force, Variant, decode, prefill, variants, wired
+from inference_variants import DENSE, Bench, Override, Variant, decode, prefill, variants, wired
 
 from megaskip.arch import find_decoder
 from megaskip.arch.decoder import describe_layers
@@ -204,8 +204,8 @@ def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     compared = list(variants(bench, options.granularity, options.kv, options.capacity))
     counted = []
     for variant in (DENSE, *compared):
-        with wired(bench, variant) as force:
-            counted.append({**account(bench, variant, force), **peak(bench, variant, force)})
+        with wired(bench, variant) as override:
+            counted.append({**account(bench, variant, override), **peak(bench, variant, override)})
     pairs = timed_pairs(bench, compared, options)
     everything = [dense for one in pairs for dense, _ in one]
     timed = [[(dense, dense) for dense in everything], *pairs]
@@ -233,19 +233,19 @@ def timed_pairs(
             order = (DENSE, compared[place])[:: 1 if turn % 2 else -1]
             times = {}
             for variant in order:
-                with wired(bench, variant) as force:
-                    times[variant.name] = timed(bench, variant, force, clock)
+                with wired(bench, variant) as override:
+                    times[variant.name] = timed(bench, variant, override, clock)
             if turn >= options.warmup:
                 pairs[place].append((times[DENSE.name], times[compared[place].name]))
     return pairs
 
 
-def timed(bench: Bench, variant: Variant, force: Force, clock: Callable[[], float]) -> Times:
+def timed(bench: Bench, variant: Variant, override: Override, clock: Callable[[], float]) -> Times:
     """Return the seconds of prefill and of all decode steps."""
     begun = now(bench, clock)
-    cache = prefill(bench, variant, force)
+    cache = prefill(bench, variant, override)
     filled = now(bench, clock)
-    for _ in decode(bench, variant, force, cache):
+    for _ in decode(bench, variant, override, cache):
         pass
     return filled - begun, now(bench, clock) - filled
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from inference_variants import Bench, Force, Variant, decode, prefill
+from inference_variants import Bench, Override, Variant, decode, prefill
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaskip.arch import find_decoder
@@ -13,11 +13,11 @@ from megaskip.arch.sites import find_sites
 from megaskip.parallel.live_bytes import LiveBytes
 
 
-def account(bench: Bench, variant: Variant, force: Force) -> dict[str, float]:
+def account(bench: Bench, variant: Variant, override: Override) -> dict[str, float]:
     """Return what a variant computes, reads and holds."""
     with FlopCounterMode(display=False, custom_mapping=attention_formulas()) as counter:
-        cache = prefill(bench, variant, force)
-    steps = decode(bench, variant, force, cache)
+        cache = prefill(bench, variant, override)
+    steps = decode(bench, variant, override, cache)
     read = statistics.mean(bytes_read(bench, variant, cache, step) for step in steps)
     return {
         "prefill_gflop": counter.get_total_flops() / 1e9,
@@ -38,11 +38,11 @@ def attention_formulas() -> dict[Any, Any]:
     return dict.fromkeys(operators, flops)
 
 
-def peak(bench: Bench, variant: Variant, force: Force) -> dict[str, float]:
+def peak(bench: Bench, variant: Variant, override: Override) -> dict[str, float]:
     """Return the peak of prefill and decode, beyond what lives already."""
 
     def run() -> None:
-        for _ in decode(bench, variant, force, prefill(bench, variant, force)):
+        for _ in decode(bench, variant, override, prefill(bench, variant, override)):
             pass
 
     if bench.prompt.is_cuda:

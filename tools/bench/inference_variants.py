@@ -1,4 +1,4 @@
-"""What inference.py compares, and one call of it: decisions that are forced, not learnt.
+"""What inference.py compares, and one call of it: decisions that are given, not learnt.
 
 Shapes: B rows, T tokens, U units of decision in a row, n new tokens.
 """
@@ -20,8 +20,9 @@ from megaskip.inference.dropped import drop_sublayers
 from megaskip.inference.executor import InferenceExecutor
 
 Keep = dict[int, Tensor]
-"""Forced decisions by layer, float32 [B, U], 1 = run."""
-Force = Callable[[Keep], None]
+"""Decisions by layer, float32 [B, U], 1 = run."""
+Override = Callable[[Keep], contextlib.AbstractContextManager[None]]
+"""RouterSet.override, or what does nothing for a model without routers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,22 +110,23 @@ def spread_tokens(bench: Bench, capacity: float) -> Keep:
 
 
 @contextlib.contextmanager
-def wired(bench: Bench, variant: Variant) -> Iterator[Force]:
-    """Give the model the routers of a variant or drop its sublayers; yields what forces decisions.
+def wired(bench: Bench, variant: Variant) -> Iterator[Override]:
+    """Give the model the routers of a variant or drop its sublayers; yields what decides
+    for them.
 
     Afterwards the model is as it was.
     """
     if not variant.prompt:
-        yield lambda keep: None
+        yield lambda keep: contextlib.nullcontext()
     elif variant.name == "dropped":
         with _dropped(bench, variant):
-            yield lambda keep: None
+            yield lambda keep: contextlib.nullcontext()
     else:
         config = RouterConfig(granularity=variant.granularity, layers=bench.layers)
         routers = attach_routers(bench.model, config, verify=False)
         routers.executor = InferenceExecutor(unit=config.unit, kv=variant.kv)
         try:
-            yield routers.force
+            yield routers.override
         finally:
             detach_routers(bench.model)
 
@@ -146,16 +148,16 @@ def _dropped(bench: Bench, variant: Variant) -> Iterator[None]:
             setattr(layer, name, module)
 
 
-def prefill(bench: Bench, variant: Variant, force: Force) -> Any:
+def prefill(bench: Bench, variant: Variant, override: Override) -> Any:
     """Run the prompt and return its cache; the last token alone has logits, as in generate()."""
-    force(variant.prompt)
-    return bench.model(input_ids=bench.prompt, use_cache=True, logits_to_keep=1).past_key_values
+    with override(variant.prompt):
+        output = bench.model(input_ids=bench.prompt, use_cache=True, logits_to_keep=1)
+    return output.past_key_values
 
 
-def decode(bench: Bench, variant: Variant, force: Force, cache: Any) -> Iterator[int]:
+def decode(bench: Bench, variant: Variant, override: Override, cache: Any) -> Iterator[int]:
     """Run the tokens of the answer one after the other; yields the number of each after it."""
     for step, ids in enumerate(bench.answer.split(1, dim=1)):
-        if variant.steps:
-            force(variant.steps[step])
-        bench.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        with override(variant.steps[step] if variant.steps else variant.prompt):
+            bench.model(input_ids=ids, past_key_values=cache, use_cache=True)
         yield step
