@@ -4,14 +4,20 @@
     out = model(input_ids, attention_mask=attention_mask, labels=labels)
     (out.loss + routers.penalty()).backward()      # only routers.parameters() have gradients
 
-Importing this package touches no device, no environment variable and no process group.
+Importing this package touches no device, no environment variable and no process group, and names
+that need torch are imported when they are asked for: `megaskip --help` must not wait for it.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from megaskip._version import __version__
-from megaskip.arch import attach_routers, detach_routers
-from megaskip.checkpoint import load_routers, save_routers
 from megaskip.config import RouterConfig
-from megaskip.routing import RouterSet
+
+if TYPE_CHECKING:
+    from megaskip.arch import attach_routers, detach_routers
+    from megaskip.checkpoint import load_routers, save_routers
+    from megaskip.routing import RouterSet
 
 __all__ = [
     "RouterConfig",
@@ -22,3 +28,23 @@ __all__ = [
     "load_routers",
     "save_routers",
 ]
+_HOMES = {
+    "RouterSet": "megaskip.routing",
+    "attach_routers": "megaskip.arch",
+    "detach_routers": "megaskip.arch",
+    "load_routers": "megaskip.checkpoint",
+    "save_routers": "megaskip.checkpoint",
+}
+"""Where the names of `if TYPE_CHECKING` are."""
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, imported from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

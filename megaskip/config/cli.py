@@ -40,10 +40,11 @@ def parse_options(
     group. With `config_file` there is a flag --config for a YAML file with the same flags. --help
     prints and raises SystemExit. Raises ConfigError with every problem found.
     """
+    settings: Any = options
     parser = make_parser(
-        options, prog=prog, description=description, usage=usage, config_file=config_file
+        settings, prog=prog, description=description, usage=usage, config_file=config_file
     )
-    flags, problems = flags_of(options), list[str]()
+    flags, problems = flags_of(settings), list[str]()
     try:
         namespace, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:

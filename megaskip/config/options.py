@@ -182,7 +182,7 @@ def _field_docs(options: Any) -> dict[str, str]:
     """Return the string under each field, those of base classes included."""
     docs: dict[str, str] = {}
     for cls in reversed(options.__mro__):
-        if dataclasses.is_dataclass(cls):
+        if hasattr(cls, "__dataclass_fields__"):
             docs |= _own_field_docs(cls)
     return docs
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[2] / "megaskip"
 LEVEL = {
     "errors": 0,
@@ -78,7 +80,8 @@ def test_no_two_parts_import_each_other() -> None:
 
 
 def test_package_faces_hand_on_names_and_nothing_else() -> None:
-    for file in PACKAGE.rglob("__init__.py"):
+    """But the package's own face, which hands them on when they are asked for."""
+    for file in PACKAGE.glob("*/**/__init__.py"):
         for node in ast.parse(file.read_text()).body:
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             is_list = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
@@ -100,11 +103,16 @@ def test_libraries_are_imported_where_they_belong() -> None:
 
 def test_importing_the_package_touches_no_device_environment_or_process_group() -> None:
     code = (
-        "import os; before = dict(os.environ); import megaskip, torch;"
+        "import os; before = dict(os.environ); from megaskip import *; import torch;"
         "assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items());"
         "assert not torch.distributed.is_initialized(); assert not torch.cuda.is_initialized();"
         "import sys; assert 'deepspeed' not in sys.modules; assert 'lm_eval' not in sys.modules"
     )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=120)
+
+
+def test_torch_is_not_imported_before_it_is_needed() -> None:
+    code = "import sys, megaskip.cli.main, megaskip.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=120)
 
 
@@ -122,6 +130,8 @@ def test_the_public_api_is_what_is_documented() -> None:
     }
     for name in set(megaskip.__all__) - {"__version__"}:
         assert getattr(megaskip, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'attach_router'"):
+        megaskip.attach_router  # noqa: B018
 
 
 def test_plain_pytest_collects_the_distributed_tests() -> None:
