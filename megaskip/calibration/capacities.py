@@ -14,36 +14,48 @@ from megaskip.data import Batch
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.results import EvalResult
 from megaskip.parallel.topology import Topology
+from megaskip.routing import RouterSet
 
-_ROUNDS = 8
+_SEARCH_ROUNDS = 8
+"""Tries of a threshold; the search stops earlier when it is close enough."""
 
 Batches = Sequence[Batch | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class CalibratedCapacity:
     """One calibrated capacity, and what it comes to on other text."""
 
     capacity: float
+    """The one that was asked for."""
     threshold: Threshold
     described: str
     """The threshold as text."""
     kept: float
-    """Of the calibration text."""
+    """Share of the calibration text's units that ran at the threshold."""
     held_out: float
+    """Share of the held-out text's units that ran at the threshold."""
     held_out_error: float
-    """Standard error of `held_out`: these are only so many rows."""
+    """Standard error of `held_out` over rows."""
     loss: float
     """Held out, nats a supervised token."""
 
 
-class MissedError(UnreachedError):
-    """Some of several capacities cannot be realised; `points` are the others."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationResult:
+    """What came of the capacities that were asked for."""
 
-    def __init__(self, points: list[Point], *problems: str) -> None:
-        super().__init__(*problems)
-        self.points = points
+    points: tuple[CalibratedCapacity, ...]
+    """Those that the routers realise, in ascending order."""
+    problems: tuple[str, ...] = ()
+    """For each of the others: what was found, what was expected and what to change."""
+
+    def require_all(self) -> None:
+        """Raise UnreachedError with all problems, if there are any."""
+        if self.problems:
+            raise UnreachedError(*self.problems)
 
 
 def routed_engine(config: RunConfig, topology: Topology, folder: Path, routers: Path) -> Engine:
@@ -68,36 +80,38 @@ def calibrate_all(
     *,
     rounds: int = 0,
     progress: Callable[[], object] = lambda: None,
-) -> list[Point]:
-    """Return the thresholds of `capacities`, ascending: one for all layers or, after some `rounds`
-    of `allocate`, one of each; `progress` is called once a capacity and once a round. Collective.
+) -> CalibrationResult:
+    """Return the thresholds of `capacities`: one for all layers or, after some `rounds` of
+    `allocate`, one of each. Collective.
 
-    Raises MissedError, once all are done, for those that the routers cannot realise, on either
-    text.
+    Each is found on `calibration` and checked on `held_out`; one that the routers cannot realise on
+    either text is a problem of the result. `progress` is called once a capacity and once a round.
     """
     assert engine.routers is not None
-    level, points = engine.routers.config, []
-    problems: list[str] = []
+    alike, points, problems = engine.routers.config, [], []
     near: RouterConfig | None = None
     for capacity in sorted(capacities, reverse=True):
-        engine.routers.configure(level)
-        kept = calibrate_threshold(engine, calibration, capacity=capacity, rounds=_ROUNDS)
+        engine.routers.configure(alike)
+        kept = calibrate_threshold(engine, calibration, capacity=capacity, rounds=_SEARCH_ROUNDS)
         progress()
         if rounds and _is_near(kept, capacity):
             kept = allocate(
                 engine, calibration, capacity, rounds=rounds, near=near, progress=progress
             )
             near = engine.routers.config
-        try:
-            points.append(_checked(engine, held_out, capacity, kept))
-        except UnreachedError as error:
-            problems += error.problems
-    if problems:
-        raise MissedError(points[::-1], *problems)
-    return points[::-1]
+        if not _is_near(kept, capacity):
+            problems.append(_not_reached(capacity, kept))
+            continue
+        measured = engine.evaluate(held_out, routed=True)
+        off = abs(measured.capacity - capacity)
+        if off > TOLERANCE + 2 * measured.capacity_error:
+            problems.append(_does_not_hold(capacity, kept, measured))
+            continue
+        points.append(_calibrated(engine.routers, capacity, kept, measured))
+    return CalibrationResult(points=tuple(reversed(points)), problems=tuple(problems))
 
 
-def with_points(config: RouterConfig, points: Sequence[Point]) -> RouterConfig:
+def with_points(config: RouterConfig, points: Sequence[CalibratedCapacity]) -> RouterConfig:
     """Return the configuration with these thresholds in its table; others of it stay."""
     table = dict(config.calibrated) | {point.capacity: point.threshold for point in points}
     return dataclasses.replace(config, calibrated=tuple(table.items()))
@@ -107,31 +121,34 @@ def _is_near(kept: float, capacity: float) -> bool:
     return abs(kept - capacity) <= TOLERANCE
 
 
-def _checked(engine: Engine, held_out: Batches, capacity: float, kept: float) -> Point:
-    """Return the point of the thresholds that the routers have now, which kept so much."""
-    if not _is_near(kept, capacity):
-        raise UnreachedError(
-            f"--capacity {capacity:g} cannot be reached: the nearest that these routers keep of "
-            f"the calibration text is {kept:.3f}, because too many of their scores are equal. "
-            "Train them longer, or choose another capacity"
-        )
-    found = engine.evaluate(held_out, routed=True)
-    off = abs(found.capacity - capacity)
-    if off > TOLERANCE + 2 * found.capacity_error:
-        raise UnreachedError(
-            f"--capacity {capacity:g} does not hold on other text: calibrated to {kept:.3f}, held "
-            f"out it is {found.capacity:.3f} (standard error {found.capacity_error:.3f}). "
-            "Calibrate on more text (--rows), or on text like that which the model will read "
-            "(--data)"
-        )
-    assert engine.routers is not None
-    settled = engine.routers.settled_config()
-    return Point(
+def _not_reached(capacity: float, kept: float) -> str:
+    return (
+        f"--capacity {capacity:g} cannot be reached: the nearest that these routers keep of "
+        f"the calibration text is {kept:.3f}, because too many of their scores are equal. "
+        "Train them longer, or choose another capacity"
+    )
+
+
+def _does_not_hold(capacity: float, kept: float, measured: EvalResult) -> str:
+    return (
+        f"--capacity {capacity:g} does not hold on other text: calibrated to {kept:.3f}, held "
+        f"out it is {measured.capacity:.3f} (standard error {measured.capacity_error:.3f}). "
+        "Calibrate on more text (--rows), or on text like that which the model will read "
+        "(--data)"
+    )
+
+
+def _calibrated(
+    routers: RouterSet, capacity: float, kept: float, measured: EvalResult
+) -> CalibratedCapacity:
+    """Return the thresholds that the routers have now, with what they came to."""
+    settled = routers.settled_config()
+    return CalibratedCapacity(
         capacity=capacity,
         threshold=settled.threshold,
         described=settled.describe_threshold(),
         kept=kept,
-        held_out=found.capacity,
-        held_out_error=found.capacity_error,
-        loss=found.loss,
+        held_out=measured.capacity,
+        held_out_error=measured.capacity_error,
+        loss=measured.loss,
     )

@@ -1,4 +1,4 @@
-"""What running a unit is worth, by its logit and layer. Pure arithmetic.
+"""What skipping a unit costs, predicted from its logit and layer. Pure arithmetic.
 
 Shapes: R routed layers, N units.
 """
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 _LEAST_SLOPE = 1e-3
-"""Of the largest mean cost: a layer whose logits say nothing still has an order of its units."""
+"""Share of the largest mean cost. A slope of 0 would leave the units of a layer without order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipCostModel:
-    """A line for each layer: what a unit's logit says about the cost of skipping it.
+    """For each layer a line from a unit's logit to the cost of skipping it, in nats.
 
-    Logits of one layer are ranked by training, those of two layers are not: their routers never
-    meet. The lines make them comparable.
+    Training orders the logits of one layer, but not those of two layers, whose routers are
+    independent. Predicted costs can be compared between layers.
     """
 
     slope: Tensor
@@ -27,11 +27,12 @@ class SkipCostModel:
 
     @classmethod
     def fit(cls, logits: Tensor, costs: Tensor, *, trust: float = 1.0) -> "SkipCostModel":
-        """Return the least-squares lines through float64 [R, N], their slopes drawn towards 0.
+        """Return the least-squares lines through float64 [R, N] points, with shrunken slopes.
 
-        A slope that is not larger than its error is noise. It is shrunk by 1 - (error / slope)^2
-        (James-Stein), so a layer whose router knows nothing is run or skipped as a whole, by its
-        mean cost. `trust` is a factor on all slopes: with 0 every layer is.
+        A slope is multiplied by 1 - (error / slope)^2 (James-Stein): one that is not larger than
+        its standard error is noise, and a layer whose logits say nothing about costs is then run or
+        skipped as a whole, by its mean cost. `trust` is a factor on all slopes; with 0 every layer
+        is run or skipped as a whole.
         """
         middle, spread = logits.mean(1, keepdim=True), logits.std(1, keepdim=True)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))
@@ -43,6 +44,6 @@ class SkipCostModel:
         slope = (trust * shrunk).clamp(min=least) / spread
         return cls(slope=slope.squeeze(1), intercept=(mean - slope * middle).squeeze(1))
 
-    def of(self, logits: Tensor) -> Tensor:
-        """Return the worth of units with `logits` float64 [R, N], in nats."""
+    def predict(self, logits: Tensor) -> Tensor:
+        """Return the predicted cost of skipping each unit, float64 [R, N], of `logits` [R, N]."""
         return self.slope[:, None] * logits + self.intercept[:, None]

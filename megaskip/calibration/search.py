@@ -6,9 +6,10 @@ import math
 class ThresholdSearch:
     """Proposes positions of the threshold from what was kept at those tried so far.
 
-    The logits' quantile would be the answer if layers did not hear each other. They do, so after
-    two tries the line through them says where to go; what falls outside the closest positions that
-    kept too much and too little is replaced by the middle between them.
+    If layers did not influence each other, the quantile of the logits would be the answer. They
+    do, so from the third try on the secant through the last two proposes the next position. A
+    proposal outside the bracket (the closest positions that kept too much and too little) is
+    replaced by the middle of the bracket.
     """
 
     def __init__(self, target: float) -> None:
@@ -26,13 +27,15 @@ class ThresholdSearch:
         return min(map(self._distance, self._tried))
 
     def note(self, position: float, kept: float) -> None:
-        """Take note of the share that was kept at a position."""
+        """Take in the share `kept` that was measured at `position`."""
         self._tried.append((position, kept))
 
     def next(self, quantile: float) -> float:
-        """Return the position to try next; `quantile` is where the last try's logits point to."""
-        low = max((p for p, kept in self._tried if kept > self._target), default=-math.inf)
-        high = min((p for p, kept in self._tried if kept <= self._target), default=math.inf)
+        """Return the position to try next; `quantile` is the position at which the logits of the
+        last try would have kept the target."""
+        too_much = (position for position, kept in self._tried if kept > self._target)
+        too_little = (position for position, kept in self._tried if kept <= self._target)
+        low, high = max(too_much, default=-math.inf), min(too_little, default=math.inf)
         proposed = self._secant(quantile)
         if math.isfinite(high - low) and not low < proposed < high:
             return (low + high) / 2

@@ -1,4 +1,4 @@
-"""How little a sublayer changes what it reads: what a static drop goes by.
+"""How little a sublayer changes its input: the measure by which a static drop chooses layers.
 
 Source: LLM-Drop, arXiv 2406.15786. Shapes: B documents, T tokens, D hidden.
 """
@@ -25,18 +25,19 @@ class UpdateSimilarity:
     def __init__(
         self, model: nn.Module, target: str = "attn", layers: Sequence[int] | None = None
     ) -> None:
-        """Watch `layers` of `model`, all without them."""
-        self._decoder_parts, self._target = find_decoder(model), target
+        """Watch the decoder layers `layers` of `model`, or all of them."""
+        self._decoder, self._target = find_decoder(model), target
         # Granite multiplies every update by a number of its own before it is added.
         config: Any = model.config
         self._scale = getattr(config, "residual_multiplier", None) or 1.0
-        depth = len(self._decoder_parts.layers)
+        depth = len(self._decoder.layers)
         self._layers = range(depth) if layers is None else layers
         self._mask: Tensor | None = None
-        self._parts: dict[str, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
         self.sums = torch.zeros(depth, dtype=torch.float64)
-        """By layer, 0 where nobody looks; those of ranks add up, as `tokens` do."""
+        """By layer, over real tokens; 0 for layers that are not watched. Sums of ranks add up."""
         self.tokens = 0
+        """Real tokens so far."""
 
     def set_batch(self, token_mask: Tensor | None) -> None:
         """Say which tokens of the next forward pass are real, bool [B, T]; None counts none."""
@@ -45,8 +46,8 @@ class UpdateSimilarity:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Hold a context in which the model's forward passes count."""
-        handles = [h for index in self._layers for h in self._watch(index)]
+        """Hold a context in which the model's forward passes are added up."""
+        handles = [handle for index in self._layers for handle in self._watch(index)]
         try:
             yield
         finally:
@@ -54,20 +55,20 @@ class UpdateSimilarity:
                 handle.remove()
 
     def _watch(self, index: int) -> list[Any]:
-        layer = self._decoder_parts.layers[index]
-        sites = find_sites(layer, self._decoder_parts.model_type)
+        layer = self._decoder.layers[index]
+        sites = find_sites(layer, self._decoder.model_type)
 
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
-            self._parts = {"input": args[0] if args else kwargs["hidden_states"]}
+            self._states = {"input": args[0] if args else kwargs["hidden_states"]}
 
         def note(name: str) -> Any:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
-                self._parts[name] = _tensor(output)
+                self._states[name] = _tensor(output)
 
             return hook
 
         def end(_: nn.Module, __: Any, output: Any) -> None:
-            self._count(index, self._parts | {"output": _tensor(output)})
+            self._count(index, self._states | {"output": _tensor(output)})
 
         attention = layer.get_submodule(sites.attention_update)
         return [
@@ -77,15 +78,15 @@ class UpdateSimilarity:
             layer.register_forward_hook(end),
         ]
 
-    def _count(self, index: int, parts: dict[str, Tensor]) -> None:
+    def _count(self, index: int, states: dict[str, Tensor]) -> None:
         if self._mask is None:
             return
-        parts = {name: one.float() for name, one in parts.items()}
-        before, after = parts["input"], parts["output"]
+        states = {name: tensor.float() for name, tensor in states.items()}
+        before, after = states["input"], states["output"]
         if self._target == "attn":
-            after = before + self._scale * parts["attn"]
+            after = before + self._scale * states["attn"]
         elif self._target == "mlp":
-            before = after - self._scale * parts["mlp"]
+            before = after - self._scale * states["mlp"]
         cosine = nn.functional.cosine_similarity(before, after, dim=-1)
         self.sums[index] += cosine[self._mask].double().sum().cpu()
 
@@ -100,14 +101,14 @@ def update_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, f
 
     High: the attention changes little, and is dropped first.
     """
-    seen = UpdateSimilarity(model)
-    with seen.watching():
+    similarity = UpdateSimilarity(model)
+    with similarity.watching():
         for batch in batches:
-            seen.set_batch(batch.token_mask)
+            similarity.set_batch(batch.token_mask)
             find_decoder(model).decoder(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 use_cache=False,
             )
-    return dict(enumerate((seen.sums / max(seen.tokens, 1)).tolist()))
+    return dict(enumerate((similarity.sums / max(similarity.tokens, 1)).tolist()))

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from megaskip.calibration.allocation import require_rounds
 from megaskip.calibration.capacities import (
-    MissedError,
-    Point,
+    CalibratedCapacity,
     calibrate_all,
     routed_engine,
     with_points,
@@ -83,24 +82,21 @@ def main(argv: Sequence[str]) -> None:
         )
     hidden = None if topology.is_first else True
     total = len(capacities) * (1 + options.allocate)
-    missed: MissedError | None = None
     with (
         process_group(topology, timeout=config.parallel.dist_timeout),
         tqdm(total=total, desc="calibrating", disable=hidden) as bar,
     ):
         engine = routed_engine(config, topology, base, routers)
         calibration = ProgressBatches(loader.calibration(options.rows), "a pass", disable=hidden)
-        try:
-            points = calibrate_all(
-                engine,
-                calibration,
-                held_out,
-                capacities,
-                rounds=options.allocate,
-                progress=bar.update,
-            )
-        except MissedError as error:
-            points, missed = error.points, error
+        result = calibrate_all(
+            engine,
+            calibration,
+            held_out,
+            capacities,
+            rounds=options.allocate,
+            progress=bar.update,
+        )
+        points = result.points
         dense = engine.evaluate(held_out, routed=False).loss
         if topology.is_first and points:
             title = f"calibrated: {output} (held-out loss, dense: {dense:.4f})"
@@ -108,8 +104,7 @@ def main(argv: Sequence[str]) -> None:
             print("\n".join(table(rows, title=title)))
         if points:
             on_first_rank(topology, lambda: write(routers, output, with_points(stored, points)))
-    if missed is not None:
-        raise missed
+    result.require_all()
 
 
 def loader_of(
@@ -190,7 +185,7 @@ def write(routers: Path, output: Path, config: object) -> Path:
     return output
 
 
-def row(point: Point, *, allocated: bool) -> tuple[str, str]:
+def row(point: CalibratedCapacity, *, allocated: bool) -> tuple[str, str]:
     """Return a row of the closing table."""
     alike = allocated and isinstance(point.threshold, float)
     why = " for all layers, for no allocation was better by more than chance" if alike else ""

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from megaskip.errors import MegaskipError
+from megaskip.parallel.collectives import broadcast_from_first_rank
 from megaskip.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -16,13 +15,13 @@ def on_first_rank(topology: Topology, action: Callable[[], T]) -> T:
 
     A MegaskipError or OSError of rank 0 is raised on every rank, so that none waits for another.
     """
-    outcome: list[object] = [None]
+    outcome: object = None
     if topology.is_first:
         try:
-            outcome = [action()]
+            outcome = action()
         except (MegaskipError, OSError) as error:
-            outcome = [error if isinstance(error, MegaskipError) else MegaskipError(str(error))]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], MegaskipError):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+            outcome = error if isinstance(error, MegaskipError) else MegaskipError(str(error))
+    outcome = broadcast_from_first_rank(outcome)
+    if isinstance(outcome, MegaskipError):
+        raise outcome
+    return outcome  # type: ignore[return-value]

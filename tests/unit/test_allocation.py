@@ -84,17 +84,19 @@ def test_lines_are_found_and_those_of_noise_are_flat() -> None:
     logits = torch.randn(3, 400, generator=generator, dtype=torch.float64) * 2 + 1
     noise = torch.randn(3, 400, generator=generator, dtype=torch.float64)
     lines = torch.tensor([[0.5], [0.0], [-0.5]], dtype=torch.float64)
-    worth = SkipCostModel.fit(logits, lines * logits + 0.1 * noise + 3.0)
-    assert worth.slope[0] == pytest.approx(0.5, abs=0.02)
-    assert worth.intercept[0] == pytest.approx(3.0, abs=0.05)
-    assert (worth.slope[1:] > 0).all()
-    assert (worth.slope[1:] < 0.02).all()  # says nothing; says the opposite
+    cost_model = SkipCostModel.fit(logits, lines * logits + 0.1 * noise + 3.0)
+    assert cost_model.slope[0] == pytest.approx(0.5, abs=0.02)
+    assert cost_model.intercept[0] == pytest.approx(3.0, abs=0.05)
+    assert (cost_model.slope[1:] > 0).all()
+    assert (cost_model.slope[1:] < 0.02).all()  # says nothing; says the opposite
     at = torch.full((3, 1), 0.4, dtype=torch.float64)
-    assert worth.of(at)[0].item() == pytest.approx(3.2, abs=0.05)
+    assert cost_model.predict(at)[0].item() == pytest.approx(3.2, abs=0.05)
     flat = SkipCostModel.fit(logits, lines * logits + 0.1 * noise + 3.0, trust=0.0)
     assert (flat.slope > 0).all()
     assert (flat.slope < 0.02).all()
-    assert flat.of(at)[0].item() == pytest.approx(3.5, abs=0.05)  # the mean at the mean logit, 1
+    assert flat.predict(at)[0].item() == pytest.approx(
+        3.5, abs=0.05
+    )  # the mean at the mean logit, 1
 
 
 def test_a_cost_is_what_turning_the_decision_around_changes(engine: Engine) -> None:
@@ -196,7 +198,7 @@ def test_what_is_tried_are_the_costliest_units_then_whole_layers_then_half_of_it
         tried.append(shares)
 
     monkeypatch.setattr("megaskip.calibration.allocation._static_drop", as_it_is)
-    monkeypatch.setattr("megaskip.calibration.allocation._Best.consider", note)
+    monkeypatch.setattr("megaskip.calibration.allocation._BestThresholds.consider", note)
     monkeypatch.setattr(
         "megaskip.calibration.allocation.skip_costs", lambda engine, texts: (logits, costs)
     )
@@ -277,7 +279,7 @@ def test_costs_are_measured_beside_what_was_found_for_the_next_capacity(
         return skip_costs(engine, texts)
 
     monkeypatch.setattr("megaskip.calibration.allocation.skip_costs", watched)
-    small, large = calibrate_all(engine, texts, texts, [0.5, 0.3], rounds=1)
+    small, large = calibrate_all(engine, texts, texts, [0.5, 0.3], rounds=1).points
     assert (small.capacity, large.capacity) == (0.3, 0.5)
     _, beside = seen
     assert beside == large.threshold
@@ -286,7 +288,7 @@ def test_costs_are_measured_beside_what_was_found_for_the_next_capacity(
 
 def test_thresholds_by_layer_are_stored_exported_and_chosen(engine: Engine, tmp_path: Path) -> None:
     texts = said(engine, 8)
-    points = calibrate_all(engine, texts, texts, [0.3, 0.5], rounds=2)
+    points = calibrate_all(engine, texts, texts, [0.3, 0.5], rounds=2).points
     routers = engine.routers
     assert routers is not None
     routers.configure(with_points(RouterConfig(layers="1-4"), points))

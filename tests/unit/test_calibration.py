@@ -11,7 +11,7 @@ from families import tiny_model
 from routed_models import VOCABULARY, as_exported, randomise
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
-from megaskip.calibration.capacities import MissedError, calibrate_all, with_points
+from megaskip.calibration.capacities import calibrate_all, with_points
 from megaskip.calibration.search import ThresholdSearch
 from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.checkpoint import describe_base
@@ -60,7 +60,7 @@ def engine() -> Any:
 def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, capacity: float) -> None:
     assert engine.routers is not None
     randomise(engine.routers)
-    (point,) = calibrate_all(engine, batches(1), batches(2), [capacity])
+    (point,) = calibrate_all(engine, batches(1), batches(2), [capacity]).points
     assert point.kept == pytest.approx(capacity, abs=0.01)
     assert point.held_out == pytest.approx(capacity, abs=0.01 + 2 * point.held_out_error)
     engine.routers.config = with_points(engine.routers.config, [point])
@@ -71,16 +71,17 @@ def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, capacit
 
 def test_a_capacity_that_equal_scores_cannot_reach_is_refused(engine: Engine) -> None:
     with pytest.raises(ConfigError, match=r"0.5 cannot be reached: the nearest .* 1.000"):
-        calibrate_all(engine, batches(1), batches(2), [0.5])
+        calibrate_all(engine, batches(1), batches(2), [0.5]).require_all()
 
 
 def test_capacities_that_are_reached_are_not_lost_with_one_that_is_not(engine: Engine) -> None:
     assert engine.routers is not None
     randomise(engine.routers)
     other = [dataclasses.replace(b, input_ids=torch.full_like(b.input_ids, 5)) for b in batches(2)]
-    with pytest.raises(MissedError, match=r"--capacity 0\.45 does not hold") as caught:
-        calibrate_all(engine, batches(1), other, [0.45, 0.995])
-    assert [point.capacity for point in caught.value.points] == [0.995]
+    result = calibrate_all(engine, batches(1), other, [0.45, 0.995])
+    assert [point.capacity for point in result.points] == [0.995]
+    (problem,) = result.problems
+    assert problem.startswith("--capacity 0.45 does not hold")
 
 
 def test_text_of_another_kind_is_refused(engine: Engine) -> None:
@@ -88,7 +89,7 @@ def test_text_of_another_kind_is_refused(engine: Engine) -> None:
     randomise(engine.routers)
     other = [dataclasses.replace(b, input_ids=torch.full_like(b.input_ids, 5)) for b in batches(2)]
     with pytest.raises(ConfigError, match="does not hold on other text"):
-        calibrate_all(engine, batches(1), other, [0.45])
+        calibrate_all(engine, batches(1), other, [0.45]).require_all()
 
 
 def calibrated() -> tuple[Any, RouterSet]:
