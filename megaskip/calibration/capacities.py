@@ -14,6 +14,7 @@ from megaskip.data import Batch
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.results import EvalResult
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet
@@ -58,15 +59,17 @@ class CalibrationResult:
             raise UnreachedError(*self.problems)
 
 
-def routed_engine(config: RunConfig, topology: Topology, folder: Path, routers: Path) -> Engine:
-    """Return an engine with the routers of a router folder on the model in `folder`. Collective."""
+def routed_engine(
+    config: RunConfig, topology: Topology, source: ModelSource, routers: Path
+) -> Engine:
+    """Return an engine with the routers of a router folder on the model of `source`. Collective."""
     stored, layers, _ = read_router_config(routers)
     # Its own threshold is where every search begins, all layers alike; capacity_low matters to
     # training alone.
     alike = stored.threshold if isinstance(stored.threshold, float) else 0.5
     stored = dataclasses.replace(stored, layers=layers, capacity_low=None, threshold=alike)
     config = dataclasses.replace(config, router=stored)
-    engine = build_engine(config, topology, folder, read_ds_config(config))
+    engine = build_engine(config, topology, source, read_ds_config(config.parallel.ds_config))
     assert engine.routers is not None
     engine.routers.load_state_dict(load_router_tensors(routers, engine.routers))
     return engine

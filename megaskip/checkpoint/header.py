@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megaskip.checkpoint.atomic import read_json
 from megaskip.errors import CheckpointError
 
 METADATA = "__metadata__"
@@ -36,18 +35,6 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     if found < 8 + size + end:
         raise _cut_off(file, found, "what its header lists", 8 + size + end)
     return header, 8 + size
-
-
-def require_whole_shards(folder: Path) -> None:
-    """Raise CheckpointError when a safetensors file of a model's folder is cut off or missing."""
-    files = set(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files |= {folder / name for name in read_json(index).get("weight_map", {}).values()}
-    for file in sorted(files):
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, which {index.name} names")
-        read_header(file)
 
 
 def _cut_off(file: Path, found: int, what: str, expected: int) -> CheckpointError:

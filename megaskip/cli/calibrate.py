@@ -39,6 +39,7 @@ from megaskip.errors import ConfigError
 from megaskip.export.folder import require_new
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.progress import ProgressBatches
 from megaskip.reporting.summary import table
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         process_group(topology, timeout=config.parallel.dist_timeout),
         tqdm(total=total, desc="calibrating", disable=hidden) as bar,
     ):
-        engine = routed_engine(config, topology, base, routers)
+        engine = routed_engine(config, topology, resolve_source(model), routers)
         calibration = ProgressBatches(loader.calibration(options.rows), "a pass", disable=hidden)
         result = calibrate_all(
             engine,

@@ -47,7 +47,7 @@ from megaskip.cli.source import with_demo
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.log import quiet_libraries, set_up_logging
-from megaskip.parallel.loading.load import find_model_folder
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.study.comparison import Comparison, Measured, contrasts
 from megaskip.study.pareto import (
@@ -97,9 +97,10 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror}; name a folder") from None
     topology = read_topology({})
-    folder = find_model_folder(ModelConfig(model=options.model))
+    config = configuration(options)
+    source = resolve_source(config.model)
     with process_group(topology, timeout=600):
-        comparison = Comparison(configuration(options), topology, folder)
+        comparison = Comparison(config, topology, source)
         for skip in options.skip:
             comparison.share(skip)
         if options.blimp:

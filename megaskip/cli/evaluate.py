@@ -10,7 +10,6 @@ import transformers
 
 from megaskip.checkpoint.atomic import why_unwritable, write_json
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
-from megaskip.config import ParallelConfig, RunConfig
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm, find_tasks, quiet_lm_eval
@@ -176,7 +175,7 @@ def _lm(options: argparse.Namespace, topology: Topology) -> MegaskipLM:
 
 
 def _ds_content(options: argparse.Namespace) -> dict[str, Any] | None:
-    content = read_ds_config(RunConfig(parallel=ParallelConfig(ds_config=options.ds_config)))
+    content = read_ds_config(options.ds_config)
     if content is not None:
         from megaskip.parallel.zero3 import prepare_deepspeed
 

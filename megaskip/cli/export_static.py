@@ -43,7 +43,8 @@ from megaskip.export.static_folder import (
     verify_static,
 )
 from megaskip.log import quiet_libraries
-from megaskip.parallel.loading.load import load_hf_config, load_whole, weight_dtype
+from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.whole import load_whole
 from megaskip.reporting.summary import human_bytes, table
 
 
@@ -148,9 +149,7 @@ def measured(
     batches = [batch for batch in loader.calibration(options.rows) if batch is not None]
     rows = sum(len(batch.input_ids) for batch in batches)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hf_config = load_hf_config(base, settings)
-    dtype = weight_dtype(settings, hf_config)
-    model = load_whole(base, hf_config, dtype, settings, device).eval()
+    model = load_whole(resolve_source(settings), device).eval()
     shares = measure_capacity(model, load_routers(model, routers), batches)
     return shares, f"{rows} rows of {', '.join(data.data)}"
 

@@ -15,7 +15,7 @@ from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config import DataConfig, ModelConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import ConfigError
-from megaskip.parallel.loading.load import DEMO_FOLDER, find_model_folder
+from megaskip.parallel.loading.source import DEMO_FOLDER, find_model_folder
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

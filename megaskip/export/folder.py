@@ -16,13 +16,14 @@ from transformers import AutoTokenizer
 
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_folder, is_hub_id
-from megaskip.checkpoint.header import METADATA, read_header
+from megaskip.checkpoint.header import read_header
 from megaskip.checkpoint.routers import (
     CONFIG,
     WEIGHTS,
     read_router_config,
     read_router_weights,
 )
+from megaskip.checkpoint.weight_index import INDEX, SINGLE, weight_map_of
 from megaskip.config import RouterConfig
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import CODE, bundled_code
@@ -30,8 +31,6 @@ from megaskip.export.card import write_card
 from megaskip.routing import PREFIX
 
 MODES = ("overlay", "copy", "adapter")
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 ROUTER_SHARD = "skip_routers.safetensors"
 RENAMED_SINGLE = "base.safetensors"
 """transformers takes a model.safetensors for the whole model, whatever an index says."""
@@ -198,7 +197,7 @@ def _put_weights(
     """Link or copy the base's shards and write the index that names them and the routers."""
     weight_map = {
         tensor: RENAMED_SINGLE if file == SINGLE else file
-        for tensor, file in weight_map_of(base).items()
+        for tensor, file in require_safetensors(base).items()
     }
     for name in sorted(set(weight_map.values())):
         source = base / (SINGLE if name == RENAMED_SINGLE else name)
@@ -213,17 +212,15 @@ def _put_weights(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def weight_map_of(base: Path) -> dict[str, str]:
-    """Return the file of each stored tensor."""
-    if (base / INDEX).is_file():
-        return dict(read_json(base / INDEX)["weight_map"])
-    if not (base / SINGLE).is_file():
+def require_safetensors(base: Path) -> dict[str, str]:
+    """Return the file name of each stored tensor of a base; raises CheckpointError without any."""
+    weight_map = weight_map_of(base)
+    if not weight_map:
         raise CheckpointError(
             f"--base {base} holds no safetensors ({SINGLE} or {INDEX}); load it with transformers "
             "and save_pretrained it once"
         )
-    names = read_header(base / SINGLE)[0].keys() - {METADATA}
-    return dict.fromkeys(sorted(names), RENAMED_SINGLE)
+    return weight_map
 
 
 def put_rest(folder: Path, base: Path, tokenizer: Any | None = None) -> None:

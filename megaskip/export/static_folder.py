@@ -19,28 +19,27 @@ from megaskip.arch.sites import find_sites
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import save_routers
+from megaskip.checkpoint.weight_index import INDEX
 from megaskip.config import ModelConfig, RouterConfig
 from megaskip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import card_metadata
 from megaskip.export.decilm import NORMS, decilm_config, require_decilm, write_decilm_code
 from megaskip.export.folder import (
-    INDEX,
-    RENAMED_SINGLE,
-    SINGLE,
     Exported,
     base_name,
     link_or_copy,
     own_config,
     put_rest,
     require_new,
+    require_safetensors,
     size_of,
-    weight_map_of,
 )
 from megaskip.export.shards import bytes_of, copy_without, names_of_dropped
 from megaskip.export.static import WORDS, describe_dropped
 from megaskip.export.verify import Verified, verify_folder
-from megaskip.parallel.loading.load import load_hf_config, skeleton
+from megaskip.parallel.loading.source import ModelSource, resolve_source
+from megaskip.parallel.loading.whole import skeleton
 from megaskip.routing import RouterSet
 
 FORMATS = ("hf", "decilm")
@@ -90,12 +89,12 @@ def export_static(
     each shard that is done. Shards that lose nothing are hard links. Raises CheckpointError,
     ConfigError or UnsupportedModelError.
     """
-    content, hf_config, weight_map = require_exportable(base, output, form)
-    _require_droppable(base, hf_config, dropped)
+    content, source, weight_map = require_exportable(base, output, form)
+    _require_droppable(source, dropped)
     if form == "hf":
         config = {**own_config(content), "dropped": dict(dropped)}
     else:
-        config = decilm_config(hf_config, content, dropped)
+        config = decilm_config(source.hf_config, content, dropped)
     gone = names_of_dropped(weight_map, dropped, None if form == "hf" else NORMS)
     done = StaticExport(folder=output, mode="overlay")
     with new_folder(output) as folder:
@@ -114,8 +113,8 @@ def export_static(
 
 def require_exportable(
     base: Path, output: Path, form: str
-) -> tuple[dict[str, Any], Any, dict[str, str]]:
-    """Return (config.json, config, file of each tensor) of a base that `form` can express.
+) -> tuple[dict[str, Any], ModelSource, dict[str, str]]:
+    """Return (config.json, source, file of each tensor) of a base that `form` can express.
 
     What can be refused before anything is measured or loaded is refused here.
     """
@@ -128,11 +127,11 @@ def require_exportable(
             f"--base {base} brings modelling code of its own, which an exported folder cannot "
             "carry along"
         )
-    hf_config = load_hf_config(base, ModelConfig(model=str(base)))
-    weight_map = weight_map_of(base)
+    source = resolve_source(ModelConfig(model=str(base)))
+    weight_map = require_safetensors(base)
     if form == "decilm":
-        require_decilm(hf_config, weight_map)
-    return content, hf_config, weight_map
+        require_decilm(source.hf_config, weight_map)
+    return content, source, weight_map
 
 
 def verify_static(folder: Path, base: Path, target: str, layers: Sequence[int]) -> Verified:
@@ -147,9 +146,9 @@ def verify_static(folder: Path, base: Path, target: str, layers: Sequence[int]) 
         return verify_folder(folder, base, save_routers(Path(scratch) / "never", routers))
 
 
-def _require_droppable(base: Path, hf_config: Any, dropped: Mapping[str, Sequence[int]]) -> None:
+def _require_droppable(source: ModelSource, dropped: Mapping[str, Sequence[int]]) -> None:
     """Raise unless each dropped sublayer is there, and zeros in its place stay zero."""
-    parts = find_decoder(skeleton(hf_config, ModelConfig(model=str(base))))
+    parts = find_decoder(skeleton(source))
     last = len(parts.layers) - 1
     if not any(dropped.values()) or dropped.keys() - WORDS.keys():
         raise ConfigError(f"nothing to drop in {dict(dropped)}; name layers of attn or mlp")
@@ -184,18 +183,18 @@ def _put_weights(
     """Link the shards that lose nothing, rewrite the others, and write their index, if any."""
     total = 0
     for file in sorted(set(weight_map.values())):
-        source = base / (SINGLE if file == RENAMED_SINGLE else file)
-        if not source.is_file():
+        shard = base / file
+        if not shard.is_file():
             raise CheckpointError(f"--base {base}: its index names {file}, which is not there")
-        names = {name for name, place in weight_map.items() if place == file}
-        size, lost = bytes_of(source, names), bytes_of(source, names & gone)
+        names = {name for name, holder in weight_map.items() if holder == file}
+        size, lost = bytes_of(shard, names), bytes_of(shard, names & gone)
         if lost:
-            copy_without(source, folder / source.name, gone)
+            copy_without(shard, folder / shard.name, gone)
         else:
-            link_or_copy(source, folder / source.name, done)
+            link_or_copy(shard, folder / shard.name, done)
         total += size - lost
         done.removed += lost
-        progress(source.stat().st_size)
+        progress(shard.stat().st_size)
     if (base / INDEX).is_file():
         stays = {name: file for name, file in sorted(weight_map.items()) if name not in gone}
         index = {"metadata": {"total_size": total}, "weight_map": stays}

@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megaskip.checkpoint.atomic import read_json
+from megaskip.checkpoint.weight_index import SINGLE, read_weight_map
 from megaskip.errors import CheckpointError
 
 _SAFE = ".safetensors"
 _TORCH = (".bin", ".pt", ".pth")
-_WHOLE = (f"model{_SAFE}", "pytorch_model.bin")
+_WHOLE = (SINGLE, "pytorch_model.bin")
 _OTHER_STATE = ("training_args", "optimizer", "scheduler", "rng_state")
 """Files that a Trainer leaves beside the weights."""
 _DAMAGE = (
@@ -76,9 +76,7 @@ def _index_of(source: Path) -> Path | None:
 def _read_indexed(
     index: Path, wanted: re.Pattern[str]
 ) -> tuple[list[str], dict[str, tuple[Path, Tensor]]]:
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(one, str) for one in shards.values()):
-        raise CheckpointError(f"{index} is damaged: expected names and their files in weight_map")
+    shards = read_weight_map(index)
     matching = {
         name: index.parent / file for name, file in shards.items() if wanted.fullmatch(name)
     }

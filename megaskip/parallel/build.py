@@ -1,9 +1,8 @@
 """From a checked RunConfig to an engine that can train: load, shard, attach, verify."""
 
-from pathlib import Path
+import functools
 from typing import Any
 
-import torch
 from torch import nn
 
 from megaskip.arch import attach_routers, attach_to_stage, find_decoder, freeze
@@ -13,48 +12,40 @@ from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import require_dtype, zero3_config
 from megaskip.parallel.engine import Engine
-from megaskip.parallel.loading.load import (
-    build_from_config,
-    load_hf_config,
-    load_partitioned,
-    load_whole,
-    say_if_slow,
-    skeleton,
-    weight_dtype,
-)
 from megaskip.parallel.loading.partition import boundaries_of
+from megaskip.parallel.loading.partitioned import load_partitioned
+from megaskip.parallel.loading.source import ModelSource, log_if_slow
 from megaskip.parallel.loading.stage import load_stage
+from megaskip.parallel.loading.whole import build_tiny, load_whole, skeleton
 from megaskip.parallel.topology import Topology
 from megaskip.routing import SparseExecutor
 
 
 def build_engine(
-    config: RunConfig, topology: Topology, folder: Path, ds_content: dict[str, Any] | None
+    config: RunConfig, topology: Topology, source: ModelSource, ds_content: dict[str, Any] | None
 ) -> Engine:
     """Return the engine of a run: a pipeline's stage, ZeRO-3 with `ds_content`, else a replica on
     every rank. Collective.
 
-    `folder` is the model's local folder. Raises MegaskipError for models that cannot be loaded or
-    routed.
+    `source` is the resolved `config.model`. Raises MegaskipError for models that cannot be loaded
+    or routed.
     """
-    hf_config = load_hf_config(folder, config.model)
-    dtype = weight_dtype(config.model, hf_config)
-    say_if_slow(dtype, topology.device)
+    log_if_slow(source.dtype, topology.device)
     if ds_content is not None:
-        require_dtype(ds_content, str(dtype).removeprefix("torch."))
+        require_dtype(ds_content, str(source.dtype).removeprefix("torch."))
     if topology.num_stages > 1:
-        return _pipeline(config, topology, folder, hf_config, dtype)
+        return _pipeline(config, topology, source)
     if config.model.train == "full":
-        model = load_whole(folder, hf_config, dtype, config.model, topology.device).train()
+        model = load_whole(source, topology.device).train()
         loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
         if config.parallel.activation_checkpointing:
             checkpoint_activations(model, 0)
         return Engine(loss, None, config, topology)
     if ds_content is None:
-        model = load_whole(folder, hf_config, dtype, config.model, topology.device).eval()
+        model = load_whole(source, topology.device).eval()
         loss, handle = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), None
     else:
-        loss, handle = shard_backbone(config, folder, hf_config, dtype, ds_content)
+        loss, handle = shard_backbone(source, ds_content, config.parallel.loss_chunk_tokens)
     verify_task_loss(loss)
     routers = attach_routers(loss.model, config.router, register=False)
     if config.parallel.train_execution == "sparse":
@@ -64,15 +55,13 @@ def build_engine(
     return Engine(loss, routers, config, topology, handle)
 
 
-def _pipeline(
-    config: RunConfig, topology: Topology, folder: Path, hf_config: Any, dtype: torch.dtype
-) -> Engine:
+def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Engine:
     """Return the engine of one stage, once a tiny copy of the family has been cut and compared."""
     # Only runs with stages pay for the import of DeepSpeed, which has the schedules.
     from megaskip.parallel.pipeline import PipelineEngine
 
-    verify_stages(hf_config, lambda tiny: build_from_config(tiny, config.model, torch.float32))
-    shape = skeleton(hf_config, config.model)
+    verify_stages(source.hf_config, functools.partial(build_tiny, source))
+    shape = skeleton(source)
     depth = len(find_decoder(shape).layers)
     cuts = boundaries_of(shape, config.router, config.parallel)
     part = slices(cuts, depth)[topology.stage]
@@ -81,7 +70,7 @@ def _pipeline(
     def cut(model: nn.Module) -> DecoderStage:
         return DecoderStage(model, part, chunk_tokens=chunk_tokens)
 
-    stage = load_stage(folder, hf_config, dtype, config.model, part, cut, topology.device)
+    stage = load_stage(source, part, cut, topology.device)
     routers = attach_to_stage(stage, config.router)
     if config.parallel.train_execution == "sparse":
         routers.executor = SparseExecutor()
@@ -91,17 +80,17 @@ def _pipeline(
 
 
 def shard_backbone(
-    config: RunConfig, folder: Path, hf_config: Any, dtype: torch.dtype, ds_content: dict[str, Any]
+    source: ModelSource, ds_content: dict[str, Any], chunk_tokens: int
 ) -> tuple[TaskLoss, Any]:
     """Return (the frozen backbone in its task loss, handle of ZeRO-3's hooks), partitioned over
     the ranks. Collective."""
     # DeepSpeed reads its environment on import, and takes seconds; only runs that shard pay for it.
     from megaskip.parallel.zero3 import shard
 
-    shape = skeleton(hf_config, config.model)
+    shape = skeleton(source)
     layer_numel = sum(p.numel() for p in find_decoder(shape).layers[-1].parameters())
     largest = max(p.numel() for p in shape.parameters())
     ds_config = zero3_config(ds_content, layer_numel=layer_numel, largest_numel=largest)
-    model = load_partitioned(folder, hf_config, dtype, config.model, ds_config).eval()
+    model = load_partitioned(source, ds_config).eval()
     freeze(model)
-    return shard(TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), ds_config)
+    return shard(TaskLoss(model, chunk_tokens=chunk_tokens), ds_config)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megaskip.config import RunConfig
+from megaskip.config import ParallelConfig, RunConfig
 from megaskip.config.checks import did_you_mean
 from megaskip.errors import ConfigError
 from megaskip.extras import extra
@@ -16,10 +16,12 @@ from megaskip.extras import extra
 _LIVE_LAYERS = 2
 
 
-def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
-    """Return the checked content of --ds_config, or None without one; raises ConfigError with every
-    problem."""
-    path = config.parallel.ds_config
+def read_ds_config(path: str | None, run: RunConfig | None = None) -> dict[str, Any] | None:
+    """Return the checked content of a DeepSpeed JSON, or None without one.
+
+    A training `run` owns batch size, precision and stages, so the JSON may not contradict it; any
+    other job uses the sharding alone. Raises ConfigError with every problem.
+    """
     if path is None:
         return None
     try:
@@ -29,13 +31,10 @@ def read_ds_config(config: RunConfig) -> dict[str, Any] | None:
     except ValueError as error:
         raise ConfigError(f"--ds_config {path}: not valid JSON ({error})") from None
     _require_objects(path, content)
-    problems = _conflicts(path, content, config) + _unsupported(path, content)
-    if config.model.train == "full":
-        problems.append(
-            "--train full trains every weight on every rank and does not shard yet; leave "
-            f"--ds_config {path} out"
-        )
-    problems += _pipeline_conflicts(path, content, config) + _wrong_zero(path, content)
+    problems = [] if run is None else _conflicts(path, content, run)
+    problems += _never_ours(path, content) + _unsupported(path, content)
+    parallel = ParallelConfig() if run is None else run.parallel
+    problems += _pipeline_conflicts(path, content, parallel) + _wrong_zero(path, content)
     if problems:
         raise ConfigError(*problems)
     return dict(content)
@@ -127,10 +126,9 @@ def _require_objects(path: str, content: Any) -> None:
             raise ConfigError(f"--ds_config {path}: {name} must be an object, found {value!r}")
 
 
-def _conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[str]:
-    """Return where the JSON says something else than the flags about what the flags own."""
-    optim = config.optim
-    scheduler_owned = {"optimizer": "--lr and --weight_decay", "scheduler": "--warmup_ratio"}
+def _conflicts(path: str, content: dict[str, Any], run: RunConfig) -> list[str]:
+    """Return where the JSON says something else than a run's flags about what the flags own."""
+    optim = run.optim
     owned = {
         "train_micro_batch_size_per_gpu": ("--micro_batch_size", optim.micro_batch_size),
         "gradient_accumulation_steps": (
@@ -141,40 +139,53 @@ def _conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[st
     }
     problems = [
         f"--ds_config {path} sets {key} to {content[key]}, but {flag} is {value}; make them equal, "
-        "or write "
-        f'"auto" in the JSON'
+        'or write "auto" in the JSON'
         for key, (flag, value) in owned.items()
         if content.get(key, "auto") not in ("auto", value)
-    ]
-    problems += [
-        f"--ds_config {path} has a section {key!r}; megaskip's flags {flags} own it, remove the "
-        "section"
-        for key, flags in scheduler_owned.items()
-        if key in content
     ]
     if content.get("train_batch_size", "auto") != "auto":
         problems.append(
             f"--ds_config {path} sets train_batch_size to {content['train_batch_size']}; the batch "
-            "is "
-            '--micro_batch_size x --gradient_accumulation_steps x ranks, write "auto" or remove it'
+            'is --micro_batch_size x --gradient_accumulation_steps x ranks, write "auto" or remove '
+            "it"
         )
-    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        enabled = content.get(key, {}).get("enabled", "auto")
-        if enabled is True and config.model.dtype not in ("auto", dtype):
-            problems.append(
-                f"--ds_config {path} enables {key}, but --dtype is {config.model.dtype}"
-            )
-        if enabled is True and key == "fp16":
-            problems.append(
-                f"--ds_config {path} enables fp16; megaskip runs backbones in bfloat16 or float32"
-            )
+    problems += [
+        f"--ds_config {path} enables {key}, but --dtype is {run.model.dtype}"
+        for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16"))
+        if _enables(content, key) and run.model.dtype not in ("auto", dtype)
+    ]
+    if run.model.train == "full":
+        problems.append(
+            "--train full trains every weight on every rank and does not shard yet; leave "
+            f"--ds_config {path} out"
+        )
     return problems
 
 
-def _pipeline_conflicts(path: str, content: dict[str, Any], config: RunConfig) -> list[str]:
+def _never_ours(path: str, content: dict[str, Any]) -> list[str]:
+    """Return what no job of megaskip takes from the JSON, whatever its flags are."""
+    flags_of = {"optimizer": "--lr and --weight_decay", "scheduler": "--warmup_ratio"}
+    problems = [
+        f"--ds_config {path} has a section {key!r}; megaskip's flags {flags} own it, remove the "
+        "section"
+        for key, flags in flags_of.items()
+        if key in content
+    ]
+    if _enables(content, "fp16"):
+        problems.append(
+            f"--ds_config {path} enables fp16; megaskip runs backbones in bfloat16 or float32"
+        )
+    return problems
+
+
+def _enables(content: dict[str, Any], section: str) -> bool:
+    return content.get(section, {}).get("enabled", "auto") is True
+
+
+def _pipeline_conflicts(path: str, content: dict[str, Any], parallel: ParallelConfig) -> list[str]:
     """Return where ZeRO stage, pipeline section and --pipeline_stages do not go together."""
     stage = content.get("zero_optimization", {}).get("stage")
-    section, stages = content.get("pipeline", {}), config.parallel.pipeline_stages
+    section, stages = content.get("pipeline", {}), parallel.pipeline_stages
     if stages == 1 and section:
         return [f"--ds_config {path} is for a pipeline; say of how many with --pipeline_stages"]
     if stages == 1 and stage != 3:
@@ -192,7 +203,7 @@ def _pipeline_conflicts(path: str, content: dict[str, Any], config: RunConfig) -
             "stages hold the backbone in slices, and the optimizer state of the routers is a few "
             "kilobytes; take ds_configs/pipeline.json"
         )
-    owned = {"stages": stages, "partition": config.parallel.pipeline_partition}
+    owned = {"stages": stages, "partition": parallel.pipeline_partition}
     for key, value in owned.items():
         if section.get(key, "auto") not in ("auto", value):
             problems.append(

@@ -17,7 +17,8 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.live_bytes import LiveBytes
-from megaskip.parallel.loading.load import build_from_config
+from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.whole import build_model
 
 TRAINED_BYTES = 16
 """float32 weight, gradient and two moments of a trained parameter."""
@@ -49,15 +50,14 @@ class Estimate:
 
 def estimate(
     config: RunConfig,
-    hf_config: Any,
-    dtype: torch.dtype,
+    source: ModelSource,
     *,
     world_size: int,
     ds_content: dict[str, Any] | None,
 ) -> Estimate:
     """Return what each rank of `world_size` will need. Touches no weights and no process group."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_from_config(hf_config, config.model, dtype)
+        model = build_model(source, source.dtype)
         model.train(config.model.train == "full")
         parameters = [(p.numel(), p.element_size()) for p in model.parameters()]
         layer_numel = sum(p.numel() for p in find_decoder(model).layers[-1].parameters())

@@ -1,8 +1,6 @@
 """What each stage of a pipeline will need: one micro-step of it on fake tensors, and those in
 flight."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,14 +11,15 @@ from megaskip.arch.stage import DecoderStage, Slice, slices
 from megaskip.config import RunConfig
 from megaskip.parallel.estimate import TRAINED_BYTES, Estimate
 from megaskip.parallel.live_bytes import LiveBytes
-from megaskip.parallel.loading.load import build_from_config, skeleton
 from megaskip.parallel.loading.partition import boundaries_of
+from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.whole import build_model, skeleton
 from megaskip.routing import RouterSet
 
 
-def estimate_stages(config: RunConfig, hf_config: Any, dtype: torch.dtype) -> list[Estimate]:
+def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
     """Return what a rank of each stage will need, first stage first. Touches no weights."""
-    shape = skeleton(hf_config, config.model)
+    shape = skeleton(source)
     cuts = boundaries_of(shape, config.router, config.parallel)
     parts = slices(cuts, len(find_decoder(shape).layers))
     parameters = sum(p.numel() for p in shape.parameters())
@@ -29,11 +28,11 @@ def estimate_stages(config: RunConfig, hf_config: Any, dtype: torch.dtype) -> li
         # 1F1B: so many micro-batches have gone forward here and wait for their backward pass.
         in_flight = min(len(parts) - number, config.optim.gradient_accumulation_steps)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = build_from_config(hf_config, config.model, dtype)
+            model = build_model(source, source.dtype)
             chunk = config.parallel.loss_chunk_tokens
             stage = DecoderStage(model, part, chunk_tokens=chunk).eval()
             routers = attach_to_stage(stage, config.router, verify=False)
-            activations, workspace = _micro_step(stage, routers, config, dtype)
+            activations, workspace = _micro_step(stage, routers, config, source.dtype)
         trainable = [(name, tuple(p.shape)) for name, p in routers.named_parameters()]
         estimates.append(
             Estimate(

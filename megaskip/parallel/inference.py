@@ -15,24 +15,24 @@ from transformers import CONFIG_MAPPING
 from megaskip.arch import attach_routers
 from megaskip.checkpoint import load_routers
 from megaskip.checkpoint.atomic import read_json
-from megaskip.checkpoint.base import describe_folder, is_hub_id
-from megaskip.checkpoint.header import require_whole_shards
+from megaskip.checkpoint.base import is_hub_id
 from megaskip.checkpoint.routers import CONFIG, read_router_config, read_tensors
-from megaskip.config import ModelConfig, RouterConfig, RunConfig
+from megaskip.checkpoint.weight_index import require_whole_shards
+from megaskip.config import ModelConfig, ParallelConfig, RouterConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.hf import MODEL_TYPE, MegaskipForCausalLM
 from megaskip.parallel.build import shard_backbone
-from megaskip.parallel.loading.load import (
+from megaskip.parallel.loading.source import (
+    ModelSource,
     find_model_folder,
-    load_hf_config,
-    load_whole,
-    say_if_slow,
-    skeleton,
-    weight_dtype,
+    log_if_slow,
+    resolve_source,
+    source_in,
 )
 from megaskip.parallel.loading.staged import StagedModel, load_staged
+from megaskip.parallel.loading.whole import load_whole
 from megaskip.parallel.topology import Topology
 from megaskip.routing import PREFIX, RouterSet
 
@@ -96,13 +96,12 @@ def load_for_inference(
             f"--model {folder}: found neither config.json (exported) nor {CONFIG} (routers) there"
         )
     backbone = dataclasses.replace(backbone, model=name)
-    found = find_model_folder(backbone)
-    content = read_json(found / "config.json")
-    require_whole_shards(found)
+    folder = find_model_folder(backbone)
+    content = read_json(folder / "config.json")
+    require_whole_shards(folder)
     if str(content.get("model_type")).startswith(MODEL_TYPE):
-        return _exported(found, content, backbone, place)
-    loaded = _Backbone(found, load_hf_config(found, backbone), backbone, place)
-    return loaded.dense(f"{name}, dense")
+        return _exported(folder, content, backbone, place)
+    return _Backbone(resolve_source(backbone, folder), place).dense(f"{name}, dense")
 
 
 def _with_router_folder(
@@ -114,11 +113,11 @@ def _with_router_folder(
         raise ConfigError(f"--model {routers} does not name its base model; give --base")
     revision = described.revision if described is not None and base is None else None
     backbone = dataclasses.replace(backbone, model=named, revision=revision)
-    folder = find_model_folder(backbone)
-    require_whole_shards(folder)
+    source = resolve_source(backbone)
+    require_whole_shards(source.folder)
     if described is not None:
-        described.require(describe_folder(folder), "the router folder")
-    loaded = _Backbone(folder, load_hf_config(folder, backbone), backbone, place)
+        described.require(source.describe(), "the router folder")
+    loaded = _Backbone(source, place)
     # Beside weights that are spread, on those that are not.
     attached = load_routers(loaded.model, routers, register=not place.is_spread)
     return loaded.routed(attached, "keep", f"{routers} on {named}", config)
@@ -135,7 +134,7 @@ def _exported(
             model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto")
         except OSError as error:
             raise CheckpointError(f"--model {error}") from None
-        say_if_slow(model.dtype, place.topology.device)
+        log_if_slow(model.dtype, place.topology.device)
         model.to(place.topology.device).eval().requires_grad_(False)
         routers = model.get_submodule(PREFIX) if routing is not None else None
         what = "sublayers dropped" if routing is None else routing["granularity"]
@@ -152,7 +151,7 @@ def _exported(
     foreign = ("routing", "dropped", "base_model_type", "auto_map", "model_type", "architectures")
     own = {name: value for name, value in content.items() if name not in foreign}
     hf_config = CONFIG_MAPPING[family].from_dict(own)
-    loaded = _Backbone(folder, hf_config, backbone, place)
+    loaded = _Backbone(source_in(folder, hf_config, backbone), place)
     settings = dict(routing)
     kv, layers = settings.pop("kv", "keep"), tuple(settings.pop("layers"))
     config = RouterConfig(layers=layers, **settings)
@@ -163,28 +162,22 @@ def _exported(
 
 
 class _Backbone:
-    """The base model of a folder, placed; then with routers or without."""
+    """A base model, placed; then with routers or without."""
 
-    def __init__(
-        self, folder: Path, hf_config: Any, backbone: ModelConfig, place: Placement
-    ) -> None:
-        self._folder, self._device = folder, place.topology.device
+    def __init__(self, source: ModelSource, place: Placement) -> None:
+        self._folder, self._device = source.folder, place.topology.device
         self._staged: StagedModel | None = None
-        self._shape: Any = None
         self.model: Any
-        dtype = weight_dtype(backbone, hf_config)
-        say_if_slow(dtype, self._device)
+        log_if_slow(source.dtype, self._device)
         if place.topology.num_stages > 1:
-            self._staged = load_staged(folder, hf_config, dtype, backbone, place.topology)
-            self._shape = skeleton(hf_config, backbone)
+            self._staged = load_staged(source, place.topology)
             self.model = self._staged.model
         elif place.ds_content is not None:
-            config = RunConfig(model=backbone)
-            loss, _ = shard_backbone(config, folder, hf_config, dtype, place.ds_content)
+            chunk_tokens = ParallelConfig().loss_chunk_tokens
+            loss, _ = shard_backbone(source, place.ds_content, chunk_tokens)
             self.model = loss.model.eval()
         else:
-            model = load_whole(folder, hf_config, dtype, backbone, self._device)
-            self.model = model.eval().requires_grad_(False)
+            self.model = load_whole(source, self._device).eval().requires_grad_(False)
 
     def dense(self, description: str) -> InferenceModel:
         """Return the model without routers."""
@@ -207,5 +200,5 @@ class _Backbone:
             folder=self._folder,
             description=description,
             staged=self._staged,
-            shape=self._shape,
+            shape=None if self._staged is None else self._staged.shape,
         )

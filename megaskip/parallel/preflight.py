@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megaskip.checkpoint.weight_index import tensor_files
 from megaskip.config import RunConfig
 from megaskip.errors import RankError
-from megaskip.parallel.loading.load import tensor_files
 from megaskip.parallel.topology import Topology
 
 _SPARE = 1.1

@@ -29,6 +29,7 @@ from megaskip.evaluation.paired import ratio_difference
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import RouterSet
@@ -65,16 +66,16 @@ class Measured:
 class Comparison:
     """The model, its texts, and one set of routers that plays every method."""
 
-    def __init__(self, config: RunConfig, topology: Topology, folder: Path) -> None:
-        """Load `config.model` from `folder`; `config.router.layers` are what all methods route and
+    def __init__(self, config: RunConfig, topology: Topology, source: ModelSource) -> None:
+        """Load the model of `source`; `config.router.layers` are what all methods route and
         `config.data.held_out` the documents to measure on."""
         self._config, self._topology = config, topology
-        self._engine = build_engine(config, topology, folder, None)
+        self._engine = build_engine(config, topology, source, None)
         self.model: Any = self._engine.module.model
         self.depth = len(find_decoder(self.model).layers)
         self.layers = resolve_layers(config.router.layers, self.depth)
         self._costs = CostModel(self.model, self.routers)
-        self._tokenizer = load_tokenizer(folder)
+        self._tokenizer = load_tokenizer(source.folder)
         data = build_dataset(config.data, self._tokenizer)
         documents = spread(data.held_out, config.data.held_out)
         data = dataclasses.replace(data, held_out=documents)

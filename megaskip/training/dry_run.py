@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 from megaskip.arch.decoder import describe_layers, describe_trainable
 from megaskip.config import RunConfig, resolve_layers
@@ -12,31 +11,30 @@ from megaskip.errors import ConfigError
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.estimate import Estimate, estimate
 from megaskip.parallel.estimate_stages import estimate_stages
-from megaskip.parallel.loading.load import load_hf_config, weight_dtype
+from megaskip.parallel.loading.source import ModelSource
 from megaskip.reporting.summary import human_bytes, table
 
 
-def dry_run_lines(config: RunConfig, folder: Path, world_size: int) -> list[str]:
+def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> list[str]:
     """Return the table that --dry_run prints, for `world_size` ranks."""
-    hf_config = load_hf_config(folder, config.model)
-    dtype = weight_dtype(config.model, hf_config)
-    ds_content = read_ds_config(config)
+    ds_content = read_ds_config(config.parallel.ds_config, config)
     num_stages = config.parallel.pipeline_stages
     if world_size % num_stages:
         raise ConfigError(
             f"--world_size {world_size} is not a multiple of --pipeline_stages {num_stages}"
         )
     if num_stages > 1:
-        stages = estimate_stages(config, hf_config, dtype)
+        stages = estimate_stages(config, source)
         needs = max(stages, key=lambda one: one.total)
     else:
         stages = []
-        needs = estimate(config, hf_config, dtype, world_size=world_size, ds_content=ds_content)
+        needs = estimate(config, source, world_size=world_size, ds_content=ds_content)
     size = config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
     size *= world_size // num_stages
+    size_text = f"{needs.parameters:,} parameters, {source.dtype}"
     rows = [
-        ("model", f"{folder} ({hf_config.model_type}), {needs.parameters:,} parameters, {dtype}"),
-        *_trainable(config, hf_config, needs),
+        ("model", f"{source.folder} ({source.hf_config.model_type}), {size_text}"),
+        *_trainable(config, source, needs),
         ("ranks", f"{world_size}, {_engine_name(num_stages, ds_content is not None)}"),
         *((f"bytes on stage {n}", human_bytes(one.total)) for n, one in enumerate(stages)),
         ("bytes on a rank", human_bytes(needs.total)),
@@ -46,7 +44,7 @@ def dry_run_lines(config: RunConfig, folder: Path, world_size: int) -> list[str]
         ("  activations", human_bytes(needs.activations)),
         ("  logits, temporaries", human_bytes(needs.workspace)),
         ("global batch", f"{size} rows of at most {config.data.seq_length} tokens"),
-        *_length(config, folder, size),
+        *_length(config, source, size),
     ]
     return table(rows, title="dry run: nothing is loaded, nothing is started")
 
@@ -57,22 +55,23 @@ def _engine_name(num_stages: int, sharded: bool) -> str:
     return "ZeRO-3" if sharded else "the whole model on each"
 
 
-def _trainable(config: RunConfig, hf_config: object, needs: Estimate) -> Iterator[tuple[str, str]]:
+def _trainable(
+    config: RunConfig, source: ModelSource, needs: Estimate
+) -> Iterator[tuple[str, str]]:
     if config.model.train == "full":
         yield "trains", f"every weight, {needs.parameters:,} parameters"
         return
-    text = hf_config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-    layers = resolve_layers(config.router.layers, text.num_hidden_layers)
+    layers = resolve_layers(config.router.layers, source.text_config.num_hidden_layers)
     yield "routes", f"{config.router.granularity} of layers {describe_layers(layers)}"
     yield "trains", describe_trainable(dict(needs.trainable))
 
 
-def _length(config: RunConfig, folder: Path, size: int) -> Iterator[tuple[str, str]]:
+def _length(config: RunConfig, source: ModelSource, size: int) -> Iterator[tuple[str, str]]:
     """Yield steps and tokens; from the flags, else from the data if there is a tokenizer."""
     steps = config.optim.max_steps
     if steps is None:
         try:
-            named, trust = config.model.tokenizer or folder, config.model.trust_remote_code
+            named, trust = config.model.tokenizer or source.folder, source.trust_remote_code
             data = build_dataset(config.data, load_tokenizer(named, trust_remote_code=trust))
         except ConfigError as error:
             yield "steps", f"not known without the data ({error}); give --max_steps"

@@ -11,10 +11,10 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from megaskip.arch.decoder import describe_layers, describe_trainable
-from megaskip.checkpoint import BaseModel, describe_base
-from megaskip.checkpoint.header import require_whole_shards
+from megaskip.checkpoint import BaseModel
 from megaskip.checkpoint.resume import read_state
 from megaskip.checkpoint.run_tokenizer import given_tokenizer
+from megaskip.checkpoint.weight_index import require_whole_shards
 from megaskip.config import DataConfig, RunConfig
 from megaskip.config.run import DEMO
 from megaskip.data import StreamingRows, TokenizedData, build_dataset
@@ -28,7 +28,7 @@ from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.heartbeat import HeartbeatMonitor
-from megaskip.parallel.loading.load import DEMO_FOLDER, find_model_folder, load_hf_config
+from megaskip.parallel.loading.source import DEMO_FOLDER, ModelSource, resolve_source
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.preflight import preflight
 from megaskip.parallel.topology import Topology, process_group, read_topology
@@ -55,17 +55,17 @@ def train(config: RunConfig) -> None:
     topology = read_topology(os.environ, num_stages=1 if dry else config.parallel.pipeline_stages)
     set_up_logging(rank=topology.rank)
     quiet_libraries()
-    ds_content = read_ds_config(config)
-    folder = find_model_folder(config.model)
+    ds_content = read_ds_config(config.parallel.ds_config, config)
+    source = resolve_source(config.model)
     if config.dry_run:
         if topology.is_first:
             config = dataclasses.replace(config, data=_with_demo(config.data))
             stages = config.parallel.pipeline_stages
             world_size = config.parallel.world_size or max(topology.world_size, stages)
-            print("\n".join(dry_run_lines(config, folder, world_size)))
+            print("\n".join(dry_run_lines(config, source, world_size)))
         return
-    require_whole_shards(folder)
-    data, pad_token_id = _read_data(config, folder)
+    require_whole_shards(source.folder)
+    data, pad_token_id = _read_data(config, source)
     if ds_content is not None and topology.num_stages == 1:
         from megaskip.parallel.zero3 import prepare_deepspeed
 
@@ -78,15 +78,20 @@ def train(config: RunConfig) -> None:
             stack.callback(discard_if_empty, output_dir)  # of a start that failed
         stack.enter_context(hold_run_folder(topology, output_dir))
         nodes = preflight(
-            config, topology, output_dir, folder, data.fingerprint, versions(), ds_content or {}
+            config,
+            topology,
+            output_dir,
+            source.folder,
+            data.fingerprint,
+            versions(),
+            ds_content or {},
         )
         for line in table(nodes, title="nodes"):
             logger.info("%s", line)
-        engine = build_engine(config, topology, folder, ds_content)
-        hf_config, named = load_hf_config(folder, config.model), config.model
-        base = describe_base(hf_config, folder, named.revision, name=named.model)
+        engine = build_engine(config, topology, source, ds_content)
         loader = _loader(config, topology, data, pad_token_id, resume)
-        trainer = _trainer(config, topology, engine, loader, base, output_dir, folder)
+        base = source.describe()
+        trainer = _trainer(config, topology, engine, loader, base, output_dir, source.folder)
         if resume is not None:
             trainer.resume(resume)
             if on_first_rank(topology, lambda: is_finished(output_dir)):
@@ -95,7 +100,7 @@ def train(config: RunConfig) -> None:
                     return
                 on_first_rank(topology, lambda: reopen(output_dir))
         on_first_rank(topology, lambda: write_run_file(output_dir, config, topology.world_size))
-        _print_header(trainer, folder)
+        _print_header(trainer, source.folder)
         trainer.run()
 
 
@@ -106,13 +111,13 @@ def _heartbeat(config: RunConfig, topology: Topology) -> HeartbeatMonitor:
 # -- data
 
 
-def _read_data(config: RunConfig, folder: Path) -> tuple[TokenizedData, int]:
+def _read_data(config: RunConfig, source: ModelSource) -> tuple[TokenizedData, int]:
     """Return tokenised data and the padding token; before any process group exists, so nobody times
     out."""
     tokenizer = load_tokenizer(
-        config.model.tokenizer or folder, trust_remote_code=config.model.trust_remote_code
+        config.model.tokenizer or source.folder, trust_remote_code=source.trust_remote_code
     )
-    model = load_hf_config(folder, config.model).get_text_config(decoder=True)
+    model = source.text_config
     longest = getattr(model, "max_position_embeddings", None)
     if longest is not None and config.data.seq_length > longest:
         message = "--seq_length %d is more than the %d positions that the model was made for"

@@ -11,7 +11,7 @@ from megaskip.config import parse_run_config
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.estimate import estimate
 from megaskip.parallel.estimate_stages import estimate_stages
-from megaskip.parallel.loading.load import load_hf_config, weight_dtype
+from megaskip.parallel.loading.source import resolve_source
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 BATCH = ["--micro_batch_size", "4", "--seq_length", "128"]
@@ -39,10 +39,9 @@ def test_estimate_is_within_15_percent_of_what_is_measured(ranks: int, tmp_path:
     found = run_worker("memory_of_a_step", ranks, model=str(tmp_path), cases=CASES)
     for number, flags in enumerate(CASES):
         config = parse_run_config(["--model", str(tmp_path), *flags])
-        hf_config = load_hf_config(tmp_path, config.model)
-        dtype = weight_dtype(config.model, hf_config)
-        ds_content = read_ds_config(config)
-        planned = estimate(config, hf_config, dtype, world_size=ranks, ds_content=ds_content)
+        ds_content = read_ds_config(config.parallel.ds_config, config)
+        source = resolve_source(config.model)
+        planned = estimate(config, source, world_size=ranks, ds_content=ds_content)
         for rank in range(ranks):
             assert planned.total == pytest.approx(found[rank][number], rel=0.15), (flags, planned)
 
@@ -54,8 +53,7 @@ def test_estimate_of_each_stage_is_within_15_percent(extra: list[str], tmp_path:
     flags += ["--ds_config", "ds_configs/pipeline.json"]
     found = run_worker("memory_of_a_step", 2, model=str(tmp_path), cases=[flags])
     config = parse_run_config(["--model", str(tmp_path), *flags])
-    hf_config = load_hf_config(tmp_path, config.model)
-    planned = estimate_stages(config, hf_config, weight_dtype(config.model, hf_config))
+    planned = estimate_stages(config, resolve_source(config.model))
     for stage, one in enumerate(planned):
         assert one.total == pytest.approx(found[stage][0], rel=0.15), (stage, one)
 
@@ -75,9 +73,8 @@ def test_70b_is_planned_from_its_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(shape))
     flags = ["--seq_length", "4096", "--micro_batch_size", "1", "--activation_checkpointing"]
     config = parse_run_config(["--model", str(tmp_path), *flags, *ZERO3])
-    hf_config = load_hf_config(tmp_path, config.model)
-    dtype = weight_dtype(config.model, hf_config)
-    planned = estimate(config, hf_config, dtype, world_size=16, ds_content=read_ds_config(config))
+    ds_content = read_ds_config(config.parallel.ds_config, config)
+    planned = estimate(config, resolve_source(config.model), world_size=16, ds_content=ds_content)
     assert planned.parameters == 70_553_706_496
     assert planned.weights == pytest.approx(2 * planned.parameters / 16, rel=0.01)
     assert planned.trained == 40 * 8192 * 16

@@ -16,6 +16,7 @@ from megaskip.data import Batch
 from megaskip.calibration.allocation import allocate, skip_costs
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.live_bytes import LiveBytes
@@ -214,7 +215,8 @@ def built(model: str, flags: list[str]) -> Iterator[tuple[Engine, Topology]]:
     """Yield the engine of a run on a tiny model folder, and this rank's place in it."""
     config = parse_run_config(["--model", model, "--max_grad_norm", "0", *flags])
     topology = read_topology(os.environ, num_stages=config.parallel.pipeline_stages)
-    yield build_engine(config, topology, Path(model), read_ds_config(config)), topology
+    ds_content = read_ds_config(config.parallel.ds_config, config)
+    yield build_engine(config, topology, resolve_source(config.model), ds_content), topology
 
 
 def _randomise(routers: Any) -> None:

@@ -14,7 +14,7 @@ from megaskip.data import Batch
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import DataError
 from megaskip.evaluation.paired import ratio_difference
-from megaskip.parallel.loading.load import DEMO_FOLDER
+from megaskip.parallel.loading.source import DEMO_FOLDER
 from megaskip.study.baselines import (
     random_order,
     skipping,

@@ -14,7 +14,7 @@ from megaskip.calibration.allocation import UnreachedError
 from megaskip.cli.compare import parse
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.errors import ConfigError
-from megaskip.parallel.loading.load import DEMO_FOLDER
+from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.study.comparison import Comparison, contrasts, spread
 from megaskip.study.pareto import draw, draw_layers, markdown
@@ -35,7 +35,7 @@ def comparison() -> Iterator[Comparison]:
     )
     topology = read_topology({})
     with process_group(topology, timeout=60):
-        yield Comparison(config, topology, DEMO_FOLDER / "backbone")
+        yield Comparison(config, topology, resolve_source(config.model))
 
 
 def test_baselines_skip_exactly_what_is_asked(comparison: Comparison) -> None:

@@ -127,9 +127,14 @@ def test_router_config_names_target_and_unit() -> None:
         RouterConfig(threshold=1.0)
 
 
+def read_for_run(flags: list[str]) -> dict[str, Any] | None:
+    run = parse_run_config(flags)
+    return read_ds_config(run.parallel.ds_config, run)
+
+
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
 def test_shipped_deepspeed_files_are_accepted_and_resolved(path: Path) -> None:
-    content = read_ds_config(parse_run_config(["--ds_config", str(path)]))
+    content = read_for_run(["--ds_config", str(path)])
     assert content is not None
     resolved = zero3_config(content, layer_numel=1000, largest_numel=5000)
     assert resolved["zero_optimization"]["stage"] == 3
@@ -162,7 +167,7 @@ def test_deepspeed_json_that_contradicts_the_flags_names_both_values(
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, **change}))
     with pytest.raises(ConfigError) as error:
-        read_ds_config(parse_run_config(["--ds_config", str(file), "--dtype", "float32"]))
+        read_for_run(["--ds_config", str(file), "--dtype", "float32"])
     assert message in str(error.value)
 
 
@@ -170,7 +175,25 @@ def test_equal_values_in_the_deepspeed_json_are_no_conflict(tmp_path: Path) -> N
     file = tmp_path / "ds.json"
     content = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2}
     file.write_text(json.dumps(content))
-    read_ds_config(parse_run_config(["--ds_config", str(file), "--micro_batch_size", "2"]))
+    read_for_run(["--ds_config", str(file), "--micro_batch_size", "2"])
+
+
+def test_a_job_that_does_not_train_takes_no_batch_size_from_the_deepspeed_json(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "ds.json"
+    content = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 7}
+    file.write_text(json.dumps(content))
+    assert read_ds_config(str(file)) == content
+    for change, message in (
+        ({"zero_optimization": {"stage": 2}}, "has ZeRO stage 2, expected 3"),
+        ({"optimizer": {}}, "has a section 'optimizer'"),
+        ({"fp16": {"enabled": True}}, "enables fp16"),
+        ({"pipeline": {"stages": 2}}, "is for a pipeline"),
+    ):
+        file.write_text(json.dumps({**content, **change}))
+        with pytest.raises(ConfigError, match=message):
+            read_ds_config(str(file))
 
 
 def test_broken_or_missing_deepspeed_json_is_named(tmp_path: Path) -> None:
@@ -184,7 +207,7 @@ def test_broken_or_missing_deepspeed_json_is_named(tmp_path: Path) -> None:
         (tmp_path / "no.json", "No such file"),
     ):
         with pytest.raises(ConfigError, match=message):
-            read_ds_config(parse_run_config(["--ds_config", str(path)]))
+            read_for_run(["--ds_config", str(path)])
 
 
 @pytest.mark.parametrize(("asked", "dtype"), [(True, "float32"), (False, "bfloat16")])
@@ -219,7 +242,7 @@ def test_what_deepspeed_would_refuse_is_refused_at_once(
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}))
     with pytest.raises(ConfigError, match=says):
-        read_ds_config(parse_run_config(["--ds_config", str(file)]))
+        read_for_run(["--ds_config", str(file)])
 
 
 def test_settings_of_the_deepspeed_engine_which_never_runs_are_refused(tmp_path: Path) -> None:
@@ -227,4 +250,4 @@ def test_settings_of_the_deepspeed_engine_which_never_runs_are_refused(tmp_path:
     content = {"zero_optimization": {"stage": 3}, "communication_data_type": "fp16"}
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="communication_data_type"):
-        read_ds_config(parse_run_config(["--ds_config", str(file)]))
+        read_for_run(["--ds_config", str(file)])

@@ -10,7 +10,7 @@ import torch
 
 from megaskip.config import RunConfig
 from megaskip.errors import RankError
-from megaskip.parallel.loading.load import say_if_slow
+from megaskip.parallel.loading.source import log_if_slow
 from megaskip.parallel.preflight import Report, find_problems, preflight
 from megaskip.parallel.topology import process_group, read_topology
 
@@ -121,6 +121,6 @@ def test_a_cpu_that_emulates_bfloat16_is_said_to_be_slow(
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
     with caplog.at_level(logging.INFO):
-        say_if_slow(dtype, torch.device("cpu"))
-        say_if_slow(dtype, torch.device("cuda"))
+        log_if_slow(dtype, torch.device("cpu"))
+        log_if_slow(dtype, torch.device("cuda"))
     assert caplog.text.count("--dtype float32 needs twice the memory") == int(said)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.atomic import new_folder
-from megaskip.checkpoint.header import require_whole_shards
 from megaskip.checkpoint.resume import COMPLETE, checkpoints, prune, require_same_routers
+from megaskip.checkpoint.weight_index import require_whole_shards
 from megaskip.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]

@@ -18,12 +18,17 @@ from megaskip.arch.part import verify_parts
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig, parse_run_config
 from megaskip.errors import ConfigError, MegaskipError, UnsupportedModelError
 from megaskip.parallel.ds_config import read_ds_config
-from megaskip.parallel.loading.load import load_hf_config
 from megaskip.parallel.loading.partition import balance, boundaries_of, layer_costs
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.loading.stage import load_stage
 from megaskip.parallel.topology import read_topology
 
 PIPELINE = ["--ds_config", "ds_configs/pipeline.json"]
+
+
+def read_for_run(flags: list[str]) -> dict[str, Any] | None:
+    run = parse_run_config(flags)
+    return read_ds_config(run.parallel.ds_config, run)
 
 
 def build(config: Any) -> Any:
@@ -65,13 +70,12 @@ def test_a_family_that_cannot_be_shrunk_is_refused_with_the_reason() -> None:
 
 
 def load(folder: Path, part: stages.Slice) -> stages.DecoderStage:
-    config = ModelConfig(model=str(folder))
+    source = resolve_source(ModelConfig(model=str(folder), dtype="float32"))
 
     def cut(model: Any) -> stages.DecoderStage:
         return stages.DecoderStage(model, part, chunk_tokens=64)
 
-    hf_config = load_hf_config(folder, config)
-    return load_stage(folder, hf_config, torch.float32, config, part, cut, torch.device("cpu"))
+    return load_stage(source, part, cut, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -178,7 +182,7 @@ def test_layers_without_a_backward_pass_cost_less() -> None:
 )
 def test_settings_that_contradict_each_other(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_ds_config(parse_run_config(flags))
+        read_for_run(flags)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ def test_what_stages_would_ignore_is_refused(
     (tmp_path / "ds.json").write_text(json.dumps(content))
     flags = ["--ds_config", str(tmp_path / "ds.json"), "--pipeline_stages", "2"]
     with pytest.raises(ConfigError, match=f"{named}, which has no effect on stages"):
-        read_ds_config(parse_run_config(flags))
+        read_for_run(flags)
 
 
 def test_ranks_that_do_not_make_whole_replicas() -> None:

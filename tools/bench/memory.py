@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # runs from a clone
 
-from megaskip.parallel.loading.load import DEMO_FOLDER
+from megaskip.parallel.loading.source import DEMO_FOLDER
 from megaskip.reporting.summary import versions
 
 _HIDDEN, _MLP = 1536, 4096

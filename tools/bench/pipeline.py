@@ -35,6 +35,7 @@ from megaskip.data import Batch
 from megaskip.errors import ConfigError
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.build import build_engine
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.pipeline import PipelineEngine
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.summary import versions
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     with process_group(topology, timeout=600), tempfile.TemporaryDirectory() as scratch:
         made = on_first_rank(topology, lambda: make_model(Path(scratch), options))
         config = parse_run_config(["--model", str(made), *flags])
-        engine = build_engine(config, topology, made, None)
+        engine = build_engine(config, topology, resolve_source(config.model), None)
         assert isinstance(engine, PipelineEngine)
         if topology.is_first:
             print("  ".join(f"{name} {number}" for name, number in versions().items()))

@@ -26,7 +26,7 @@ from megaskip.config import ModelConfig, OptimConfig, RouterConfig, RunConfig
 from megaskip.data import Batch
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.engine import Engine
-from megaskip.parallel.loading.load import find_model_folder
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.reporting.summary import versions
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     config = RunConfig(model=ModelConfig(model=options.model, dtype=options.dtype))
     topology = read_topology({})
     with process_group(topology, timeout=600):
-        plain = build_engine(config, topology, find_model_folder(config.model), None)
+        plain = build_engine(config, topology, resolve_source(config.model), None)
         batch = random_batch(plain.module.model.config.vocab_size, options)
         seconds: dict[str, list[float]] = {name: [] for name in OPTIONS}
         for _ in tqdm(range(options.repeats), desc="turns", disable=None):

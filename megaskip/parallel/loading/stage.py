@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megaskip.arch.stage import Slice
-from megaskip.config import ModelConfig
+from megaskip.checkpoint.weight_index import tensor_files
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.converted import converted, is_a_model
-from megaskip.parallel.loading.load import build_from_config, load_whole, tensor_files
+from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.whole import build_model, load_whole
 
 logger = get_logger(__name__)
 
@@ -24,10 +25,7 @@ PartOfModel = TypeVar("PartOfModel", bound=nn.Module)
 
 
 def load_stage(
-    folder: Path,
-    hf_config: Any,
-    dtype: torch.dtype,
-    config: ModelConfig,
+    source: ModelSource,
     part: Slice,
     cut: Callable[[nn.Module], PartOfModel],
     device: torch.device,
@@ -38,13 +36,13 @@ def load_stage(
     of the module (MoE experts that transformers fuses on loading) go through the CPU's memory;
     those whose layers differ by their number besides, such as deepseek_v3, are read whole.
     """
-    shards = tensor_files(folder)
-    model = _without_weights(hf_config, config, dtype)
+    shards = tensor_files(source.folder)
+    model = _without_weights(source)
     alone = {name for name, _ in model.named_parameters()} <= shards.keys()
     alone = alone or is_a_model(model, part)
     if not alone:
         logger.info("every rank reads the whole model (its layers differ by their number)")
-        whole = load_whole(folder, hf_config, dtype, config, torch.device("cpu"))
+        whole = load_whole(source, torch.device("cpu"))
         return cut(whole).eval().to(device)
     names, exact = _stored_names(model), _kept_exact(model)
     stage = cut(model).eval()
@@ -54,7 +52,7 @@ def load_stage(
     if wanted.keys() <= shards.keys():
         stored = _from_files(wanted, shards)
     else:
-        stored = iter(converted(model, part, set(wanted), shards, dtype).items())
+        stored = iter(converted(model, part, set(wanted), shards, source.dtype).items())
     filled = {
         id(wanted[name]): _own(tensor, wanted[name], name, device, exact(name))
         for name, tensor in stored
@@ -62,7 +60,9 @@ def load_stage(
     }
     missing = [name for name, one in wanted.items() if id(one) not in filled]
     if missing:
-        raise MegaskipError(f"{folder}: no stored tensor becomes {missing[0]}; is it complete?")
+        raise MegaskipError(
+            f"{source.folder}: no stored tensor becomes {missing[0]}; is it complete?"
+        )
     for module in stage.modules():
         for held in (module._parameters, module._buffers):
             for name, one in held.items():
@@ -87,10 +87,10 @@ def _kept_exact(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: any(part in name for part in parts)
 
 
-def _without_weights(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def _without_weights(source: ModelSource) -> nn.Module:
     """Return the model with parameters on the meta device and buffers, such as RoPE's, computed."""
     with transformers.initialization.no_init_weights(), _parameters_on_meta():
-        model = build_from_config(hf_config, config, dtype)
+        model = build_model(source, source.dtype)
     # Construction without initialisation leaves tied embeddings apart.
     model.tie_weights()  # type: ignore[operator]
     return model

@@ -1,21 +1,20 @@
 """A model for inference whose layers are spread over the stages of a pipeline."""
 
+import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from megaskip.arch import find_decoder
 from megaskip.arch.part import connect, cut_to_part, verify_parts
 from megaskip.arch.stage import Slice, slices
-from megaskip.config import ModelConfig
 from megaskip.errors import ConfigError
-from megaskip.parallel.loading.load import build_from_config, skeleton
 from megaskip.parallel.loading.partition import balance, layer_costs
+from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.stage import load_stage
+from megaskip.parallel.loading.whole import build_tiny, skeleton
 from megaskip.parallel.p2p import P2PChannel
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet
@@ -24,8 +23,10 @@ from megaskip.routing import RouterSet
 class StagedModel:
     """What one rank holds of a model, and what ties it to its neighbours."""
 
-    def __init__(self, model: Any, part: Slice, topology: Topology) -> None:
+    def __init__(self, model: Any, shape: Any, part: Slice, topology: Topology) -> None:
+        """`shape` is the whole model without weights."""
         self.model = model
+        self.shape = shape
         self.part = part
         self.links = StageLinks(topology)
 
@@ -63,16 +64,14 @@ class StageLinks:
         return self._last.receive([logits])[0]
 
 
-def load_staged(
-    folder: Path, hf_config: Any, dtype: torch.dtype, config: ModelConfig, topology: Topology
-) -> StagedModel:
+def load_staged(source: ModelSource, topology: Topology) -> StagedModel:
     """Return this rank's part, unconnected; the layers' weights are balanced over the stages.
 
     Every rank calls it by itself and reads its own tensors. Raises UnsupportedModelError for a
     family whose parts do not compute what the whole does.
     """
-    verify_parts(hf_config, lambda tiny: build_from_config(tiny, config, torch.float32))
-    shape = skeleton(hf_config, config)
+    verify_parts(source.hf_config, functools.partial(build_tiny, source))
+    shape = skeleton(source)
     depth = len(find_decoder(shape).layers)
     if topology.num_stages > depth:
         raise ConfigError(f"--pipeline_stages {topology.num_stages}: the model has {depth} layers")
@@ -83,8 +82,8 @@ def load_staged(
         cut_to_part(model, part)
         return model
 
-    model: Any = load_stage(folder, hf_config, dtype, config, part, cut, topology.device)
+    model: Any = load_stage(source, part, cut, topology.device)
     model.requires_grad_(False)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return StagedModel(model, part, topology)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return StagedModel(model, shape, part, topology)

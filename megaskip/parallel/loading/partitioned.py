@@ -1,0 +1,111 @@
+"""A model partitioned by ZeRO-3: each rank reads its own slice of every tensor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+
+from megaskip.checkpoint.weight_index import tensor_files
+from megaskip.errors import MegaskipError
+from megaskip.log import get_logger
+from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.whole import build_model, load_whole, skeleton
+
+logger = get_logger(__name__)
+
+
+def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Module:
+    """Return the model with its weights partitioned by ZeRO-3; no rank ever holds it whole.
+    Collective.
+
+    Each rank maps the safetensors shards and copies its own slice of every tensor: no
+    communication, and a rank reads 1/W of the bytes. Models whose stored names are not those of the
+    module (MoE experts that transformers fuses on loading), or that store buffers, go through
+    from_pretrained, where rank 0 reads and scatters.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    shards = tensor_files(source.folder)
+    offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
+    why = _why_scattered(skeleton(source), shards)
+    if offload == "nvme" or why:
+        why = why or "NVMe offload"
+        logger.info("weights are read by rank 0 and scattered (%s)", why)
+        return _load_by_transformers(source, ds_config)
+    # zero.Init makes torch.arange follow the weights' type, which would round RoPE's frequencies to
+    # bfloat16.
+    with (
+        transformers.initialization.no_init_weights(),
+        prevent_arange_dtype_change(),
+        deepspeed.zero.Init(config_dict_or_path=_with_dtype(ds_config, source.dtype)),
+    ):
+        model = build_model(source, source.dtype)
+    # Construction without initialisation leaves tied embeddings apart.
+    model.tie_weights()
+    _fill_partitions(model, shards)
+    return model
+
+
+@torch.no_grad()
+def _fill_partitions(model: nn.Module, shards: Mapping[str, Path]) -> None:
+    """Copy this rank's slice of every parameter from the mapped shards into its partition."""
+    by_file: dict[Path, list[tuple[str, Any]]] = {}
+    for name, parameter in model.named_parameters():
+        by_file.setdefault(shards[name], []).append((name, parameter))
+    for file, parameters in sorted(by_file.items()):
+        with safe_open(file, framework="pt") as handle:
+            for name, parameter in parameters:
+                stored = handle.get_tensor(name)
+                if tuple(stored.shape) != tuple(parameter.ds_shape):
+                    raise MegaskipError(
+                        f"{file}: {name} has shape {tuple(stored.shape)}, config.json asks for "
+                        f"{tuple(parameter.ds_shape)}"
+                    )
+                rank = parameter.ds_process_group.rank()
+                _copy_slice(parameter.ds_tensor, stored, rank)
+                if parameter.ds_secondary_tensor is not None:
+                    # hpZ gathers from this second copy, which is sharded over a node's ranks.
+                    rank %= parameter.ds_secondary_tensor_group_size
+                    _copy_slice(parameter.ds_secondary_tensor, stored, rank)
+
+
+def _copy_slice(partition: Any, stored: torch.Tensor, rank: int) -> None:
+    """Copy the part of `stored` that belongs to the partition of `rank`; the rest is padding."""
+    start = partition.ds_numel * rank
+    mine = stored.view(-1)[start : start + partition.ds_numel]
+    partition.data[: mine.numel()].copy_(mine)
+
+
+def _load_by_transformers(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Module:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # It must live while the model loads.
+    live = HfDeepSpeedConfig(_with_dtype(ds_config, source.dtype))
+    # DeepSpeed has put the partitions where they belong.
+    model = load_whole(source, None)
+    del live
+    return model
+
+
+def _with_dtype(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the JSON that makes partitions of type `dtype`.
+
+    zero.Init's own argument is not used: on a CPU, DeepSpeed 0.19.8 takes any given dtype for
+    bfloat16.
+    """
+    return {**ds_config, "bf16": {"enabled": dtype == torch.bfloat16}}
+
+
+def _why_scattered(model: nn.Module, shards: Mapping[str, Path]) -> str | None:
+    """Return why ranks cannot fill their partitions of `model` from the shards, None if they
+    can."""
+    parameters = {name for name, _ in model.named_parameters()}
+    if not shards or not parameters <= shards.keys():
+        return "stored tensor names differ from the module's"
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    return "the model stores buffers, too" if buffers else None

@@ -1,0 +1,151 @@
+"""Which model is meant: its folder, its config and how its weights are read, found out once.
+
+Everything that builds, loads, estimates or describes a base model takes a ModelSource.
+"""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers import AutoConfig
+
+from megaskip.checkpoint.base import BaseModel, describe_base
+from megaskip.config import ModelConfig
+from megaskip.config.run import DEMO
+from megaskip.errors import ConfigError
+from megaskip.log import get_logger
+
+logger = get_logger(__name__)
+
+DEMO_FOLDER = Path(__file__).parents[2] / "demo"
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.py")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A base model on this machine, and how it is read into memory."""
+
+    name: str
+    """What the model was asked for by: a folder, a hub id or "demo"."""
+    folder: Path
+    """Holds its files; of a hub id, the snapshot in the cache."""
+    revision: str | None
+    """Branch, tag or commit that was asked for; None for the default one."""
+    hf_config: Any
+    """The content of config.json. Shared by all users, so builders change copies of it."""
+    dtype: torch.dtype
+    """Type of the weights in memory."""
+    attn_implementation: str | None
+    """Attention as transformers names it; None takes what transformers prefers for the family."""
+    trust_remote_code: bool
+    """Whether code in the folder may run."""
+
+    @property
+    def text_config(self) -> Any:
+        """Return the part of the config that describes the decoder."""
+        return self.hf_config.get_text_config(decoder=True)
+
+    @property
+    def build_options(self) -> dict[str, Any]:
+        """Return what transformers is told besides the config and the type."""
+        return {
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def describe(self) -> BaseModel:
+        """Return the model's identity, with a fingerprint of its weight files."""
+        return describe_base(self.hf_config, self.folder, self.revision, name=self.name)
+
+
+def resolve_source(config: ModelConfig, folder: Path | None = None) -> ModelSource:
+    """Return the model that `config` names, downloaded if it is a hub id. Safe on every rank.
+
+    `folder` is where it is, if that was found before. Raises ConfigError when there is no such
+    model or its config.json cannot be read.
+    """
+    folder = find_model_folder(config) if folder is None else folder
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--model {folder}: cannot read its config.json ({first_line(error)})"
+        ) from None
+    return source_in(folder, hf_config, config)
+
+
+def source_in(folder: Path, hf_config: Any, config: ModelConfig) -> ModelSource:
+    """Return the source of a model whose folder and HF config are known already."""
+    attention = config.attn_implementation
+    return ModelSource(
+        name=config.model,
+        folder=folder,
+        revision=config.revision,
+        hf_config=hf_config,
+        dtype=_weight_dtype(config, hf_config),
+        attn_implementation=None if attention == "auto" else attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def find_model_folder(config: ModelConfig) -> Path:
+    """Return the local folder of a model, downloading it from the hub if it is an id. Safe on every
+    rank."""
+    if config.model == DEMO:
+        return DEMO_FOLDER / "backbone"
+    folder = Path(config.model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"--model {folder}: no config.json in this folder")
+        return folder
+    if folder.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1:
+        raise ConfigError(f"--model {config.model}: no such folder")
+    try:
+        snapshot = snapshot_download(
+            config.model, revision=config.revision, allow_patterns=list(_MODEL_FILES)
+        )
+    except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"--model {config.model}: neither a folder here nor a model that the hub gave us "
+            f"({first_line(error)})"
+        ) from None
+    return Path(snapshot)
+
+
+def _weight_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:
+    """Return the type that the weights have in memory: float32 where they train."""
+    if config.dtype == "auto" and config.train == "full":
+        return torch.float32
+    if config.dtype != "auto":
+        return torch.float32 if config.dtype == "float32" else torch.bfloat16
+    stored = getattr(hf_config, "dtype", None) or torch.float32
+    return torch.bfloat16 if stored == torch.float16 else stored
+
+
+def log_if_slow(dtype: torch.dtype, device: torch.device) -> None:
+    """Log that the other type would be faster, where a CPU can only emulate bfloat16."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if dtype == torch.bfloat16 and device.type == "cpu" and x86 and not _multiplies_bfloat16():
+        logger.info(
+            "bfloat16 on a CPU without instructions for it: --dtype float32 needs twice the memory "
+            "and a fraction of the time"
+        )
+
+
+def _multiplies_bfloat16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is None or supported()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, for messages."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
