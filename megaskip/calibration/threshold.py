@@ -1,14 +1,13 @@
 """The threshold at which a text keeps an asked capacity, found with forward passes of an engine."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megaskip.calibration.search import ThresholdSearch
 from megaskip.data import Batch
+from megaskip.parallel.collectives import gather_from_ranks
 from megaskip.parallel.engine import Engine
 
 _CALIBRATED = 0.002
@@ -61,8 +60,7 @@ def decide_all(engine: Engine, batches: Sequence[Batch | None]) -> tuple[float, 
             sums += torch.tensor([float(decision.kept().detach()), float(decision.units())])
     mine = torch.cat(above)
     step = -(-len(mine) * engine.world_size // _ENOUGH) or 1
-    everywhere: list[Any] = [None] * engine.world_size
-    dist.all_gather_object(everywhere, (sums, mine[::step]))
+    everywhere = gather_from_ranks((sums, mine[::step]))
     kept, units = torch.stack([of_rank for of_rank, _ in everywhere]).sum(0).tolist()
     return kept / max(units, 1.0), torch.cat([logits for _, logits in everywhere])
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.data.row import IGNORED
+from megaskip.parallel.collectives import sum_over_ranks
 from megaskip.parallel.results import EvalResult, StepResult, Totals, quarters, share_of
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Counts, Measured, RouterSet, RoutingDecision
@@ -88,7 +88,7 @@ class Engine:
             for batch, loss in self.forwards(batches):
                 if batch is not None:
                     sums += self._eval_sums(batch, loss)
-        dist.all_reduce(sums)
+        sum_over_ranks(sums)
         return EvalResult.of(sums.tolist())
 
     @torch.no_grad()
@@ -218,7 +218,7 @@ class Engine:
             dtype=torch.float64,
             device=self._topology.device,
         )
-        dist.all_reduce(local)
+        sum_over_ranks(local)
         supervised, units, tokens = local.tolist()
         return Totals(supervised=max(supervised, 1.0), units=max(units, 1.0), tokens=tokens)
 
@@ -238,10 +238,10 @@ class Engine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        dist.all_reduce(sums)
+        sum_over_ranks(sums)
         if self._topology.world_size > 1:
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
+            sum_over_ranks(flat)
             for gradient, part in zip(
                 gradients, flat.split([g.numel() for g in gradients]), strict=True
             ):

@@ -43,9 +43,8 @@ class Measured:
     def of(cls, counts: Counts) -> "Measured":
         """Return the measurement from the counts of the global batch."""
         by_layer = counts.kept.tolist(), counts.units.tolist()
-        kept, units = map(sum, by_layer)
+        kept, units = sum(by_layer[0]), max(sum(by_layer[1]), 1.0)
         logits, squares = sum(counts.logits.tolist()), sum(counts.squares.tolist())
-        units = max(units, 1.0)
         capacity, variance = kept / units, max(squares / units - (logits / units) ** 2, 0.0)
         return cls(
             capacity=capacity,

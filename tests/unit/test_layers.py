@@ -27,6 +27,7 @@ LEVEL = {
     "study": 5,
     "training": 5,
     "cli": 6,
+    "integrations": 6,
 }
 THIRD_PARTY = {"transformers": 3, "datasets": 3, "deepspeed": 4, "torch.distributed": 4, "torch": 2}
 OWNERS = {"deepspeed": {"parallel"}, "lm_eval": {"evaluation", "cli"}}
