@@ -1,16 +1,17 @@
-"""Attach routers to a model and take them off again. One place, one prefix, nothing left behind."""
+"""Attaching routers to a model, or to a stage of one: checks, proof, routers, wires."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from megaskip.arch.decoder import find_decoder, freeze
+from megaskip.arch.decoder import find_decoder
+from megaskip.arch.detach import is_routed
 from megaskip.arch.part import LayerElsewhere
 from megaskip.arch.probe import probe_layer
 from megaskip.arch.stage import DecoderStage
-from megaskip.arch.sublayer import is_routed, unroute
-from megaskip.arch.wiring import unwire, wire
+from megaskip.arch.trainable import freeze
+from megaskip.arch.wiring import wire
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.errors import ConfigError, UnsupportedModelError
 from megaskip.routing import PREFIX, RouterSet
@@ -38,8 +39,8 @@ def attach_routers(
         raise ConfigError("this model has routers already; call detach_routers(model) first")
     layers = resolve_layers(config.layers, len(parts.layers))
     _require_routable(layers, config)
-    elsewhere = [one for one in layers if isinstance(parts.layers[one], LayerElsewhere)]
-    here = [one for one in layers if one not in elsewhere]
+    elsewhere = [layer for layer in layers if isinstance(parts.layers[layer], LayerElsewhere)]
+    here = [layer for layer in layers if layer not in elsewhere]
     device = next(iter((parts.layers[here[0]] if here else model).parameters())).device
     if verify and here:
         report = probe_layer(model, here[0])
@@ -81,14 +82,3 @@ def _require_routable(layers: Sequence[int], config: RouterConfig) -> None:
             f"layer 0 cannot be routed with --granularity {config.granularity}: the KV cache takes "
             "its length from layer 0; leave it out of --layers"
         )
-
-
-def detach_routers(model: nn.Module) -> None:
-    """Take the routers off `model`: its classes, hooks and keys are those it had before."""
-    parts = find_decoder(model)
-    for module in parts.decoder.modules():
-        if is_routed(module):
-            unroute(module)
-    unwire(parts.decoder)
-    if hasattr(model, PREFIX):
-        delattr(model, PREFIX)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megaskip.routing import RoutingDecision
+from megaskip.routing.decision import RoutingDecision
 
 
 class DecisionCache:
@@ -49,31 +49,35 @@ class DecisionCache:
     def _skip_pick(self, pick: Callable[[Tensor], Tensor]) -> None:
         self._skip_decisions = {
             layer: dataclasses.replace(
-                one, logit=pick(one.logit), keep=pick(one.keep), unit_mask=pick(one.unit_mask)
+                decision,
+                logit=pick(decision.logit),
+                keep=pick(decision.keep),
+                unit_mask=pick(decision.unit_mask),
             )
-            for layer, one in self._skip_decisions.items()
+            for layer, decision in self._skip_decisions.items()
         }
 
 
-def hold(cache: Any, decisions: Mapping[int, RoutingDecision]) -> None:
+def put_decisions(cache: Any, decisions: Mapping[int, RoutingDecision]) -> None:
     """Let `cache` carry the decisions of its prefill."""
     if not isinstance(cache, DecisionCache):
-        cache.__class__ = _holding_class(type(cache))  # type: ignore[arg-type]
-    cache._skip_decisions = {layer: _detached(one) for layer, one in decisions.items()}
+        cache.__class__ = _deciding_class(type(cache))  # type: ignore[arg-type]
+    cache._skip_decisions = {layer: _detached(decision) for layer, decision in decisions.items()}
 
 
-def held_by(cache: Any) -> dict[int, RoutingDecision]:
+def cached_decisions(cache: Any) -> dict[int, RoutingDecision]:
     """Return the decisions that `cache` carries; none for a fresh cache."""
     return cache._skip_decisions if isinstance(cache, DecisionCache) else {}
 
 
-def _detached(one: RoutingDecision) -> RoutingDecision:
-    """Return a decision without gradient; what it has found out already stays with it."""
-    if not one.keep.requires_grad:
-        return one
-    return dataclasses.replace(one, logit=one.logit.detach(), keep=one.keep.detach())
+def _detached(decision: RoutingDecision) -> RoutingDecision:
+    """Return a decision without gradient; one without keeps what it has computed already."""
+    if not decision.keep.requires_grad:
+        return decision
+    keep, logit = decision.keep.detach(), decision.logit.detach()
+    return dataclasses.replace(decision, logit=logit, keep=keep)
 
 
 @functools.cache
-def _holding_class(base: type) -> type:
-    return type(f"Holding{base.__name__}", (DecisionCache, base), {"__module__": base.__module__})
+def _deciding_class(base: type) -> type:
+    return type(f"Deciding{base.__name__}", (DecisionCache, base), {"__module__": base.__module__})

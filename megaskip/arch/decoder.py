@@ -1,13 +1,10 @@
 """The parts of an HF decoder: its base model, its layers, its head. Knows attribute names only."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from megaskip.errors import UnsupportedModelError
-from megaskip.routing import PREFIX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,42 +42,4 @@ def find_decoder(model: nn.Module) -> DecoderParts:
         hidden_size=text_config.hidden_size,
         # An exported model has a type of its own and names its family besides.
         model_type=getattr(config, "base_model_type", config.model_type),
-    )
-
-
-def freeze(model: nn.Module) -> list[str]:
-    """Let nothing train but the routers and return the names that still do.
-
-    Only names that start with `skip_routers.` train: a substring test would unfreeze the MoE
-    routers that 14 families of transformers own.
-    """
-    trainable = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(f"{PREFIX}."))
-        if parameter.requires_grad:
-            trainable.append(name)
-    return trainable
-
-
-def describe_layers(layers: Iterable[int]) -> str:
-    """Return layer indices as ranges, e.g. 15-30 or 3-5,9."""
-    parts: list[list[int]] = []
-    for layer in sorted(layers):
-        if parts and layer == parts[-1][1] + 1:
-            parts[-1][1] = layer
-        else:
-            parts.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def describe_trainable(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Return the exact list of routers that train, by name and shape, in one short line."""
-    by_target: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for name, shape in shapes.items():
-        layer, rest = name.split(".", 1)
-        by_target.setdefault((rest, tuple(shape)), []).append(int(layer))
-    return "; ".join(
-        f"{PREFIX}.{{{describe_layers(layers)}}}.{rest} [{', '.join(map(str, shape))}]: "
-        f"{len(layers)} tensors, {len(layers) * math.prod(shape):,} parameters, float32"
-        for (rest, shape), layers in by_target.items()
     )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.stage import Slice, middle_cuts, slices, verify_stages
-from megaskip.routing import RouterSet
+from megaskip.routing import Routers
+from megaskip.routing.handover import carried_keep, receive_keep
 
 
 class Neighbours(Protocol):
@@ -113,7 +114,7 @@ def cut_to_part(model: Any, part: Slice) -> None:
     model._tied_weights_keys = None
 
 
-def connect(model: Any, part: Slice, routers: RouterSet | None, neighbours: Neighbours) -> None:
+def connect(model: Any, part: Slice, routers: Routers | None, neighbours: Neighbours) -> None:
     """Let hidden states, and what routed layers decided, come in below this part and go out
     above."""
     decoder_parts = find_decoder(model)
@@ -122,20 +123,20 @@ def connect(model: Any, part: Slice, routers: RouterSet | None, neighbours: Neig
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden_states = args[0] if args else kwargs.pop("hidden_states")
         memory = [torch.empty_like(hidden_states, memory_format=torch.contiguous_format)]
-        pooling = routers.current_pooling if routers is not None and below else None
+        pooling = routers.state.pooling if routers is not None and below else None
         if pooling is not None:
             shape = (below, *pooling.unit_mask.shape)
             memory.append(torch.empty(shape, dtype=torch.float32, device=hidden_states.device))
         hidden_states, *keep = neighbours.receive(memory)
         if keep and routers is not None:
-            routers.receive(keep[0])
+            receive_keep(routers, keep[0])
         return (hidden_states, *args[1:]), kwargs
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         leaving = [output[0] if isinstance(output, tuple) else output]
-        # Held decisions, in decode, are held by every part.
-        if routers is not None and routers.current_pooling is not None:
-            keep = routers.carry()
+        # Decisions of the cache, in decode, are in the cache of every part.
+        if routers is not None and routers.state.pooling is not None:
+            keep = carried_keep(routers)
             leaving += [] if keep is None else [keep]
         neighbours.send(leaving)
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
+from megaskip.arch.detach import unroute
 from megaskip.arch.sites import find_sites
-from megaskip.arch.sublayer import route_layer, unroute
+from megaskip.arch.sublayer import route_layer
 
 _TOKENS = 8
 _INPUT_SCALE = 0.1

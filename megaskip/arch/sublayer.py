@@ -51,7 +51,7 @@ class SublayerGate(Protocol):
         ...
 
 
-class _Routed:
+class RoutedSublayer:
     """What all routed sublayers carry; names start with `_skip_` so that they collide with
     nothing."""
 
@@ -63,7 +63,7 @@ class _Routed:
     """Whether the output meets the residual here, so that it is multiplied here."""
 
 
-class RoutedAttention(_Routed):
+class RoutedAttention(RoutedSublayer):
     """Reads the layer's normalised input, has the gate decide, and runs on what is kept."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ class RoutedAttention(_Routed):
         return (gate.apply(output[0], "attn"), *output[1:]) if self._skip_writes else output
 
 
-class RoutedMlp(_Routed):
+class RoutedMlp(RoutedSublayer):
     """Runs the MLP on what its layer's gate decided."""
 
     _skip_is_tuple: bool
@@ -94,7 +94,7 @@ class RoutedMlp(_Routed):
         return gate.apply(output, "mlp")
 
 
-class RoutedNorm(_Routed):
+class RoutedNorm(RoutedSublayer):
     """The norm behind a sublayer, where its update meets the residual."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class RoutedNorm(_Routed):
         return self._skip_gate.apply(super().forward(hidden_states), self._skip_site)  # type: ignore[misc]
 
 
-class RoutedBlock(_Routed):
+class RoutedBlock(RoutedSublayer):
     """A decoder layer that is kept or skipped as a whole."""
 
     _skip_returns_tensor = False
@@ -145,19 +145,6 @@ def route_layer(layer: nn.Module, sites: Sites, gate: SublayerGate) -> list[nn.M
     return routed
 
 
-def unroute(module: nn.Module) -> None:
-    """Give a routed sublayer its own class back."""
-    base = module._skip_base
-    for name in [name for name in vars(module) if name.startswith("_skip_")]:
-        del module.__dict__[name]
-    module.__class__ = base  # type: ignore[assignment]
-
-
-def is_routed(module: nn.Module) -> bool:
-    """Return whether a sublayer asks a gate."""
-    return isinstance(module, _Routed)
-
-
 @functools.cache
 def routed_class(base: type, mixin: type) -> type:
     """Return the subclass of `base` that asks a gate; one per pair, so that class comparisons
@@ -166,7 +153,7 @@ def routed_class(base: type, mixin: type) -> type:
 
 
 def _route(
-    module: nn.Module, mixin: type[_Routed], gate: SublayerGate, site: str, **extra: Any
+    module: nn.Module, mixin: type[RoutedSublayer], gate: SublayerGate, site: str, **extra: Any
 ) -> nn.Module:
     base = type(module)
     if "forward" in vars(module):

@@ -6,20 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaskip.arch.decision_cache import held_by, hold
+from megaskip.arch.decision_cache import cached_decisions, put_decisions
 from megaskip.arch.decoder import DecoderParts
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_layer
-from megaskip.routing import Pooling, RouterSet
+from megaskip.routing.routers import Routers
 
 
 def wire(
-    parts: DecoderParts, routers: RouterSet, *, first_layer: int = 0, elsewhere: Sequence[int] = ()
+    parts: DecoderParts, routers: Routers, *, first_layer: int = 0, elsewhere: Sequence[int] = ()
 ) -> None:
     """Let the routed layers ask the gates of `routers`, and plain calls describe themselves.
 
     `first_layer` is the absolute index of the decoder's first layer, when it is a slice of a model;
-    layers `elsewhere` are held by other processes. A model of which a layer is refused stays as it
+    layers `elsewhere` are those of other processes. A model of which a layer is refused stays as it
     was.
     """
     here = {
@@ -33,7 +33,7 @@ def wire(
     _add_hooks(parts.decoder, routers)
 
 
-def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
+def _add_hooks(decoder: nn.Module, routers: Routers) -> None:
     """Let plain calls of the model describe themselves: what is real comes from the attention
     mask."""
     # The hooks find the routers on the decoder: a deep copy of a model has its own there.
@@ -44,45 +44,33 @@ def _add_hooks(decoder: nn.Module, routers: RouterSet) -> None:
     )
 
 
-def unwire(decoder: nn.Module) -> None:
-    """Take the hooks off a decoder."""
-    for handle in decoder.__dict__.pop("_skip_hooks", ()):
-        handle.remove()
-    decoder.__dict__.pop("_skip_routers", None)
-
-
 def _set_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    routers: RouterSet = module.__dict__["_skip_routers"]
-    routers.turn.begin()
-    if routers.take_announcement():
+    routers: Routers = module.__dict__["_skip_routers"]
+    state = routers.state
+    state.lock.acquire()
+    if state.take_description():
         return
     is_sequence = routers.config.unit == "sequence"
-    held = held_by(kwargs.get("past_key_values")) if is_sequence else {}
-    routers.begin(None if held else _pooling(routers, _token_mask(args, kwargs)), held)
+    cached = cached_decisions(kwargs.get("past_key_values")) if is_sequence else {}
+    state.begin(None if cached else routers.pooling(_token_mask(args, kwargs)), cached)
 
 
 def _remember(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    routers: RouterSet = module.__dict__["_skip_routers"]
+    routers: Routers = module.__dict__["_skip_routers"]
     try:
         if output is not None:  # it is None where the forward pass failed
-            _hold(routers, kwargs.get("past_key_values"), output)
+            _cache_decisions(routers, kwargs.get("past_key_values"), output)
     finally:
-        routers.turn.end()
+        routers.state.lock.release()
 
 
-def _hold(routers: RouterSet, given: Any, output: Any) -> None:
+def _cache_decisions(routers: Routers, given: Any, output: Any) -> None:
     """Let the cache that was given, or made by the model, carry what was decided."""
     cache = getattr(output, "past_key_values", None) if given is None else given
-    if cache is not None and routers.config.unit == "sequence" and not held_by(cache):
-        hold(cache, routers.decisions())
-
-
-def _pooling(routers: RouterSet, token_mask: Tensor) -> Pooling:
-    if routers.config.unit == "token":
-        return Pooling.tokens(token_mask)
-    return Pooling.sequences(token_mask, token_mask)
+    if cache is not None and routers.config.unit == "sequence" and not cached_decisions(cache):
+        put_decisions(cache, routers.decisions())
 
 
 def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -132,7 +132,7 @@ def _cheapest_shares(logits: Tensor, cost_model: SkipCostModel, capacity: float)
 
 def _shares_above(logits: Tensor, routers: RouterSet) -> Tensor:
     """Return the share of each layer's units that is above its threshold, float64 [R]."""
-    present = torch.tensor(list(routers.threshold_logits.values()), dtype=torch.float64)
+    present = torch.tensor(list(routers.thresholds.logits.values()), dtype=torch.float64)
     return (logits > present[:, None]).double().mean(1)
 
 

@@ -31,7 +31,7 @@ def calibrate_threshold(
     ThresholdSearch).
     """
     assert engine.routers is not None
-    budget = engine.routers.budget
+    budget = engine.routers.steering.budget
     target = engine.routers.config.capacity if capacity is None else capacity
     search = ThresholdSearch(target)
     for last in [False] * rounds + [True]:
@@ -56,7 +56,7 @@ def decide_all(engine: Engine, batches: Sequence[Batch | None]) -> tuple[float, 
         decisions = engine.own_decisions() if batch is not None else {}
         for layer, decision in decisions.items():
             logit = decision.logit[decision.unit_mask].cpu()
-            above.append(logit - engine.routers.threshold_logits[layer])
+            above.append(logit - engine.routers.thresholds.logits[layer])
             sums += torch.tensor([float(decision.kept().detach()), float(decision.units())])
     mine = torch.cat(above)
     step = -(-len(mine) * engine.world_size // _ENOUGH) or 1

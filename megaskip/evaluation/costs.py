@@ -14,7 +14,7 @@ from torch import nn
 from megaskip.arch import find_decoder
 from megaskip.arch.sites import find_sites
 from megaskip.inference.dropped import NoAttention, NoMlp
-from megaskip.routing import RouterSet
+from megaskip.routing import Routers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class _Layer:
 class CostModel:
     """Prices texts by the shape of a model and by what its routers kept."""
 
-    def __init__(self, model: Any, routers: RouterSet | None) -> None:
+    def __init__(self, model: Any, routers: Routers | None) -> None:
         parts = find_decoder(model)
         config = model.config.get_text_config(decoder=True)
         self._layers = _layers(model)
@@ -97,7 +97,7 @@ class CostModel:
     ) -> Cost:
         """Return the cost of a text: `tokens` read, `predicted` of them with logits.
 
-        `kept` and `units` are by routed layer, in the order of RouterSet.layers.
+        `kept` and `units` are by routed layer, in the order of Routers.layers.
         """
         flops = dense = predicted * self._head
         held = dense_held = 0.0

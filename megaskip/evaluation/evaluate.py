@@ -14,7 +14,7 @@ from megaskip.evaluation.runner import LocalRunner
 from megaskip.evaluation.task_manager import load_tasks
 from megaskip.extras import extra
 from megaskip.reporting.summary import versions
-from megaskip.routing import RouterSet
+from megaskip.routing import Routers
 
 with extra("eval"):
     import lm_eval
@@ -43,7 +43,7 @@ def evaluate_model(
     tokenizer: Any,
     tasks: Sequence[str],
     *,
-    routers: RouterSet | None = None,
+    routers: Routers | None = None,
     batch_size: int = 8,
     dense: Outcome | None = None,
     paired: bool = True,

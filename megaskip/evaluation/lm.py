@@ -304,7 +304,7 @@ class MegaskipLM(HFLM):
 
 
 def routers_of(model: Any) -> Any:
-    """Return the RouterSet that is registered on a model, or None."""
+    """Return the Routers that is registered on a model, or None."""
     return dict(model.named_children()).get(PREFIX)
 
 

@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megaskip.arch import find_decoder
 from megaskip.parallel.loading.staged import StagedModel
-from megaskip.routing import RouterSet
+from megaskip.routing import Routers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Runner(Protocol):
     of any shape but equally many (ZeRO-3: `lock_step`).
     """
 
-    routers: RouterSet | None
+    routers: Routers | None
     device: torch.device
     share: int
     """Which part of the batches this rank takes: every `shares`-th, from the `share`-th on."""
@@ -81,7 +81,7 @@ class LocalRunner:
     def __init__(
         self,
         model: Any,
-        routers: RouterSet | None,
+        routers: Routers | None,
         *,
         share: int = 0,
         shares: int = 1,
@@ -144,7 +144,7 @@ class StageRunner(LocalRunner):
     stage goes on to the next while those above are at the last one."""
 
     def __init__(
-        self, staged: StagedModel, routers: RouterSet | None, *, share: int, shares: int
+        self, staged: StagedModel, routers: Routers | None, *, share: int, shares: int
     ) -> None:
         super().__init__(staged.model, routers, share=share, shares=shares)
         self._links = staged.links

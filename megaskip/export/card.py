@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from megaskip._version import __version__
-from megaskip.arch.decoder import describe_layers
+from megaskip.arch.trainable import describe_layers
 from megaskip.config import RouterConfig
 
 _USE = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaskip.arch.decoder import describe_layers
+from megaskip.arch.trainable import describe_layers
 from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import save_routers
 from megaskip.config import RouterConfig

@@ -8,17 +8,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from megaskip.arch.decoder import describe_layers, find_decoder
+from megaskip.arch.decoder import find_decoder
+from megaskip.arch.trainable import describe_layers
 from megaskip.data.collate import Batch
 from megaskip.errors import ConfigError, DataError
-from megaskip.routing import Counts, RouterSet
+from megaskip.routing import Counts, Routers
 
 WORDS = {"attn": "attention", "mlp": "MLP"}
 
 
 @torch.no_grad()
 def measure_capacity(
-    model: nn.Module, routers: RouterSet, batches: Iterable[Batch]
+    model: nn.Module, routers: Routers, batches: Iterable[Batch]
 ) -> dict[int, float]:
     """Return, for each routed layer, the share of real units that run in `batches`."""
     decoder = find_decoder(model).decoder
@@ -33,7 +34,7 @@ def measure_capacity(
             position_ids=batch.position_ids,
             use_cache=False,
         )
-        counts = counts + routers.counts()
+        counts = counts + Counts.of(routers.decisions().values())
     if not counts.units.all():
         raise DataError("the calibration text holds no tokens; name another with --data")
     return dict(zip(routers.layers, counts.capacity_per_layer(), strict=True))

@@ -20,12 +20,12 @@ from megaskip.inference.kept import (
 )
 from megaskip.inference.packed import attend_among_kept
 from megaskip.routing.decision import RoutingDecision
-from megaskip.routing.executor import SparseExecutor, run_rows
+from megaskip.routing.kept_units import run_rows, run_units
 
 KV_CHOICES = ("keep", "drop")
 
 
-class InferenceExecutor(SparseExecutor):
+class InferenceExecutor:
     """Leaves out what is skipped, in prefill and decode, and its keys and values where sound.
 
     A sequence that skips a layer holds nothing there. For token units `kv="keep"` is the published
@@ -58,7 +58,7 @@ class InferenceExecutor(SparseExecutor):
         if self._unit == "token" and self._drop:
             return self._among_kept(run, hidden_states, kwargs, decision, layer)
         if cache is None:
-            ran = super().attention(run, hidden_states, kwargs, decision, layer)
+            ran = run_rows(run, hidden_states, kwargs, decision.rows)
             return ran if decision.is_per_row else _multiplied(ran, decision)
         if self._unit == "token":
             return _multiplied(run(hidden_states, **kwargs), decision)
@@ -73,6 +73,17 @@ class InferenceExecutor(SparseExecutor):
         ran = run_rows(run, hidden_states, kwargs, held._skip_chosen)
         held.advance(hidden_states.shape[1], ran=not held._skip_chosen.none)
         return ran
+
+    def mlp(
+        self,
+        run: Callable[..., Any],
+        hidden_states: Tensor,
+        decision: RoutingDecision,
+        *,
+        is_tuple: bool,
+    ) -> Any:
+        """Run the MLP on the rows, or the tokens, that are kept."""
+        return run_units(run, hidden_states, decision, is_tuple=is_tuple)
 
     def passes_by(
         self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int

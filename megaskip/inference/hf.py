@@ -23,7 +23,8 @@ from megaskip.arch.wiring import wire
 from megaskip.config.router import RouterConfig
 from megaskip.inference.dropped import drop_sublayers
 from megaskip.inference.executor import KV_CHOICES, InferenceExecutor
-from megaskip.routing.routers import PREFIX, Router, RouterSet
+from megaskip.routing.router import PREFIX, Router
+from megaskip.routing.routers import Routers
 
 MODEL_TYPE = "megaskip"
 
@@ -75,13 +76,13 @@ class _RoutedModel:
         layers = tuple(routing.pop("layers"))
         settings = RouterConfig(layers=layers, **routing)
         parts = find_decoder(self)  # type: ignore[arg-type]
-        routers = RouterSet(settings, layers, parts.hidden_size)
-        routers.executor = InferenceExecutor(unit=settings.unit, kv=kv)
+        executor = InferenceExecutor(unit=settings.unit, kv=kv)
+        routers = Routers(settings, layers, parts.hidden_size, executor=executor)
         wire(parts, routers)
         self.add_module(PREFIX, routers)  # type: ignore[attr-defined]
         # First: where the model is the decoder itself, the decoder's own hook asks for it.
         self.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
-        self.register_forward_hook(_end_turn, always_call=True)  # type: ignore[attr-defined]
+        self.register_forward_hook(_release, always_call=True)  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -109,7 +110,7 @@ class _RoutedModel:
         # A router that no file holds keeps everything.
         if isinstance(module, Router):
             nn.init.zeros_(module.weight)
-        elif not isinstance(module, RouterSet):
+        elif not isinstance(module, Routers):
             super()._init_weights(module)  # type: ignore[misc]
 
     def capacity(self) -> float:
@@ -252,18 +253,23 @@ def _require_routers(path: Any, missing: Any) -> None:
         )
 
 
-def _end_turn(module: nn.Module, args: Any, output: Any) -> None:
-    module.get_submodule(PREFIX).turn.end()  # type: ignore[operator, union-attr]
+def _release(module: nn.Module, args: Any, output: Any) -> None:
+    _routers_of(module).state.lock.release()
 
 
 def _take_prompt_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Let `model(..., prompt_mask=...)` say which tokens a sequence is judged by."""
-    module.get_submodule(PREFIX).turn.begin()  # type: ignore[operator, union-attr]
+    routers = _routers_of(module)
+    routers.state.lock.acquire()
     prompt_mask = kwargs.pop("prompt_mask", None)
     if prompt_mask is None:
         return args, kwargs
     mask = kwargs.get("attention_mask")
     real = torch.ones_like(prompt_mask) if not isinstance(mask, Tensor) else mask
-    routers: Any = module.get_submodule(PREFIX)
     routers.set_batch(real.bool(), prompt_mask.bool())
     return args, kwargs
+
+
+def _routers_of(module: Any) -> Routers:
+    routers: Routers = module.get_submodule(PREFIX)
+    return routers

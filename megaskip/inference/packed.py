@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaskip.inference.kept import KeptTokens
-from megaskip.routing.executor import put_back
+from megaskip.routing.kept_units import put_back
 
 
 def attend_among_kept(

@@ -73,7 +73,7 @@ class RouterTuning:
                 set_layer_checkpointing(layer.eval(), is_checkpointed)
             yield
             return
-        with self.routers.budget.settled():
+        with self.routers.steering.budget.settled():
             yield
         self._eval_counts = self._eval_counts + self.routers.counts()
 
@@ -138,14 +138,14 @@ class RouterTuning:
     def save(self, folder: Path) -> None:
         """Write the routers, and what steering remembers, into `folder`/routers."""
         path = save_routers(folder / ROUTERS, self.routers, base=self.base)
-        content = json.dumps(self.routers.budget.state(), indent=2) + "\n"
+        content = json.dumps(self.routers.steering.budget.state(), indent=2) + "\n"
         (path / _STEERING).write_text(content, encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote; raises CheckpointError when it is missing or damaged."""
         path = folder / ROUTERS
         self.routers.load_state_dict(load_router_tensors(path, self.routers))
-        self.routers.budget.restore(read_json(path / _STEERING))
+        self.routers.steering.budget.restore(read_json(path / _STEERING))
 
     # -- helpers
 

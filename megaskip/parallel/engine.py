@@ -40,7 +40,7 @@ class Engine:
         self._max_grad_norm = config.optim.max_grad_norm
         self._distill, self._noise = config.optim.distill, config.optim.noise
         if routers is not None:
-            routers.temperature = config.optim.temperature
+            routers.steering.temperature = config.optim.temperature
         source: nn.Module = module.model if routers is None else routers  # type: ignore[assignment]
         self.parameters = {name: p for name, p in source.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -82,7 +82,7 @@ class Engine:
         sums = self._zeros(5)
         with contextlib.ExitStack() as contexts:
             if routers is not None:
-                contexts.enter_context(routers.budget.settled())
+                contexts.enter_context(routers.steering.budget.settled())
             if routers is not None and not routed:
                 contexts.enter_context(routers.disabled())
             for batch, loss in self.forwards(batches):
@@ -168,12 +168,12 @@ class Engine:
     def _noisy(self) -> Iterator[None]:
         """Disturb decisions in here: also in the backward pass, which may compute them again."""
         if self.routers is not None:
-            self.routers.noise = self._noise
+            self.routers.steering.noise = self._noise
         try:
             yield
         finally:
             if self.routers is not None:
-                self.routers.noise = 0.0
+                self.routers.steering.noise = 0.0
 
     def _learn(self, batch: Batch) -> Tensor:
         """Return the loss to train on: of the text, and of what the unrouted model says of it."""

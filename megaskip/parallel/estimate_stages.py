@@ -15,6 +15,7 @@ from megaskip.parallel.loading.partition import boundaries_of
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.whole import build_model, skeleton
 from megaskip.routing import RouterSet
+from megaskip.routing.handover import carried_keep, receive_keep
 
 
 def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
@@ -64,13 +65,13 @@ def _micro_step(
         inputs = _inputs(stage.part, (*shape, stage.hidden_size), dtype, learns=below > 0)
         if below:
             units = shape[1] if config.router.unit == "token" else 1
-            routers.receive(torch.ones(below, shape[0], units, requires_grad=True))
+            receive_keep(routers, torch.ones(below, shape[0], units, requires_grad=True))
         left = [stage(inputs, None, places)]
         activations = live.current
         if stage.head is not None:
             ids = torch.zeros(shape, dtype=torch.int64)
             left = [stage.head(left[0].flatten(0, 1), ids.flatten()), routers.penalty()]
-        keep = routers.carry()
+        keep = carried_keep(routers)
         left += [keep] if keep is not None and stage.head is None else []
         if keep is not None:
             torch.autograd.backward(left, [torch.ones_like(one) for one in left])

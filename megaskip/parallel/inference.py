@@ -34,7 +34,7 @@ from megaskip.parallel.loading.source import (
 from megaskip.parallel.loading.staged import StagedModel, load_staged
 from megaskip.parallel.loading.whole import load_whole
 from megaskip.parallel.topology import Topology
-from megaskip.routing import PREFIX, RouterSet
+from megaskip.routing import PREFIX, Routers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class InferenceModel:
 
     model: Any
     """The HF model; under ZeRO-3 its parameters are partitioned, in stages it holds some layers."""
-    routers: RouterSet | None
+    routers: Routers | None
     """None for a dense model, or one whose sublayers were dropped for good."""
     folder: Path
     """Where its tokenizer is."""
@@ -184,14 +184,14 @@ class _Backbone:
         return self._finished(None, description)
 
     def routed(
-        self, routers: RouterSet, kv: str, description: str, config: RouterConfig
+        self, routers: Routers, kv: str, description: str, config: RouterConfig
     ) -> InferenceModel:
         """Return the model with the routers that were attached to it."""
         routers.to(self._device)
         routers.executor = InferenceExecutor(unit=config.unit, kv=kv)
         return self._finished(routers, f"{description}, {config.granularity}")
 
-    def _finished(self, routers: RouterSet | None, description: str) -> InferenceModel:
+    def _finished(self, routers: Routers | None, description: str) -> InferenceModel:
         if self._staged is not None:
             self._staged.connect(routers)
         return InferenceModel(

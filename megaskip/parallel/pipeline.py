@@ -28,6 +28,7 @@ from megaskip.parallel.p2p import P2PChannel
 from megaskip.parallel.results import Totals
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Pooling, RouterSet, RoutingDecision
+from megaskip.routing.handover import carried_keep, receive_keep
 
 with extra("train"):
     from deepspeed.runtime.pipe import schedule
@@ -89,7 +90,7 @@ class PipelineEngine(Engine):
                 gradients[n] = self._next.receive([_empty_like(one) for one in left[n]])
             elif task is schedule.BackwardPass and self._learns:
                 # Layers whose activations were not kept decide again, on this batch's masks.
-                self.routers.begin(poolings[n])
+                self.routers.state.begin(poolings[n])
                 torch.autograd.backward(left.pop(n), gradients.pop(n, None))
             elif task is schedule.SendGrad and self._below:
                 self._previous.send([one.grad for one in entered.pop(n)])
@@ -137,15 +138,15 @@ class PipelineEngine(Engine):
         """Return what leaves this stage: hidden states and keep; on the last stage the summed
         loss."""
         routers, stage = self.routers, self.module
-        routers.begin(pooling, announced=True)
+        routers.state.begin(pooling, described=True)
         hidden_states, *keep = entered or [batch.input_ids]
         if keep:
-            routers.receive(keep[0])
+            receive_keep(routers, keep[0])
         hidden_states = stage(hidden_states, batch.attention_mask, batch.position_ids)
         self._logits = {k: d.logit.detach() for k, d in self.own_decisions().items()}
         if stage.head is not None:
             return [stage.head.of_batch(hidden_states, batch.labels)]
-        return [hidden_states, routers.carry()] if self._learns else [hidden_states]
+        return [hidden_states, carried_keep(routers)] if self._learns else [hidden_states]
 
     def _losses(self, loss: Tensor, totals: Totals, micro_batches: int) -> list[Tensor]:
         task = loss / totals.supervised

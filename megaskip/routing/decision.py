@@ -11,22 +11,6 @@ import torch
 from torch import Tensor
 
 
-def straight_through(
-    logit: Tensor, threshold_logit: float | Tensor, temperature: float = 1.0
-) -> Tensor:
-    """Return the 0/1 decision in float32 whose gradient is that of the score sigmoid(logit /
-    temperature).
-
-    The logits are compared, not the scores: in bfloat16 sigmoid(z) rounds to 0.5 for z in (-0.004,
-    0]. Source: paper section 3 (straight-through estimator, dM/dR = 1).
-    """
-    hard = (logit.detach() >= threshold_logit).float()
-    if not logit.requires_grad:
-        return hard
-    score = torch.sigmoid(logit / temperature)
-    return hard + (score - score.detach())
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedRows:
     """Which of a number of rows or tokens run."""
@@ -50,7 +34,7 @@ class SelectedRows:
 class RoutingDecision:
     """What one layer's router decided: which units run, and what it based that on.
 
-    What is chosen is found once and kept, for finding it waits for the device.
+    Which rows and tokens run is computed once and kept, for reading it waits for the device.
     """
 
     logit: Tensor
@@ -72,12 +56,12 @@ class RoutingDecision:
     @functools.cached_property
     def rows(self) -> SelectedRows:
         """The rows, of B, in which some unit runs."""
-        return _chosen((self.keep.detach() > 0).any(dim=1))
+        return _selected((self.keep.detach() > 0).any(dim=1))
 
     @functools.cached_property
     def tokens(self) -> SelectedRows:
         """The tokens, of B * T, that run; not for one decision a row."""
-        return _chosen((self.per_token().detach() > 0).flatten())
+        return _selected((self.per_token().detach() > 0).flatten())
 
     @property
     def is_per_row(self) -> bool:
@@ -93,5 +77,5 @@ class RoutingDecision:
         return self.unit_mask.sum(dtype=torch.float32)
 
 
-def _chosen(mask: Tensor) -> SelectedRows:
+def _selected(mask: Tensor) -> SelectedRows:
     return SelectedRows(index=mask.nonzero().squeeze(1), total=len(mask))

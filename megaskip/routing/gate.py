@@ -4,27 +4,35 @@ Shapes: B rows, T tokens, D hidden, U units of decision in a row.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from megaskip.routing.decision import RoutingDecision, straight_through
-
-if TYPE_CHECKING:
-    from megaskip.routing.routers import RouterSet
+from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.router import Router
+from megaskip.routing.state import RoutingState
+from megaskip.routing.thresholds import Thresholds
 
 
 class Gate:
-    """Decides for one layer of a RouterSet. A plain object, so that no state-dict key of the model
-    changes."""
+    """Decides for one layer, with its router. A plain object, so that no state-dict key of the
+    model changes."""
 
-    def __init__(self, routers: "RouterSet", layer: int) -> None:
-        self._routers = routers
+    def __init__(
+        self,
+        layer: int,
+        router: Router,
+        thresholds: Thresholds,
+        state: RoutingState,
+        *,
+        target: str,
+        unit: str,
+    ) -> None:
         self.layer = layer
         self.decision: RoutingDecision | None = None
-        target = routers.config.target
         self.skips = frozenset({"attn", "mlp"} if target == "block" else {target})
         self.writes = frozenset({target})
+        self._router, self._thresholds, self._state, self._unit = router, thresholds, state, unit
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"decision": None}
@@ -32,43 +40,41 @@ class Gate:
     def decide(self, hidden_states: Tensor) -> None:
         """Decide from the layer's normalised input [B, T, D], for the update sites that follow in
         it."""
-        routers = self._routers
-        held = routers.held.get(self.layer)
-        self.decision = held or self._decide(hidden_states)
-        routers.record(self.layer, self.decision)
+        cached = self._state.cached.get(self.layer)
+        self.decision = cached or self._decide(hidden_states)
+        self._state.record(self.layer, self.decision)
 
     def run_attention(
         self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
     ) -> Any:
         """Run the attention on what is kept; returns its output tuple, not yet multiplied."""
-        executor = self._routers.executor
+        executor = self._state.executor
         return executor.attention(run, hidden_states, kwargs, self._decided(), self.layer)
 
     def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
         """Run the MLP on what is kept; returns its output, not yet multiplied."""
-        return self._routers.executor.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
+        return self._state.executor.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
 
     def apply(self, update: Tensor, site: str) -> Tensor:
         """Multiply the update [B, T, D] by the decision, in the update's dtype, unless the executor
         did."""
-        if self._routers.executor.leaves_zeros:
+        if self._state.executor.leaves_zeros:
             return update
         return update * self._multiplier(update)
 
     def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Return whether a held decision lets no row run the layer; then the cache has noted the
+        """Return whether a cached decision lets no row run the layer; then the cache has noted the
         tokens."""
-        routers = self._routers
-        held = routers.held.get(self.layer)
-        if held is None or not routers.executor.passes_by(hidden_states, kwargs, held, self.layer):
+        executor, cached = self._state.executor, self._state.cached.get(self.layer)
+        if cached is None or not executor.passes_by(hidden_states, kwargs, cached, self.layer):
             return False
-        routers.record(self.layer, held)
+        self._state.record(self.layer, cached)
         return True
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return x + keep * (output - x), written so that it is exact at keep 0 and 1; all [B, T,
         D]."""
-        if self._routers.executor.leaves_zeros:  # x + 0 + 0 where it is skipped
+        if self._state.executor.leaves_zeros:  # x + 0 + 0 where it is skipped
             return output
         keep = self._multiplier(output)
         return output * keep + hidden_states * (1 - keep)
@@ -77,21 +83,14 @@ class Gate:
         return self._decided().per_token().unsqueeze(-1).to(like.dtype)
 
     def _decide(self, hidden_states: Tensor) -> RoutingDecision:
-        routers = self._routers
-        pooling = routers.pooling_for(hidden_states)
+        pooling = self._state.pooling_for(hidden_states, self._unit)
         # Under a device_map the routers may be on another device than the layer.
-        logit = routers.router(self.layer)(pooling.features(hidden_states)).to(hidden_states.device)
-        # The score is taken relative to the steered threshold: units near it have the largest
-        # gradient.
-        keep = straight_through(
-            routers.disturbed(logit) - routers.budget.offset,
-            routers.threshold_logits[self.layer],
-            routers.temperature,
-        )
+        logit = self._router(pooling.features(hidden_states)).to(hidden_states.device)
+        keep = self._thresholds.keep(logit, self.layer)
         segments = pooling.unit_of_token
         return RoutingDecision(
             logit=logit,
-            keep=routers.overridden(self.layer, keep),
+            keep=self._state.overridden(self.layer, keep),
             unit_mask=pooling.unit_mask.to(keep.device),
             unit_of_token=None if segments is None else segments.to(keep.device),
         )

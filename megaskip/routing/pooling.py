@@ -21,6 +21,20 @@ class Pooling:
     """int64 [B, T] for packed rows, else None."""
 
     @classmethod
+    def of(
+        cls,
+        unit: str,
+        token_mask: Tensor,
+        pooled: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> "Pooling":
+        """Return the pooling for units "sequence" or "token"; arguments as in `sequences`, which
+        pools all real tokens without `pooled`."""
+        if unit == "token":
+            return cls.tokens(token_mask)
+        return cls.sequences(token_mask if pooled is None else pooled, token_mask, segment_ids)
+
+    @classmethod
     def tokens(cls, token_mask: Tensor) -> "Pooling":
         """Return the pooling in which each token decides for itself; `token_mask` is bool [B,
         T]."""
@@ -51,6 +65,12 @@ class Pooling:
             unit_mask=(member & token_mask.unsqueeze(1)).any(-1),
             unit_of_token=unit_of_token,
         )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (B, T) of the batch."""
+        rows, tokens = self.unit_mask.shape if self.weights is None else self.weights.shape[::2]
+        return rows, tokens
 
     def features(self, hidden_states: Tensor) -> Tensor:
         """Return what the router reads, float32 [B, U, D], from hidden states [B, T, D] of any

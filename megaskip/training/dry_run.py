@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from megaskip.arch.decoder import describe_layers, describe_trainable
+from megaskip.arch.trainable import describe_layers, describe_trainable
 from megaskip.config import RunConfig, resolve_layers
 from megaskip.data import StreamingRows, build_dataset
 from megaskip.data.tokenizer import load_tokenizer

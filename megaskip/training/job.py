@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from megaskip.arch.decoder import describe_layers, describe_trainable
+from megaskip.arch.trainable import describe_layers, describe_trainable
 from megaskip.checkpoint import BaseModel
 from megaskip.checkpoint.resume import read_state
 from megaskip.checkpoint.run_tokenizer import given_tokenizer

@@ -257,7 +257,7 @@ class Trainer:
             state.optimizer_steps,
         )
         if self.engine.routers is not None:
-            self.engine.routers.budget.restore(state.steering)
+            self.engine.routers.steering.budget.restore(state.steering)
         self.step, self.tokens = state.step, state.tokens
         logger.info("resumed from %s: step %d of %d", path, self.step, self.total_steps)
 
@@ -267,7 +267,7 @@ class Trainer:
             step=self.step,
             tokens=self.tokens,
             optimizer_steps=float(self.step),
-            steering=routers.budget.state() if routers is not None else {},
+            steering=routers.steering.budget.state() if routers is not None else {},
             global_batch_size=self.loader.global_batch_size,
             seed=self.config.optim.seed,
             data_fingerprint=self.loader.data.fingerprint,

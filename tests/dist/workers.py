@@ -14,6 +14,7 @@ import torch
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
 from megaskip.calibration.allocation import allocate, skip_costs
+from megaskip.parallel import pipeline
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.loading.source import resolve_source
@@ -38,14 +39,12 @@ def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
         routers = engine.routers
         assert routers is not None
         _randomise(routers)
-        if case.get("cut_off_keep"):
-            carry = routers.carry
-            routers.carry = lambda: carry().detach().requires_grad_()
         everywhere = case["parts"]
         batches = [_batch(part, case.get("packed", False)) for part in everywhere]
         share = len(batches) // topology.num_replicas
         mine = batches[topology.replica * share : (topology.replica + 1) * share]
-        result = engine.train_step(mine, 0.0)
+        with _keep_cut_off() if case.get("cut_off_keep") else contextlib.nullcontext():
+            result = engine.train_step(mine, 0.0)
         return {
             "loss_task": result.loss_task,
             "loss_penalty": result.loss_penalty,
@@ -55,6 +54,17 @@ def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
             "bytes": bytes_by_kind(engine),
             "bytes_sent": getattr(engine, "bytes_sent", [0, 0]),
         }
+
+
+@contextlib.contextmanager
+def _keep_cut_off() -> Iterator[None]:
+    """Let stages hand on decisions without their gradient."""
+    carried_keep = pipeline.carried_keep
+    pipeline.carried_keep = lambda routers: carried_keep(routers).detach().requires_grad_()
+    try:
+        yield
+    finally:
+        pipeline.carried_keep = carried_keep
 
 
 def held_out(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
@@ -77,7 +87,7 @@ def _evaluate(model: str, flags: list[str]) -> dict[str, Any]:
             "capacity_error": routed.capacity_error,
             "capacity_per_layer": list(routed.capacity_per_layer),
             "calibrated": calibrate_threshold(engine, mine),
-            "offset": engine.routers.budget.offset,
+            "offset": engine.routers.steering.budget.offset,
             "scores": scores,
         }
 

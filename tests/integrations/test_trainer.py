@@ -244,7 +244,9 @@ def test_a_checkpoint_holds_the_routers_alone_and_training_goes_on_from_it(
     weights = whole.model.skip_routers.state_dict()
     for name, weight in again.model.skip_routers.state_dict().items():
         assert torch.equal(weight, weights[name]), name
-    assert again.model.skip_routers.budget.state() == whole.model.skip_routers.budget.state()
+    assert (
+        again.model.skip_routers.steering.budget.state() == whole.model.skip_routers.budget.state()
+    )
 
 
 def test_evaluations_are_at_the_asked_capacity_and_log_what_ran(

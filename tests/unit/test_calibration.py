@@ -166,7 +166,7 @@ def test_held_out_decisions_are_those_of_the_asked_capacity(engine: Engine) -> N
         engine.evaluate(batches(1), routed=True)
         routers.steer()
     found = engine.evaluate(batches(2), routed=True)
-    aimed = routers.budget.offset
+    aimed = routers.steering.budget.offset
     routers.configure(dataclasses.replace(routers.settled_config(), capacity_low=None))
     assert aimed != 0.0
     assert engine.evaluate(batches(2), routed=True) == found

@@ -223,7 +223,7 @@ def test_what_was_overridden_before_is_overridden_again() -> None:
     model = demo()
     with model.skip_routers.override({model.skip_routers.layers[0]: 0.0}):
         report = run(model, ["demo_text"], limit=2)
-        assert model.skip_routers._overrides == {model.skip_routers.layers[0]: 0.0}
+        assert model.skip_routers.state.overrides == {model.skip_routers.layers[0]: 0.0}
     assert (report.skip_ratio() or 0) >= 1 / len(model.skip_routers.layers)
 
 

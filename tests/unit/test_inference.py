@@ -147,7 +147,7 @@ def test_dropped_tokens_are_invisible_and_nothing_else_changes(
 def hide_skipped(routers: Any, layer: int, mask: torch.Tensor) -> Any:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         logit = routers.router(layer)(kwargs["hidden_states"].float())
-        kept = (logit >= routers.threshold_logits[layer]) & mask.bool()
+        kept = (logit >= routers.thresholds.logits[layer]) & mask.bool()
         tokens = mask.shape[1]
         visible = torch.ones(tokens, tokens, dtype=torch.bool).tril() & kept[:, None, :]
         visible |= torch.eye(tokens, dtype=torch.bool)  # queries that are skipped are not used
@@ -227,7 +227,7 @@ def test_operations_on_the_cache_carry_decisions_and_keys(
         changed, fresh = DynamicCache(config=model.config), DynamicCache(config=model.config)
         model(ids, past_key_values=changed)
         change(changed)
-        model.skip_routers.begin(None)
+        model.skip_routers.state.begin(None)
         # Cropping leaves the decision that the whole prompt made.
         expected_prompt = same(ids)
         if operation == "crop":

@@ -135,15 +135,15 @@ def test_padding_is_no_unit_of_capacity() -> None:
     assert pooling.unit_mask.tolist() == [[True, True], [True, False]]
 
 
-def test_announced_batch_of_another_shape_is_an_error() -> None:
+def test_a_batch_of_another_shape_than_set_is_an_error() -> None:
     model = tiny_model()
     routers = attach_routers(model)
     routers.set_batch(torch.ones(2, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="announced to the routers is"):
+    with pytest.raises(ValueError, match=r"set_batch\(\) was given masks of \(2, 5\)"):
         model(ids_of(3))
 
 
-def test_an_announcement_holds_for_one_forward_pass() -> None:
+def test_a_set_batch_holds_for_one_forward_pass() -> None:
     model = tiny_model()
     routers = attach_routers(model)
     routers.set_batch(torch.ones(2, T, dtype=torch.bool))

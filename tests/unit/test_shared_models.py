@@ -52,11 +52,11 @@ def test_decisions_are_in_the_cache_before_the_next_thread_decides(
     """On a model that routers were attached to, without the turn of an exported one around it."""
     model, _ = trained("llama")
     prompts = {name: whole_ids(3, 9, seed) for name, seed in (("first", 1), ("second", 2))}
-    follow, real = whole_ids(3, 1, 7), wiring.held_by
+    follow, real = whole_ids(3, 1, 7), wiring.cached_decisions
     caches = {name: DynamicCache(config=model.config) for name in ("alone", *prompts)}
     second_came, looked = threading.Event(), []
 
-    def held_by(cache: Any) -> Any:
+    def cached_decisions(cache: Any) -> Any:
         if threading.current_thread().name == "first":
             looked.append(cache)
             if len(looked) == 2:  # after its forward pass
@@ -71,7 +71,7 @@ def test_decisions_are_in_the_cache_before_the_next_thread_decides(
     with torch.no_grad():
         model(prompts["first"], past_key_values=caches["alone"])
         expected = model(follow, past_key_values=caches["alone"]).logits
-    monkeypatch.setattr(wiring, "held_by", held_by)
+    monkeypatch.setattr(wiring, "cached_decisions", cached_decisions)
     model.model.layers[2].mlp.register_forward_pre_hook(
         lambda *_: second_came.set() if threading.current_thread().name == "second" else None
     )
@@ -134,7 +134,7 @@ def test_routers_on_another_device_decide_on_that_of_the_layer() -> None:
     router.register_forward_hook(lambda module, args, logit: logit.to("meta"))
     gate = model.skip_routers.gates[3]
     hidden = torch.zeros(1, 4, model.config.hidden_size)
-    model.skip_routers.begin(None)
+    model.skip_routers.state.begin(None)
     with pytest.raises(NotImplementedError, match="meta"):  # it was brought back, or tried to be
         gate.decide(hidden)
 

@@ -70,13 +70,13 @@ def test_noise_disturbs_training_alone(noise: float) -> None:
         randomise(routers)
         config = RunConfig(optim=OptimConfig(noise=noise))
         engine = Engine(TaskLoss(model, chunk_tokens=64), routers, config, topology)
-        routers.budget.spread = 1.0
+        routers.steering.budget.spread = 1.0
         seen = []
         for seed in range(4):
             torch.manual_seed(seed)
             engine.train_step([batch()], lr=0.0)
             seen.append(torch.stack([d.keep.detach() for d in routers.decisions().values()]))
-            routers.budget.place(0.0)
+            routers.steering.budget.place(0.0)
         assert any(not torch.equal(seen[0], other) for other in seen[1:]) == bool(noise)
         torch.manual_seed(1)
         first = engine.evaluate([batch()], routed=True)

@@ -49,7 +49,7 @@ from inference_cost import account, ideals, peak, size
 from inference_variants import DENSE, Bench, Override, Variant, decode, prefill, variants, wired
 
 from megaskip.arch import find_decoder
-from megaskip.arch.decoder import describe_layers
+from megaskip.arch.trainable import describe_layers
 from megaskip.cli.run import run_cli
 from megaskip.config import resolve_layers
 from megaskip.config.router import GRANULARITIES

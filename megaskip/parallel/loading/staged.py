@@ -17,7 +17,7 @@ from megaskip.parallel.loading.stage import load_stage
 from megaskip.parallel.loading.whole import build_tiny, skeleton
 from megaskip.parallel.p2p import P2PChannel
 from megaskip.parallel.topology import Topology
-from megaskip.routing import RouterSet
+from megaskip.routing import Routers
 
 
 class StagedModel:
@@ -30,7 +30,7 @@ class StagedModel:
         self.part = part
         self.links = StageLinks(topology)
 
-    def connect(self, routers: RouterSet | None) -> None:
+    def connect(self, routers: Routers | None) -> None:
         """Tie this part to the others; routers are attached before. From then on every stage of a
         replica has to call the model, with the same inputs."""
         connect(self.model, self.part, routers, self.links)

@@ -1,0 +1,66 @@
+"""Running a sublayer on the rows or tokens that are kept, and on no others.
+
+Shapes: B rows, T tokens, D hidden.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaskip.routing.decision import RoutingDecision, SelectedRows
+
+
+def run_rows(
+    run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any], rows: SelectedRows
+) -> Any:
+    """Run attention on some rows of [B, T, D]; returns its output tuple, zero in the others."""
+    if rows.all:
+        return run(hidden_states, **kwargs)
+    if rows.none:
+        return torch.zeros_like(hidden_states), None
+    picked = {name: rows_of(value, rows.index, rows.total) for name, value in kwargs.items()}
+    ran = run(hidden_states.index_select(0, rows.index), **picked)
+    # The second is None or the attention's weights, which are rows' too.
+    return tuple(
+        put_back(item, rows.index, rows.total) if isinstance(item, Tensor) else item for item in ran
+    )
+
+
+def run_units(
+    run: Callable[..., Any], hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
+) -> Any:
+    """Run an MLP on the rows that are kept, or on the tokens, as one row [1, n, D].
+
+    Returns its output [B, T, D] (or a tuple that starts with it), zero in the others.
+    """
+    by_row = decision.is_per_row
+    selected = decision.rows if by_row else decision.tokens
+    if selected.all:
+        return run(hidden_states)
+    if selected.none:
+        output = torch.zeros_like(hidden_states)
+        return (output, None) if is_tuple else output
+    units = hidden_states if by_row else hidden_states.flatten(0, 1)
+    picked = units.index_select(0, selected.index)
+    ran = run(picked if by_row else picked.unsqueeze(0))
+    first, rest = (ran[0], ran[1:]) if is_tuple else (ran, ())
+    output = put_back(first.view_as(picked), selected.index, len(units)).view_as(hidden_states)
+    return (output, *rest) if is_tuple else output
+
+
+def put_back(update: Tensor, index: Tensor, total: int) -> Tensor:
+    """Return zeros [total, ...] with `update` [n, ...] at the places `index` int64 [n]."""
+    return update.new_zeros(total, *update.shape[1:]).index_copy_(0, index, update)
+
+
+def rows_of(value: Any, index: Tensor, batch: int) -> Any:
+    """Return `value` for the rows of `index`; tensors that broadcast over the batch stay whole."""
+    if isinstance(value, Tensor):
+        # One-dimensional ones run over tokens, however many rows there are.
+        per_row = value.dim() > 1 and value.shape[0] == batch
+        return value.index_select(0, index) if per_row else value
+    if isinstance(value, tuple):
+        return tuple(rows_of(item, index, batch) for item in value)
+    return value

@@ -1,0 +1,61 @@
+"""The routers themselves: what scores a unit. Torch only; they do not know what they decide about.
+
+Shapes: B rows, U units of decision in a row, D hidden.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+PREFIX = "skip_routers"
+"""Where a model carries its routers, and what their tensors' names begin with."""
+_MLP_WIDTH = 16
+
+
+class Router(nn.Module):
+    """A linear router, one score a unit (paper section 3): weight float32 [1, D], zero at the
+    start."""
+
+    def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits float32 [B, U] of features float32 [B, U, D], on their device."""
+        weight = self.weight.to(device=features.device, dtype=torch.float32)
+        return nn.functional.linear(features, weight).squeeze(-1)
+
+
+class AffineRouter(Router):
+    """A linear router with a bias, float32 [1], zero at the start."""
+
+    def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
+        super().__init__(hidden_size, device=device)
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits float32 [B, U] of features float32 [B, U, D], on their device."""
+        return super().forward(features) + self.bias.to(features.device, torch.float32)
+
+
+class MlpRouter(Router):
+    """A router with one hidden layer: `inner` float32 [16, D], and on top the weight, [1, 16]."""
+
+    def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
+        super().__init__(_MLP_WIDTH, device=device)
+        # The same on every rank, whatever its random state is.
+        generator = torch.Generator().manual_seed(0)
+        inner = torch.randn(_MLP_WIDTH, hidden_size, generator=generator) / math.sqrt(hidden_size)
+        self.inner = nn.Parameter(inner.to(device=device, dtype=torch.float32))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits float32 [B, U] of features float32 [B, U, D], on their device."""
+        inner = self.inner.to(features.device, torch.float32)
+        return super().forward(nn.functional.silu(nn.functional.linear(features, inner)))
+
+
+def make_router(kind: str, hidden_size: int, *, device: torch.device | None = None) -> Router:
+    """Return a fresh router of a kind of RouterConfig.router."""
+    kinds = {"linear": Router, "affine": AffineRouter, "mlp": MlpRouter}
+    return kinds[kind](hidden_size, device=device)

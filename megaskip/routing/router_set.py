@@ -1,0 +1,116 @@
+"""The routers of a model that learns: Routers with a budget, a penalty, and counts of what ran."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaskip.config import RouterConfig
+from megaskip.routing.budget import Measured, layer_hinge
+from megaskip.routing.counts import Counts
+from megaskip.routing.routers import Routers
+from megaskip.routing.steering import Steering
+from megaskip.routing.thresholds import score_of
+from megaskip.routing.training_executor import DenseExecutor
+
+
+class RouterSet(Routers):
+    """All routers of a model, keyed by absolute layer index and target: "12.attn.weight" [1, D]
+    float32.
+
+    Registered on a model as `skip_routers`, or kept beside one that DeepSpeed shards. What belongs
+    to one forward pass is in `state`, what moves the thresholds in `steering`.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        layers: Sequence[int],
+        hidden_size: int,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        steering = Steering(config, layers)
+        super().__init__(
+            config,
+            layers,
+            hidden_size,
+            executor=DenseExecutor(),
+            thresholds=steering,
+            device=device,
+        )
+        self.steering = steering
+        """The same object as `thresholds`."""
+
+    # -- after the forward pass
+
+    def penalty(self, total_units: float | None = None) -> Tensor:
+        """Return the capacity penalty of the last forward pass, a float32 scalar with gradient.
+
+        budget="global" divides by `total_units`, the routed units of the whole global batch (those
+        of this forward pass without it), so that the penalties of all micro-batches and ranks add
+        up to the global one. budget="layer" is the published hinge of this forward pass (paper
+        equations 9 and 10).
+        """
+        decisions = self.state.decisions_of(self.layers)
+        if self.config.budget == "layer":
+            return layer_hinge(decisions, self.config.capacity, self.config.penalty_weight)
+        return self.steering.penalty(decisions, total_units)
+
+    def shares(self) -> Tensor:
+        """Return float64 [B]: the share of units that ran in each row of the last forward pass."""
+        decisions = self.state.decisions_of(self.layers)
+        kept = torch.stack([(d.keep.detach() * d.unit_mask).sum(1) for d in decisions]).sum(0)
+        units = torch.stack([d.unit_mask.sum(1) for d in decisions]).sum(0)
+        return kept.double() / units.clamp(min=1)
+
+    def counts(self, layers: Sequence[int] | None = None) -> Counts:
+        """Return the sums over the last forward pass's units, of `layers` (all routed ones without
+        it)."""
+        return Counts.of(self.state.decisions_of(self.layers if layers is None else layers))
+
+    # -- steering
+
+    def steer(self, measured: Measured | None = None, *, progress: float | None = None) -> None:
+        """Steer towards the asked capacity after an optimizer step (budget="global").
+
+        `measured` is what the global batch did, the same on every rank; the last forward pass
+        without it. `progress` is the share of the run that is done: the target then falls
+        gradually.
+        """
+        if self.config.budget == "global":
+            self.steering.budget.steer(measured or Measured.of(self.counts()), progress)
+
+    def settled_config(self) -> RouterConfig:
+        """Return the configuration with the thresholds where steering has put them."""
+        return self.steering.settled(self.config)
+
+    def place(self, logits: Sequence[float]) -> None:
+        """Put the threshold of each routed layer, in their order, at a logit; infinite for none or
+        all."""
+        self.configure(dataclasses.replace(self.config, threshold=tuple(map(score_of, logits))))
+
+    # -- deprecated names
+
+    def announce(self, *args: Any, **kwargs: Any) -> None:
+        """Do what `set_batch` does. Deprecated."""
+        _say_renamed("announce", "set_batch")
+        self.set_batch(*args, **kwargs)
+
+    def every_gate_open(self) -> contextlib.AbstractContextManager[None]:
+        """Do what `disabled` does. Deprecated."""
+        _say_renamed("every_gate_open", "disabled")
+        return self.disabled()
+
+
+def _say_renamed(old: str, new: str) -> None:
+    warnings.warn(
+        f"megaskip: RouterSet.{old}() is now called {new}(), with the same arguments; the old name "
+        "goes in 0.4",
+        FutureWarning,
+        stacklevel=3,
+    )
