@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
-from megaskip.cli.main import main  # noqa: E402
+from megaskip.cli.main import run_command  # noqa: E402
 
 if __name__ == "__main__":
-    main(["generate", *sys.argv[1:]])
+    run_command("generate", prog="launch/generate.py")

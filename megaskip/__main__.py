@@ -3,4 +3,4 @@
 from megaskip.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(prog="python -m megaskip")

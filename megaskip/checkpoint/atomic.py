@@ -46,19 +46,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def why_unwritable(folder: Path) -> str | None:
-    """Return why a folder, or the nearest one above it that exists, cannot be written; None if it
-    can. Asked before hours of computing, not after."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    probe = there / ".write_test"
-    try:
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink(missing_ok=True)  # of several ranks, one is first
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -32,19 +33,20 @@ def parse_options(
     description: str = "",
     usage: str | None = None,
     config_file: bool = False,
+    fixed: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Options:
     """Return the `options` that `argv` gives: every field of the dataclass is a flag.
 
     The string under a field is its help; `megaskip.config.options.option` gives a field choices,
     a list or another metavar. A field whose type is a dataclass is a section: its flags form a
-    group. With `config_file` there is a flag --config for a YAML file with the same flags. --help
-    prints and raises SystemExit. Raises ConfigError with every problem found.
+    group. With `config_file` there is a flag --config for a YAML file with the same flags. Fields
+    in `fixed` have that value and no flag. --help prints and raises SystemExit. Raises ConfigError
+    with every problem found.
     """
     settings: Any = options
-    parser = make_parser(
-        settings, prog=prog, description=description, usage=usage, config_file=config_file
-    )
-    flags, problems = flags_of(settings), list[str]()
+    flags = {name: flag for name, flag in flags_of(settings).items() if name not in fixed}
+    parser = _make_parser(settings, flags, prog, description, usage, config_file)
+    problems: list[str] = []
     try:
         namespace, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -65,33 +67,42 @@ def parse_options(
         for name, flag in flags.items()
         if flag.is_required and name not in values and name not in given
     ]
-    made = _make(options, values, problems)
+    made = _make(options, {**values, **fixed}, problems)
     if problems:
         raise ConfigError(*problems)
     return typing.cast(Options, made)
 
 
 def parse_run_config(
-    argv: Sequence[str], description: str = "", *, prog: str = "megaskip train"
+    argv: Sequence[str],
+    description: str = "",
+    *,
+    prog: str = "megaskip train",
+    fixed: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> RunConfig:
-    """Return the run that `argv` and its --config file describe; raises ConfigError with every
-    problem."""
+    """Return the run that `argv` and its --config file describe, with settings in `fixed` that
+    have no flag; raises ConfigError with every problem."""
     return parse_options(
-        RunConfig, argv, prog=prog, description=description, usage=_RUN_USAGE, config_file=True
+        RunConfig,
+        argv,
+        prog=prog,
+        description=description,
+        usage=_RUN_USAGE,
+        config_file=True,
+        fixed=fixed,
     )
 
 
-def make_parser(
+def _make_parser(
     options: Any,
-    *,
+    flags: Mapping[str, Flag],
     prog: str,
-    description: str = "",
-    usage: str | None = None,
-    config_file: bool = False,
+    description: str,
+    usage: str | None,
+    config_file: bool,
 ) -> argparse.ArgumentParser:
-    """Return the parser of all flags, grouped by section; values stay text, for `_value` to
-    check."""
-    required = (f"--{f.name} {f.metavar}" for f in flags_of(options).values() if f.is_required)
+    """Return the parser of `flags`, grouped by the sections of `options`; values stay text."""
+    required = (f"--{f.name} {f.metavar}" for f in flags.values() if f.is_required)
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -108,7 +119,7 @@ def make_parser(
     # Launchers add it; the rank itself comes from the environment.
     for name in ("--local_rank", "--local-rank"):
         parser.add_argument(name, action=_Ignored, help=argparse.SUPPRESS)
-    _add_flags(parser, parser, options, config_file)
+    _add_flags(parser, parser, options, flags, config_file)
     return parser
 
 
@@ -119,14 +130,20 @@ class _Ignored(argparse.Action):
         """Keep nothing."""
 
 
-def _add_flags(parser: argparse.ArgumentParser, group: Any, options: Any, negatable: bool) -> None:
-    hints, flags = typing.get_type_hints(options), flags_of(options)
+def _add_flags(
+    parser: argparse.ArgumentParser,
+    group: Any,
+    options: Any,
+    flags: Mapping[str, Flag],
+    negatable: bool,
+) -> None:
+    hints = typing.get_type_hints(options)
     for item in dataclasses.fields(options):
         hint = hints[item.name]
         if is_section(hint):
             section = parser.add_argument_group(item.name, (hint.__doc__ or "").strip())
-            _add_flags(parser, section, hint, negatable)
-        elif item.name in flags:
+            _add_flags(parser, section, hint, flags, negatable)
+        elif item.name in flags and item.name in flags_of(options):
             _add_flag(group, flags[item.name], negatable)
 
 

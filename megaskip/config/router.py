@@ -20,6 +20,8 @@ GRANULARITIES = (
 POOLS = ("prompt", "all")
 BUDGETS = ("global", "layer")
 ROUTERS = ("linear", "affine", "mlp")
+KV_CHOICES = ("keep", "drop")
+"""Whether tokens that skip an attention are attended to by later ones, in inference."""
 
 
 Threshold = float | tuple[float, ...]

@@ -165,7 +165,7 @@ class ParallelConfig(Checked):
     heartbeat_timeout: int = 30
     """Seconds of silence after which a rank is taken for dead, and named."""
     world_size: int | None = None
-    """With --dry_run: the number of ranks to plan for."""
+    """With --dry_run, or `megaskip plan`: the number of ranks to plan for."""
 
     def _problems(self) -> Iterator[str]:
         yield from one_of("train_execution", self.train_execution, ("dense", "sparse"))

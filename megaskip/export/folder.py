@@ -25,12 +25,12 @@ from megaskip.checkpoint.routers import (
 )
 from megaskip.checkpoint.weight_index import INDEX, SINGLE, weight_map_of
 from megaskip.config import RouterConfig
+from megaskip.config.commands.convert import MODES
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import write_card
 from megaskip.routing import PREFIX
 
-MODES = ("overlay", "copy", "adapter")
 ROUTER_SHARD = "skip_routers.safetensors"
 RENAMED_SINGLE = "base.safetensors"
 """transformers takes a model.safetensors for the whole model, whatever an index says."""

@@ -21,6 +21,7 @@ from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import save_routers
 from megaskip.checkpoint.weight_index import INDEX
 from megaskip.config import ModelConfig, RouterConfig
+from megaskip.config.commands.export_static import FORMATS
 from megaskip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import card_metadata
@@ -42,7 +43,6 @@ from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.whole import skeleton
 from megaskip.routing import RouterSet
 
-FORMATS = ("hf", "decilm")
 _USE = {
     "hf": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -22,8 +22,6 @@ from megaskip.inference.packed import attend_among_kept
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.kept_units import run_rows, run_units
 
-KV_CHOICES = ("keep", "drop")
-
 
 class InferenceExecutor:
     """Leaves out what is skipped, in prefill and decode, and its keys and values where sound.

@@ -20,9 +20,9 @@ from transformers.generation import GenerationMode
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.wiring import wire
-from megaskip.config.router import RouterConfig
+from megaskip.config.router import KV_CHOICES, RouterConfig
 from megaskip.inference.dropped import drop_sublayers
-from megaskip.inference.executor import KV_CHOICES, InferenceExecutor
+from megaskip.inference.executor import InferenceExecutor
 from megaskip.routing.router import PREFIX, Router
 from megaskip.routing.routers import Routers
 

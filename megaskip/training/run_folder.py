@@ -9,10 +9,11 @@ from pathlib import Path
 
 import filelock
 
-from megaskip.checkpoint.atomic import read_json, why_unwritable, write_json
+from megaskip.checkpoint.atomic import read_json, write_json
 from megaskip.checkpoint.resume import checkpoints, read_state
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config import RunConfig
+from megaskip.config.paths import why_unwritable
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank

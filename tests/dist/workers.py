@@ -147,7 +147,8 @@ def _gathered_numel(engine: Engine) -> int:
 def evaluations(cases: list[list[str]]) -> list[Any]:
     """Return the tasks of launch/evaluate.py's reports with the flags of each case; None on other
     ranks than the first."""
-    from megaskip.cli.evaluate import evaluate_on_ranks, parse
+    from megaskip.cli.evaluate import parse
+    from megaskip.evaluation.job import evaluate_on_ranks
 
     usual = ["--output", "unused.json", "--dtype", "float32", "--model"]
     reports = []

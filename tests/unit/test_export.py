@@ -20,11 +20,11 @@ from megaskip import RouterConfig, attach_routers, detach_routers, load_routers,
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.cli import convert
-from megaskip.cli.generate import load_routed
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import bundled_code
 from megaskip.export.folder import MODES, base_name, export_folder
 from megaskip.export.verify import verify_folder
+from megaskip.generation.job import load_routed
 from megaskip.inference.hf import MegaskipForCausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")

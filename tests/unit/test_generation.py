@@ -16,11 +16,13 @@ from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.cli import convert
-from megaskip.cli.generate import Conversation, load_routed, parse
 from megaskip.cli.generate import main as generate
+from megaskip.cli.generate import parse
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError, DataError
 from megaskip.export.folder import export_folder
+from megaskip.generation.conversation import Conversation
+from megaskip.generation.job import load_routed
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "megaskip/demo/backbone"

@@ -1,0 +1,81 @@
+"""Options of `megaskip compare`, and the names of the methods that it knows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaskip.config.checks import at_least
+from megaskip.config.options import Checked, option
+
+BASELINES = ("static", "random", "uniform")
+TRAINED = (
+    "published",
+    "separate",
+    "layerwise",
+    "ours",
+    "allocated",
+    "distill",
+    "noise",
+    "sharp",
+    "smooth",
+    "affine",
+    "mlp",
+)
+METHODS = (*BASELINES, *TRAINED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions(Checked):
+    """Ways to skip, at equal skip."""
+
+    model: str = option(metavar="MODEL")
+    """Base model, folder, hub id or demo."""
+    data: tuple[str, ...] = option(metavar="PATH[:weight]")
+    """Text to train on, repeatable."""
+    eval_data: tuple[str, ...] = option((), metavar="PATH[:weight]")
+    """Text to measure on, repeatable [carved off]."""
+    documents: int = 512
+    """Rows of it to measure on, from all over it; a long text is several."""
+    blimp: Path | None = option(None, metavar="FOLDER")
+    """Folder of minimal pairs: JSONL, sentence_good and sentence_bad."""
+    pairs: int = 200
+    """Pairs of each of its sets."""
+    skip: tuple[float, ...] = option((12.5, 25.0, 37.5), separator=",", metavar="PERCENT,...")
+    """Percent of all attention."""
+    seeds: tuple[int, ...] = option((0, 1, 2), separator=",", metavar="INT,...")
+    """Seeds of everything that is trained or drawn."""
+    methods: tuple[str, ...] = option(
+        (*BASELINES, "published", "ours"), separator=",", choices=METHODS, metavar="NAME,..."
+    )
+    """What is compared."""
+    ours: str = option("ours", choices=TRAINED, metavar="NAME")
+    """The method that the others are set against."""
+    layers: str = option("half", metavar="SPEC")
+    """As --layers of `megaskip train`."""
+    steps: int = 300
+    """Steps of each training, 16 rows each."""
+    seq_length: int = 256
+    """Longest sample in tokens."""
+    calibration_rows: int = 512
+    """Rows on which thresholds are found."""
+    cache_dir: str | None = option(None, metavar="FOLDER")
+    """As --cache_dir of `megaskip train`."""
+    no_training: bool = False
+    """Take only runs that exist."""
+    output: Path = option(metavar="FOLDER")
+    """Folder to write."""
+
+    def _problems(self) -> Iterator[str]:
+        for name in ("documents", "pairs", "steps", "calibration_rows"):
+            yield from at_least(name, getattr(self, name), 1)
+        for name in ("data", "skip", "seeds", "methods"):
+            if not getattr(self, name):
+                yield f"--{name} is empty"
+        # As a default it may be missing: then nothing is set against another.
+        if self.ours != "ours" and self.ours not in self.methods:
+            yield f"--ours {self.ours} is not among --methods; add it there"
+
+    @property
+    def shares(self) -> list[float]:
+        """Return --skip as shares of all attention, ascending."""
+        return sorted(percent / 100 for percent in self.skip)

@@ -1,0 +1,34 @@
+"""Options of `megaskip convert`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaskip.config.commands.source import RouterSource
+from megaskip.config.options import Checked, option
+from megaskip.config.router import KV_CHOICES
+
+MODES = ("overlay", "copy", "adapter")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions(Checked):
+    """A trained run to a Hugging Face folder."""
+
+    source: RouterSource
+    tokenizer: str | None = option(None, metavar="TOKENIZER")
+    """Tokenizer, folder or hub id [with --run: what it was trained with; else the base's]."""
+    output: Path = option(metavar="FOLDER")
+    """New folder to write."""
+    mode: str = option("overlay", choices=MODES)
+    """overlay: hard links to the base's shards and one shard of routers; copy: stands by itself;
+    adapter: the routers alone."""
+    kv: str = option("keep", choices=KV_CHOICES)
+    """attn_token, block_token: skipped tokens are still attended to (keep, as trained) or not
+    (drop, which saves their keys and values)."""
+    verify: bool = False
+    """Load it in a fresh process and compare logits."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.verify and self.mode == "adapter":
+            yield "--verify loads a whole folder; an adapter is loaded with its base"

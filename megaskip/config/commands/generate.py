@@ -1,0 +1,62 @@
+"""Options of `megaskip generate`."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaskip.config.checks import at_least, within
+from megaskip.config.commands.source import DTYPES
+from megaskip.config.options import Checked, option
+from megaskip.config.paths import output_file_problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions(Checked):
+    """Text from a routed model, and what ran for it."""
+
+    model: str = option(metavar="MODEL")
+    """Exported folder, run folder or router folder."""
+    base: str | None = option(None, metavar="MODEL")
+    """Base model of a run or router folder [what it names]."""
+    tokenizer: str | None = option(None, metavar="TOKENIZER")
+    """Tokenizer, folder or hub id [of a run: what it was trained with; else the model's]."""
+    prompts: Path | None = option(None, metavar="FILE")
+    """A prompt a line, or .jsonl with prompt or messages [typed in]."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """Of sampling; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus of sampling: the most likely tokens that together have this probability."""
+    num_beams: int = 1
+    """Beams; more than 1 do not stream."""
+    seed: int = 0
+    """Seed of sampling."""
+    capacity: float | None = None
+    """One that `megaskip calibrate` calibrated [the stored one]."""
+    raw: bool = False
+    """Do not apply the chat template."""
+    dtype: str = option("auto", choices=DTYPES)
+    """Type of the weights in memory; auto: as stored."""
+    output: Path | None = option(None, metavar="FILE.jsonl")
+    """Write prompts, answers and shares to this .jsonl file."""
+    picture: str | None = option(None, metavar="PICTURE")
+    """Write what ran by token and layer to PICTURE.png and PICTURE.html."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from at_least("max_new_tokens", self.max_new_tokens, 1)
+        yield from at_least("num_beams", self.num_beams, 1)
+        if not 0 <= self.temperature < math.inf:
+            yield f"--temperature {self.temperature:g} must be 0 or a positive number"
+        yield from within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        if 0 < self.top_p < 1 and self.temperature == 0:
+            yield f"--top_p {self.top_p:g} is for sampling; give a --temperature above 0"
+        if self.picture and self.num_beams > 1:
+            yield "--picture shows one text, not beams; leave it out, or use --num_beams 1"
+        if self.output is None:
+            return
+        if self.prompts is not None and self.output.resolve() == self.prompts.resolve():
+            yield f"--output {self.output} is the file of --prompts; name another"
+        else:
+            yield from output_file_problems("output", self.output, ".jsonl")

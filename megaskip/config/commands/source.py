@@ -1,0 +1,34 @@
+"""Options that several commands share: which routers, which text, how the base is read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaskip.config.options import Checked, exactly_one, option
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSource(Checked):
+    """Which trained routers, on which base model: --run or --routers."""
+
+    run: Path | None = option(None, metavar="FOLDER")
+    """Run folder of `megaskip train`; it knows its base and data."""
+    routers: Path | None = option(None, metavar="FOLDER")
+    """Router folder (routers.safetensors, router_config.json)."""
+    base: str | None = option(None, metavar="MODEL")
+    """Base model, folder or hub id [what the routers name]."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from exactly_one({"run": self.run, "routers": self.routers})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSource(Checked):
+    """The calibration text, and how the base model reads it."""
+
+    data: tuple[str, ...] = option((), metavar="PATH[:weight]")
+    """Calibration text, as --data of `megaskip train`, repeatable [that of --run]."""
+    dtype: str | None = option(None, choices=DTYPES)
+    """Type of the base's weights in memory [that of --run; else as stored]."""

@@ -1,0 +1,66 @@
+"""The jobs of `megaskip convert` and `megaskip import-routers`."""
+
+import time
+
+from tqdm import tqdm
+
+from megaskip.config.commands.convert import ConvertOptions
+from megaskip.config.commands.import_routers import ImportOptions
+from megaskip.errors import CheckpointError
+from megaskip.export.folder import Exported, export_folder
+from megaskip.export.published import import_published
+from megaskip.export.verify import verify_folder
+from megaskip.log import quiet_libraries
+from megaskip.reporting.summary import human_bytes, table
+from megaskip.runs.source import chosen_tokenizer, find_routers
+
+
+def convert(options: ConvertOptions) -> None:
+    """Write a Hugging Face folder and print what is in it; raises CheckpointError when --verify
+    finds other logits."""
+    quiet_libraries()
+    routers = find_routers(options.source)
+    tokenizer = chosen_tokenizer(options.tokenizer, options.source, routers.base)
+    begun = time.monotonic()
+    with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
+        done = export_folder(
+            routers.folder,
+            routers.base,
+            options.output,
+            mode=options.mode,
+            kv=options.kv,
+            tokenizer=tokenizer,
+            facts=routers.facts,
+            progress=bar.update,
+        )
+    rows = _summary(done, time.monotonic() - begun)
+    verified = None
+    if options.verify:
+        verified = verify_folder(done.folder, routers.base, routers.folder)
+        difference = f"{verified.difference:.1e} over {verified.tokens} tokens"
+        rows.append(("verified", f"fresh process, fp32: logits differ by at most {difference}"))
+    print("\n".join(table(rows, title=f"exported: {done.folder}")))
+    if verified is not None and not verified.passed:
+        raise CheckpointError(verified.explain(done.folder))
+
+
+def import_routers(options: ImportOptions) -> None:
+    """Write a router folder from published weights, and print what was assumed."""
+    report = import_published(
+        options.source, options.output, config=options.config, granularity=options.granularity
+    )
+    rows = [("source", str(options.source)), *report.rows()]
+    print("\n".join(table(rows, title="imported published routers")))
+
+
+def _summary(done: Exported, seconds: float) -> list[tuple[str, str]]:
+    """Return the rows of the closing table."""
+    load = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+    if done.mode == "adapter":
+        load = "megaskip.load_routers(model, folder) on the loaded base"
+    return [
+        ("mode", "; ".join([done.mode, *done.notes])),
+        ("written", f"{human_bytes(done.written)} in {seconds:.2f} s"),
+        ("shared with the base", human_bytes(done.linked)),
+        ("load", load),
+    ]

@@ -1,0 +1,121 @@
+"""The job of `megaskip export-static`: measure the capacity of each layer, choose, export."""
+
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megaskip.checkpoint.base import describe_folder
+from megaskip.checkpoint.routers import load_routers, read_router_config
+from megaskip.config import resolve_layers
+from megaskip.config.commands.export_static import ExportStaticOptions
+from megaskip.errors import CheckpointError
+from megaskip.export.static import choose_dropped, describe_dropped, measure_capacity, sublayers
+from megaskip.export.static_folder import (
+    StaticExport,
+    export_static,
+    require_exportable,
+    verify_static,
+)
+from megaskip.log import quiet_libraries
+from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.whole import load_whole
+from megaskip.reporting.summary import human_bytes, table
+from megaskip.runs.source import TrainedRouters, chosen_tokenizer, find_routers, open_text, read_as
+
+
+def export_without_dropped(options: ExportStaticOptions) -> None:
+    """Measure, choose, export and print what was done; raises CheckpointError when --verify finds
+    other logits."""
+    quiet_libraries()
+    routers = find_routers(options.source)
+    base = routers.base
+    config, routed, described = read_router_config(routers.folder)
+    if described is not None:
+        described.require(describe_folder(base), "the router folder")
+    tokenizer = chosen_tokenizer(options.tokenizer, options.source, base)
+    require_exportable(base, options.output, options.format)
+    listed, unmeasured = _listed_layers(options.layers, base), dict.fromkeys(routed, math.nan)
+    if listed is not None:
+        choose_dropped(unmeasured, layers=listed)
+    capacity, text = _measured(options, routers) or (unmeasured, "not measured")
+    layers = choose_dropped(capacity, below=options.below, count=options.count, layers=listed)
+    dropped = sublayers(config.target, layers)
+    begun = time.monotonic()
+    with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
+        done = export_static(
+            base,
+            options.output,
+            dropped,
+            form=options.format,
+            name=described.name if described is not None else "",
+            tokenizer=tokenizer,
+            facts={"capacity per layer": _capacity_text(capacity, ()), "measured on": text},
+            progress=bar.update,
+        )
+    rows = _summary(done, dropped, capacity, text, time.monotonic() - begun)
+    verified = verify_static(done.folder, base, config.target, layers) if options.verify else None
+    if verified is not None:
+        difference = f"differ by at most {verified.difference:.1e} over {verified.tokens} tokens"
+        rows.append(("verified", f"fresh process, fp32, against the forced base: {difference}"))
+    print("\n".join(table(rows, title=f"exported: {done.folder}")))
+    if verified is not None and not verified.passed:
+        raise CheckpointError(
+            f"{done.folder}: its logits differ by {verified.difference:.1e} from those of the base "
+            f"with the same sublayers forced off (largest {verified.scale:.1e}); do not use "
+            "this folder"
+        )
+
+
+def _listed_layers(text: str | None, base: Path) -> tuple[int, ...] | None:
+    """Return the layers of --layers; a single number is that layer."""
+    if text is None:
+        return None
+    # A comma makes a list of a number, which alone would be a count.
+    return resolve_layers(f"{text},", describe_folder(base).num_layers)
+
+
+def _measured(
+    options: ExportStaticOptions, routers: TrainedRouters
+) -> tuple[dict[int, float], str] | None:
+    """Return (capacity by routed layer, the text it was measured on), when it is asked for."""
+    if options.layers is not None and not options.text.data:
+        return None
+    base = routers.base
+    data, settings = read_as(options.source, options.text, base)
+    prompt_tokens = read_router_config(routers.folder)[0].prompt_tokens
+    loader = open_text(data, settings, base, prompt_tokens=prompt_tokens)
+    batches = [batch for batch in loader.calibration(options.rows) if batch is not None]
+    rows = sum(len(batch.input_ids) for batch in batches)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_whole(resolve_source(settings), device).eval()
+    shares = measure_capacity(model, load_routers(model, routers.folder), batches)
+    return shares, f"{rows} rows of {', '.join(data.data)}"
+
+
+def _summary(
+    done: StaticExport,
+    dropped: Mapping[str, Sequence[int]],
+    capacity: Mapping[int, float],
+    text: str,
+    seconds: float,
+) -> list[tuple[str, str]]:
+    """Return the rows of the closing table."""
+    gone = {layer for layers in dropped.values() for layer in layers}
+    return [
+        ("dropped", describe_dropped(dropped)),
+        ("capacity per layer", _capacity_text(capacity, gone)),
+        ("measured on", text),
+        ("dropped weights", human_bytes(done.removed)),
+        ("written", f"{human_bytes(done.written)} in {seconds:.2f} s"),
+        ("shared with the base", "; ".join([human_bytes(done.linked), *done.notes])),
+    ]
+
+
+def _capacity_text(capacity: Mapping[int, float], gone: Collection[int]) -> str:
+    """Return capacity by layer in one line, with a mark at those that are dropped."""
+    shares = {layer: "-" if math.isnan(c) else f"{c:.3f}" for layer, c in capacity.items()}
+    return "  ".join(f"{i}: {text}{' (gone)' if i in gone else ''}" for i, text in shares.items())

@@ -1,0 +1,126 @@
+"""A conversation with a routed model: turns on one cache, and what ran for each."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, TextStreamer
+
+from megaskip.arch import find_decoder
+from megaskip.config.commands.generate import GenerateOptions
+from megaskip.errors import DataError
+from megaskip.generation.prompts import Messages
+from megaskip.generation.record import RunRecord
+from megaskip.reporting.token_map import TokenMap, token_map_texts
+from megaskip.routing import PREFIX
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """Turns on one cache: what a sequence decided on its first prompt holds for all of them."""
+
+    model: Any
+    tokenizer: Any
+    options: GenerateOptions
+    messages: Messages = field(default_factory=list)
+    pictures: int = 0
+
+    def __post_init__(self) -> None:
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget the turns so far."""
+        self.messages = []
+        self._cache = DynamicCache(config=self.model.config)
+        self._seen = torch.zeros(1, 0, dtype=torch.int64)
+        self._record = RunRecord(self.model)
+
+    @torch.no_grad()
+    def answer(self, turn: Messages) -> dict[str, Any]:
+        """Stream the answer to one more turn, print what was skipped, and return both."""
+        self.messages = self.messages + turn
+        ids = self._encode()
+        if not torch.equal(ids[:, : self._seen.shape[1]], self._seen):
+            # The template has rewritten the past: its keys and values are of another text.
+            messages = self.messages
+            self.start_over()
+            self.messages = messages
+        options = self.options
+        streams = options.num_beams == 1
+        with self._record:
+            out = self.model.generate(
+                ids.to(self.model.device),
+                attention_mask=torch.ones_like(ids).to(self.model.device),
+                past_key_values=self._cache if streams else None,
+                max_new_tokens=options.max_new_tokens,
+                num_beams=options.num_beams,
+                streamer=self._streamer() if streams else None,
+                **_sampling(options),
+            )
+        text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        if not streams:
+            print(text)
+        self._seen = out[:, : self._cache.get_seq_length()].cpu()
+        self.messages = [*self.messages, {"role": "assistant", "content": text}]
+        return {"messages": self.messages, **self._report(out[0], ids.shape[1])}
+
+    def _encode(self) -> Tensor:
+        if self.options.raw or not self.tokenizer.chat_template:
+            text = "\n".join(message["content"] for message in self.messages)
+            ids = self.tokenizer(text)["input_ids"]
+            if not ids:
+                raise DataError("a prompt is empty; the tokenizer makes no token of it")
+            return torch.tensor([ids])
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(
+                f"the chat template rejects {self.messages[-1]['content']!r} after "
+                f"{len(self.messages) - 1} messages ({error}); mend the prompt, or use --raw"
+            ) from None
+        ids_BT: Tensor = encoded["input_ids"]
+        return ids_BT
+
+    def _streamer(self) -> Any:
+        return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def _report(self, ids: Tensor, prompt_tokens: int) -> dict[str, Any]:
+        ran, layers = self._record.matrix(), self._record.layers
+        if not ran.size or self.options.num_beams > 1:
+            return {}
+        shares = {layer: float(row.mean()) for layer, row in zip(layers, ran, strict=True)}
+        line = "  ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())
+        print(f"[ran {float(ran.mean()):.2f} of the routed units; by layer {line}]")
+        if self.options.picture:
+            self._draw(self.options.picture, ids, ran, prompt_tokens)
+        return {"capacity": float(ran.mean()), "capacity_per_layer": shares}
+
+    def _draw(self, name: str, ids: Tensor, ran: np.ndarray, prompt_tokens: int) -> None:
+        routers = self.model.get_submodule(PREFIX)
+        picture = TokenMap(
+            tokens=token_map_texts(self.tokenizer, ids[: ran.shape[1]].tolist()),
+            layers=self._record.layers,
+            ran=ran,
+            num_layers=len(find_decoder(self.model).layers),
+            prompt_tokens=min(prompt_tokens, ran.shape[1]),
+            title=f"{routers.config.granularity}: what ran, by token and layer",
+            target=routers.config.target,
+        )
+        self.pictures += 1
+        path = Path(f"{name}-{self.pictures}" if self.pictures > 1 else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_png(path.with_name(f"{path.name}.png"))
+        picture.write_html(path.with_name(f"{path.name}.html"))
+        print(f"[picture: {path}.png, {path}.html]")
+
+
+def _sampling(options: GenerateOptions) -> dict[str, Any]:
+    if not options.temperature:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}

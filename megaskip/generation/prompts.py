@@ -1,0 +1,62 @@
+"""Prompts as chat messages, from a file or typed."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from megaskip.errors import DataError
+
+Messages = list[dict[str, str]]
+"""Messages of a chat, each with role and content."""
+
+
+def read_prompts(path: Path) -> list[Messages]:
+    """Return the prompts of a file, a line each; raises DataError with the line that is wrong."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path}: {error}") from None
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
+        raise DataError(f"--prompts {path} holds no prompt")
+    if path.suffix != ".jsonl":
+        return [_user(line) for _, line in filled]
+    return [_messages(line, f"--prompts {path}, line {number}") for number, line in filled]
+
+
+def typed_prompts() -> Iterator[Messages | None]:
+    """Yield what is typed; None starts a new conversation."""
+    if sys.stdin.isatty():
+        print("/new starts over, /quit (or Ctrl-D) ends")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield None if line == "/new" else _user(line)
+
+
+def _user(text: str) -> Messages:
+    return [{"role": "user", "content": text}]
+
+
+def _messages(line: str, location: str) -> Messages:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{location}: not valid JSON ({error})") from None
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return _user(row["prompt"])
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise DataError(f"{location}: expected a field prompt or messages")
+    if not row["messages"]:
+        raise DataError(f"{location}: there is no message in messages")
+    for number, message in enumerate(row["messages"], 1):
+        fields = message if isinstance(message, dict) else {}
+        if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
+            raise DataError(f"{location}: message {number} is not an object with role and content")
+    return list(row["messages"])

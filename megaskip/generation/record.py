@@ -1,0 +1,35 @@
+"""What ran in a model, noted while it generates."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaskip.arch import find_decoder
+from megaskip.routing import PREFIX
+
+
+class RunRecord:
+    """Context that notes which (layer, token) pairs ran, call by call, for the first row."""
+
+    def __init__(self, model: Any) -> None:
+        self._routers = model.get_submodule(PREFIX)
+        self._decoder = find_decoder(model).decoder
+        self._calls: list[np.ndarray] = []
+        self.layers: tuple[int, ...] = tuple(self._routers.layers)
+
+    def __enter__(self) -> None:
+        self._handle = self._decoder.register_forward_hook(self._note)
+
+    def __exit__(self, *exc: object) -> None:
+        self._handle.remove()
+
+    def matrix(self) -> np.ndarray:
+        """Return bool [routed layers, tokens that went through the model]."""
+        empty = np.zeros((len(self.layers), 0), dtype=bool)
+        return np.concatenate([empty, *self._calls], axis=1)
+
+    def _note(self, module: Any, args: Any, output: Any) -> None:
+        tokens = output[0].shape[1]
+        rows = [keep[0].expand(tokens) > 0 for keep in self._routers.keep().values()]
+        self._calls.append(torch.stack(rows).cpu().numpy())

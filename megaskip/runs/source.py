@@ -1,0 +1,128 @@
+"""Trained routers, their base model and their text, found from a run folder or a router folder."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaskip.checkpoint.atomic import read_json
+from megaskip.checkpoint.routers import CONFIG
+from megaskip.checkpoint.run_tokenizer import other_tokenizer
+from megaskip.config import DataConfig, ModelConfig
+from megaskip.config.commands.source import RouterSource, TextSource
+from megaskip.config.run import DEMO
+from megaskip.data import build_dataset
+from megaskip.data.loader import DataLoader
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import ConfigError
+from megaskip.parallel.loading.source import DEMO_FOLDER, find_model_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRouters:
+    """Trained routers on disk, and the model that they were trained on."""
+
+    folder: Path
+    base: Path
+    facts: dict[str, Any]
+    """Of the run, for a model card; empty without a run folder."""
+
+
+def find_routers(source: RouterSource) -> TrainedRouters:
+    """Return the routers that `source` names; raises ConfigError when they, or their base, are not
+    there."""
+    facts: dict[str, Any] = {}
+    folder = source.routers or Path(source.run or "") / "routers"
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder}: no {CONFIG} there; give a finished run or a router folder")
+    recorded = read_json(folder / CONFIG).get("base_model") or {}
+    name, revision = source.base, None
+    if source.run is not None:
+        facts, recorded["name"] = run_facts(source.run)
+    if name is None:
+        name, revision = recorded.get("name"), recorded.get("revision")
+    if not name:
+        raise ConfigError(f"{folder} does not name its base model; give --base")
+    base = find_model_folder(ModelConfig(model=name, revision=revision))
+    return TrainedRouters(folder=folder, base=base, facts=facts)
+
+
+def chosen_tokenizer(named: str | None, source: RouterSource, base: Path) -> Any | None:
+    """Return the tokenizer that is exported in place of the base's; None for the base's own."""
+    return other_tokenizer(named, source.run, base)
+
+
+def run_facts(run: Path) -> tuple[dict[str, Any], str | None]:
+    """Return (facts for the card, base model) of a run folder."""
+    report = read_report(run)
+    held_out, config = report.get("held_out", {}), report["config"]
+    facts: dict[str, Any] = {"data": ", ".join(config["data"]["data"]), "steps": report["steps"]}
+    if "loss_routed" in held_out:
+        facts["held-out loss"] = (
+            f"{held_out['loss_routed']:.4f} (dense {held_out['loss_dense']:.4f})"
+        )
+        facts["realised capacity, held out"] = f"{held_out['capacity']:.3f}"
+    facts["versions"] = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    return facts, config["model"]["model"]
+
+
+def read_report(run: Path) -> dict[str, Any]:
+    """Return the report of a run folder; raises ConfigError without one."""
+    try:
+        report: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--run {run}: cannot read its report.json ({error})") from None
+    return report
+
+
+# -- the text
+
+
+def read_as(source: RouterSource, text: TextSource, base: Path) -> tuple[DataConfig, ModelConfig]:
+    """Return how text and model are read: as the run did, with --data in place of its data."""
+    data, model = DataConfig(), ModelConfig(model=str(base))
+    if source.run is not None:
+        recorded = read_report(source.run)["config"]
+        lists = ("data", "eval_data")
+        data = DataConfig(**recorded["data"] | {k: tuple(recorded["data"][k]) for k in lists})
+        model = ModelConfig(**recorded["model"] | {"model": str(base)})
+    elif not text.data:
+        raise ConfigError("--routers names no calibration text; give --data PATH")
+    if text.data:
+        data = dataclasses.replace(data, data=text.data, eval_data=())
+    if text.dtype is not None:
+        model = dataclasses.replace(model, dtype=text.dtype)
+    return data, model
+
+
+def open_text(
+    data: DataConfig,
+    model: ModelConfig,
+    base: Path,
+    *,
+    prompt_tokens: int,
+    micro_batch_size: int = 4,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Return the text to calibrate on, as training reads it; every rank gets its own rows."""
+    tokenizer = load_tokenizer(model.tokenizer or base, trust_remote_code=model.trust_remote_code)
+    return DataLoader(
+        data=build_dataset(with_demo(data), tokenizer),
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=micro_batch_size * world_size,
+        seed=data.seed,
+        pad_token_id=tokenizer.pad_token_id,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def with_demo(data: DataConfig) -> DataConfig:
+    """Replace the name "demo" by the path of the data that ship with megaskip."""
+    pairs = [entry.partition(":") for entry in data.data]
+    path = str(DEMO_FOLDER / "instruct.jsonl")
+    entries = [path + "".join(e[1:]) if e[0] == DEMO else "".join(e) for e in pairs]
+    return dataclasses.replace(data, data=tuple(entries))

@@ -1,0 +1,128 @@
+"""The job of `megaskip compare`: train what is missing, measure, write and print."""
+
+import statistics
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megaskip.calibration.allocation import UnreachedError
+from megaskip.config import DataConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig
+from megaskip.config.commands.compare import CompareOptions
+from megaskip.errors import ConfigError
+from megaskip.log import get_logger, quiet_libraries, set_up_logging
+from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.topology import process_group, read_topology
+from megaskip.runs.source import with_demo
+from megaskip.study.comparison import Comparison, Measured, contrasts
+from megaskip.study.pareto import Point, table_rows
+from megaskip.study.recipes import train_seconds, trained_runs
+from megaskip.study.report import ComparisonReport
+
+logger = get_logger(__name__)
+
+_ALLOCATION_ROUNDS = 2
+Runs = dict[tuple[str, float], list[Path]]
+"""Trained runs by method and skip, one for each seed."""
+
+
+def compare(options: CompareOptions) -> None:
+    """Train, measure, write and print."""
+    set_up_logging(rank=0)
+    quiet_libraries()
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {options.output}: {error.strerror}; name a folder") from None
+    topology = read_topology({})
+    config = _run_config(options)
+    source = resolve_source(config.model)
+    with process_group(topology, timeout=600):
+        comparison = Comparison(config, topology, source)
+        for skip in options.shares:
+            comparison.share(skip)  # raises for one that cannot be reached
+        if options.blimp:
+            comparison.add_pairs(options.blimp, options.pairs)
+        runs: Runs = {
+            (method, skip): trained_runs(comparison, method, skip, options)
+            for method in options.methods
+            for skip in options.shares
+        }
+        _measure_all(comparison, runs, options)
+
+
+def _run_config(options: CompareOptions) -> RunConfig:
+    """Return what the comparison loads and reads."""
+    data = DataConfig(
+        data=options.data,
+        eval_data=options.eval_data,
+        held_out=options.documents,
+        seq_length=options.seq_length,
+        cache_dir=options.cache_dir,
+    )
+    return RunConfig(
+        model=ModelConfig(model=options.model, dtype="float32"),
+        router=RouterConfig(layers=options.layers),
+        data=with_demo(data),
+        optim=OptimConfig(calibration_rows=options.calibration_rows),
+    )
+
+
+def _measure_all(comparison: Comparison, runs: Runs, options: CompareOptions) -> None:
+    """Measure every method at every skip, and write the report after each."""
+    dense = comparison.measure(comparison.everything)
+    orders = comparison.orders(options.seeds)
+    points: list[Point] = [comparison.point("dense", 0.0, [dense], dense)]
+    measured: dict[tuple[str, float], list[Measured]] = {}
+    left_out: list[str] = []
+
+    def report() -> ComparisonReport:
+        return ComparisonReport(
+            options=options,
+            points=points,
+            contrasts=contrasts(measured, options.ours),
+            left_out=left_out,
+        )
+
+    for (method, skip), trained in tqdm(runs.items(), desc="measuring", disable=None):
+        by_seed = [
+            comparison.measure(comparison.policy(order, skip)) for order in orders.get(method, ())
+        ]
+        by_seed += _measure_trained(comparison, method, skip, trained, left_out, options)
+        if by_seed:
+            seconds = statistics.mean(map(train_seconds, trained)) if trained else None
+            points.append(comparison.point(method, skip, by_seed, dense, train_seconds=seconds))
+            measured[method, skip] = by_seed
+            logger.info("%s", "  ".join(table_rows(points[-1:])[0]))
+            # Again after every point: a comparison takes hours.
+            report().write()
+    report().show()
+
+
+def _measure_trained(
+    comparison: Comparison,
+    method: str,
+    skip: float,
+    runs: list[Path],
+    left_out: list[str],
+    options: CompareOptions,
+) -> list[Measured]:
+    """Return what each run of a method loses at a skip; those that cannot reach it go to
+    `left_out`."""
+    measured = []
+    drawn_skip = options.shares[len(options.shares) // 2]
+    rounds = _ALLOCATION_ROUNDS if method == "allocated" else 0
+    for run in runs:
+        try:
+            kept = comparison.take(run / "routers", skip, rounds=rounds)
+        except UnreachedError as error:
+            left_out.append(f"{method} at {100 * skip:g} %, {run.name}: {error}")
+            logger.warning("left out: %s", left_out[-1])
+            continue
+        logger.info("%s: capacity %.4f for %.4f", run.name, kept, 1 - comparison.share(skip))
+        measured.append(comparison.measure(None))
+        if method == options.ours and skip == drawn_skip and run == runs[0]:
+            title = f"{method}, {skip:.1%} of all attention skipped"
+            picture = comparison.picture(title)
+            picture.write_png(options.output / "token_map.png")
+            picture.write_html(options.output / "token_map.html")
+    return measured

@@ -1,0 +1,62 @@
+"""What a comparison leaves behind: report.json, report.md, figures and a table on the screen."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaskip.config.commands.compare import CompareOptions
+from megaskip.study.pareto import (
+    HEADER,
+    Contrast,
+    Point,
+    draw,
+    draw_layers,
+    markdown,
+    table_rows,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonReport:
+    """What is measured so far."""
+
+    options: CompareOptions
+    points: Sequence[Point]
+    contrasts: Sequence[Contrast]
+    left_out: Sequence[str]
+    """Runs that cannot reach a skip, each with its reason."""
+
+    def write(self) -> None:
+        """Write report.json and report.md into the output folder."""
+        content = {
+            "options": _plain(self.options),
+            "points": [dataclasses.asdict(point) for point in self.points],
+            "contrasts": [dataclasses.asdict(contrast) for contrast in self.contrasts],
+            "left_out": list(self.left_out),
+        }
+        output = self.options.output
+        (output / "report.json").write_text(json.dumps(content, indent=2) + "\n")
+        notes = [*map(str, self.contrasts), *(f"left out: {why}" for why in self.left_out)]
+        lines = "".join(f"- {note}\n" for note in notes)
+        (output / "report.md").write_text(markdown(self.points) + "\n" + lines)
+
+    def show(self) -> None:
+        """Draw the figures and print the table."""
+        output, name = self.options.output, Path(self.options.model).name
+        draw(self.points, output / "pareto.png", title=f"{name}: loss against cost")
+        draw_layers(self.points, output / "layers.png", title=f"{name}: what is skipped")
+        print("  ".join(HEADER))
+        for row in table_rows(self.points):
+            print("  ".join(row))
+        print("".join(f"- {contrast}\n" for contrast in self.contrasts))
+        for why in self.left_out:
+            print(f"left out: {why}")
+
+
+def _plain(options: CompareOptions) -> dict[str, Any]:
+    """Return the options as JSON has them, --skip as shares of all attention."""
+    content = dataclasses.asdict(options) | {"skip": options.shares}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in content.items()}
