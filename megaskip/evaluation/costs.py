@@ -86,7 +86,8 @@ class CostModel:
         self._layers = _layers(model)
         self._pair = _flops_of_a_pair(config)
         self._head = 2.0 * config.vocab_size * parts.hidden_size
-        self._routed = {} if routers is None else {one: i for i, one in enumerate(routers.layers)}
+        layers = () if routers is None else routers.layers
+        self._position = {layer: position for position, layer in enumerate(layers)}
         self._target = "" if routers is None else routers.config.target
         self._unit = "" if routers is None else routers.config.unit
         # Skipped tokens are attended to unless the cache drops them, so attention runs in full.
@@ -102,8 +103,8 @@ class CostModel:
         flops = dense = predicted * self._head
         held = dense_held = 0.0
         for index, layer in enumerate(self._layers):
-            place = self._routed.get(index)
-            share = 1.0 if place is None else kept[place] / max(units[place], 1.0)
+            at = self._position.get(index)
+            share = 1.0 if at is None else kept[at] / max(units[at], 1.0)
             attended = self._attended(share)
             ran = tokens * (share if self._target in ("mlp", "block") else 1.0)
             attention = tokens * attended * layer.attention
@@ -131,12 +132,12 @@ class CostModel:
 def _layers(model: Any) -> list[_Layer]:
     parts, config = find_decoder(model), model.config.get_text_config(decoder=True)
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    found = []
+    layers = []
     for index, layer in enumerate(parts.layers):
         sites = find_sites(layer, parts.model_type)
         attention, mlp = getattr(layer, sites.attention), getattr(layer, sites.mlp)
         slides = kinds is None or kinds[index] == "sliding_attention"
-        found.append(
+        layers.append(
             _Layer(
                 attention=2.0 * _active(attention, config),
                 mlp=2.0 * _active(mlp, config),
@@ -146,19 +147,21 @@ def _layers(model: Any) -> list[_Layer]:
             )
         )
     # What was dropped for good has no weights left to count: the base's layers are alike.
-    most = max(layer.attention for layer in found), max(layer.mlp for layer in found)
+    attention = max(layer.attention for layer in layers)
+    mlp = max(layer.mlp for layer in layers)
     return [
         dataclasses.replace(
             layer,
-            attention=layer.attention if layer.has_attention else most[0],
-            mlp=layer.mlp if layer.has_mlp else most[1],
+            attention=layer.attention if layer.has_attention else attention,
+            mlp=layer.mlp if layer.has_mlp else mlp,
         )
-        for layer in found
+        for layer in layers
     ]
 
 
 def _active(module: nn.Module, config: Any) -> float:
-    """Return the weights of matrices that a token meets: all, but of experts the chosen ones."""
+    """Return the number of matrix weights that a token is multiplied with: of experts, those that
+    are chosen for it."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     experts = experts or getattr(config, "n_routed_experts", None)
     share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0

@@ -52,16 +52,16 @@ def evaluate_model(
     """Evaluate a model in this process and return the report.
 
     `model` is an HF model in evaluation mode; its `skip_routers` are used unless `routers` are
-    given, and what they are forced to is what is measured. With `paired` the same requests are
-    answered with every gate open, or taken from `dense`, an earlier report's. `settings` are those
-    of EvalSettings.
+    given; overrides of their decisions stay in force. With `paired` the unrouted model answers the
+    same requests, or its answers are those of `dense`, an earlier report's. `settings` are those of
+    EvalSettings.
     """
     quiet_lm_eval()
     asked = EvalSettings(tasks=tuple(tasks), **settings)
-    found = find_tasks(asked)
+    found_tasks = find_tasks(asked)
     runner = None if routers is None else LocalRunner(model, routers)
     lm = MegaskipLM(model, tokenizer, runner=runner, batch_size=batch_size)
-    return evaluate_lm(lm, found, asked, dense=dense, paired=paired)
+    return evaluate_lm(lm, found_tasks, asked, dense=dense, paired=paired)
 
 
 def quick_table(model: Any, tokenizer: Any, *, limit: int | None = None) -> list[str]:

@@ -1,6 +1,5 @@
-"""The model that lm-eval asks: HFLM with token masks, decisions on the context, and an account of
-what was skipped for each document.
-"""
+"""lm-eval's HFLM for routed models: token masks, decisions made on the context, costs by
+document."""
 
 import contextlib
 import copy
@@ -15,7 +14,8 @@ from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.evaluation.costs import Cost, CostModel
 from megaskip.evaluation.rank_pool import RankPool
-from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows, TokenBatch
+from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows
+from megaskip.evaluation.scored_text import ScoredText, chunks, token_batch
 from megaskip.extras import extra
 from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.routing import PREFIX
@@ -28,21 +28,10 @@ with extra("eval"):
 
 Document = tuple[str, int]
 """Task and index."""
+ScoredAnswer = tuple[tuple[float, bool], Cost]
+"""(log-probability of a continuation, whether it is the most likely one), and what it cost."""
 _DENSE_PROMPT = 32
 _SEED = 1234
-
-
-class _Row:
-    """One text for the model and the continuations that are asked about it."""
-
-    def __init__(self, tokens: tuple[int, ...], prompt: int, length: int) -> None:
-        self.tokens = tokens
-        self.prompt = prompt
-        """Its first so many tokens are what a sequence is judged by."""
-        self.length = length
-        """Tokens of each continuation: the last so many positions predict it."""
-        self.asked: list[tuple[int, tuple[int, ...]]] = []
-        """(number of the request, its continuation)."""
 
 
 @register_model("megaskip")
@@ -67,9 +56,9 @@ class MegaskipLM(HFLM):
             raise ConfigError(f"--batch_size {batch_size!r} must be a number from 1 on")
         if isinstance(pretrained, str):
             # lm-eval's command line asks for "cuda:0" on machines without one, too.
-            place = (device or "cuda") if torch.cuda.is_available() else "cpu"
-            alone = Placement.on(torch.device(place))
-            loaded = load_for_inference(pretrained, alone, dtype=dtype, base=base)
+            name = (device or "cuda") if torch.cuda.is_available() else "cpu"
+            placement = Placement.on(torch.device(name))
+            loaded = load_for_inference(pretrained, placement, dtype=dtype, base=base)
             tokenizer = load_tokenizer(tokenizer or loaded.folder)
             pretrained = loaded.model
             runner = LocalRunner(loaded.model, loaded.routers)
@@ -85,33 +74,34 @@ class MegaskipLM(HFLM):
         self.spent: defaultdict[Document, Cost] = defaultdict(Cost)
         self._last_call: list[Cost] = []
         self._generated: list[Cost] = []
-        self._gates = contextlib.ExitStack()
+        self._dense_context = contextlib.ExitStack()
         self.team = RankPool(
             self.runner,
-            {"scoring": self._score, "generating": self._generate, "gates": self._set_gates},
+            {"scoring": self._score, "generating": self._generate, "dense": self._set_dense},
         )
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Hold a context in which all ranks answer as the unrouted base."""
-        self.team.run("gates", [True] * self.runner.shares)
+        self.team.run("dense", [True] * self.runner.shares)
         try:
             yield
         finally:
-            self.team.run("gates", [False] * self.runner.shares)
+            self.team.run("dense", [False] * self.runner.shares)
 
-    def _set_gates(self, is_open: bool) -> None:
-        if is_open and self.runner.routers is not None:
-            self._gates.enter_context(self.runner.routers.disabled())
+    def _set_dense(self, is_dense: bool) -> None:
+        if is_dense and self.runner.routers is not None:
+            self._dense_context.enter_context(self.runner.routers.disabled())
         else:
-            self._gates.close()
+            self._dense_context.close()
 
     # -- what lm-eval calls, on the first rank
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """Return (log-probability, is greedy) of each continuation; contexts are what is pooled."""
+        """Return (log-probability, is greedy) of each continuation; contexts are what routers
+        judge by."""
         answers = super().loglikelihood(requests, disable_tqdm=True)
-        self._note(requests)
+        self._add_costs(requests)
         return answers
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -127,7 +117,7 @@ class MegaskipLM(HFLM):
             sums[owner] += logprob
             costs[owner] += cost
         self._last_call = costs
-        self._note(requests)
+        self._add_costs(requests)
         return sums
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
@@ -140,7 +130,7 @@ class MegaskipLM(HFLM):
         return map(make_disjoint_window, rolling)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """Return the text generated for each prompt; the prompt is what is pooled."""
+        """Return the text generated for each prompt; the prompt is what routers judge by."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             options = normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks)
@@ -149,17 +139,15 @@ class MegaskipLM(HFLM):
         order: list[list[int]] = []
         for numbers in groups.values():
             numbers.sort(key=lambda number: self._generation_key(requests[number].args[0]))
-            order += _chunks(numbers, self.batch_size)
+            order += chunks(numbers, self.batch_size)
         batches = [[requests[number].args for number in chunk] for chunk in order]
-        answers = self.team.run("generating", batches, sizes=[len(chunk) for chunk in order])
-        found = {
-            n: a
-            for c, part in zip(order, answers, strict=True)
-            for n, a in zip(c, part, strict=True)
-        }
-        self._last_call = [found[number][1] for number in range(len(requests))]
-        self._note(requests)
-        return [found[number][0] for number in range(len(requests))]
+        answers: dict[int, tuple[str, Cost]] = {}
+        answered = self.team.run("generating", batches, sizes=[len(chunk) for chunk in order])
+        for numbers, of_batch in zip(order, answered, strict=True):
+            answers |= dict(zip(numbers, of_batch, strict=True))
+        self._last_call = [answers[number][1] for number in range(len(requests))]
+        self._add_costs(requests)
+        return [answers[number][0] for number in range(len(requests))]
 
     def _require_room(self, answer: int) -> None:
         if answer >= self.max_length:
@@ -172,7 +160,7 @@ class MegaskipLM(HFLM):
         # As HFLM sorts a batch, so that its rows come back in the order they were given.
         return -len(self.tok_encode(context)), context
 
-    def _note(self, requests: Any) -> None:
+    def _add_costs(self, requests: Any) -> None:
         for request, cost in zip(requests, self._last_call, strict=True):
             self.spent[request.task_name, request.doc_id] += cost
 
@@ -182,22 +170,23 @@ class MegaskipLM(HFLM):
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> Any:
         """Return (log-probability, is greedy) of (text, context, continuation) token lists."""
-        rows: dict[Any, _Row] = {}
-        for number, (text, context, continuation) in enumerate(requests):
-            row = self._row(text, context, continuation)
+        texts: dict[Any, ScoredText] = {}
+        for number, (given, context, continuation) in enumerate(requests):
+            text = self._scored_text(given, context, continuation)
             # Choices of one token share their row.
-            row = rows.setdefault((row.tokens, row.prompt, row.length), row)
-            row.asked.append((number, tuple(continuation)))
-        ordered = sorted(rows.values(), key=lambda row: (-len(row.tokens), row.tokens, row.prompt))
-        batches = list(_chunks(ordered, self.batch_size))
-        sizes = [sum(len(row.asked) for row in batch) for batch in batches]
-        answers: dict[int, tuple[tuple[float, bool], Cost]] = {}
-        for part in self.team.run("scoring", batches, sizes=sizes):
-            answers |= part
+            text = texts.setdefault(text.key, text)
+            text.asked.append((number, tuple(continuation)))
+        batches = list(chunks(sorted(texts.values(), key=lambda t: t.order), self.batch_size))
+        sizes = [sum(len(text.asked) for text in batch) for batch in batches]
+        answers: dict[int, ScoredAnswer] = {}
+        for of_batch in self.team.run("scoring", batches, sizes=sizes):
+            answers |= of_batch
         self._last_call = [answers[number][1] for number in range(len(requests))]
         return [answers[number][0] for number in range(len(requests))]
 
-    def _row(self, text: Any, context: Sequence[int], continuation: Sequence[int]) -> _Row:
+    def _scored_text(
+        self, text: Any, context: Sequence[int], continuation: Sequence[int]
+    ) -> ScoredText:
         if len(continuation) > self.max_length:
             raise ConfigError(
                 f"an answer has {len(continuation)} tokens, which is more than a text of "
@@ -207,48 +196,34 @@ class MegaskipLM(HFLM):
         length = len(continuation)
         is_plain = text is None or text[0] == ""
         prompt = self._prompt_tokens if is_plain else len(tokens) + 1 - length
-        return _Row(tokens, max(min(prompt, len(tokens)), 1), length)
+        prompt = max(min(prompt, len(tokens)), 1)
+        return ScoredText(tokens=tokens, prompt=prompt, length=length)
 
     @property
     def _prompt_tokens(self) -> int:
         routers = self.runner.routers
         return _DENSE_PROMPT if routers is None else routers.config.prompt_tokens
 
-    def _score(self, rows: list[_Row]) -> dict[int, tuple[tuple[float, bool], Cost]]:
-        batch = self._batch(rows)
+    def _score(self, texts: list[ScoredText]) -> dict[int, ScoredAnswer]:
+        """Return the answers to the requests about `texts`, by the number of the request."""
+        pad = self.tokenizer.pad_token_id
+        batch = token_batch(texts, pad_token_id=pad, device=self.runner.device)
         logits, kept = self.runner.logits(batch)
-        answers: dict[int, tuple[tuple[float, bool], Cost]] = {}
+        answers: dict[int, ScoredAnswer] = {}
         if not self.runner.answers:
             return answers
         width = batch.input_ids.shape[1]
-        for place, row in enumerate(rows):
-            end = batch.last - (width - len(row.tokens))
-            scores = logits[place, end - row.length : end].float().log_softmax(-1)
+        for row, text in enumerate(texts):
+            end = batch.last - (width - len(text.tokens))
+            scores = logits[row, end - text.length : end].float().log_softmax(-1)
             greedy = scores.argmax(-1)
-            cost = self._costs.price(len(row.tokens), row.length, *_of_row(kept, place))
-            for number, continuation in row.asked:
+            cost = self._costs.price(len(text.tokens), text.length, *_of_row(kept, row))
+            for number, continuation in text.asked:
                 wanted = torch.tensor(continuation, device=scores.device)
                 logprob = scores.gather(1, wanted[:, None]).sum()
                 answers[number] = (float(logprob), bool((greedy == wanted).all())), cost
                 cost = Cost()  # the row was computed once
         return answers
-
-    def _batch(self, rows: list[_Row]) -> TokenBatch:
-        width = max(len(row.tokens) for row in rows)
-        position = torch.arange(width)
-        lengths = torch.tensor([[len(row.tokens)] for row in rows])
-        prompts = torch.tensor([[row.prompt] for row in rows])
-        ids = [
-            [*row.tokens, *[self.tokenizer.pad_token_id] * (width - len(row.tokens))]
-            for row in rows
-        ]
-        device = self.runner.device
-        return TokenBatch(
-            input_ids=torch.tensor(ids, device=device),
-            token_mask=(position < lengths).to(device),
-            prompt_mask=(position < prompts).to(device),
-            last=width - min(len(row.tokens) - row.length for row in rows),
-        )
 
     # -- generation
 
@@ -286,20 +261,20 @@ class MegaskipLM(HFLM):
             return ids
         lengths = [criterion.length(row) for row in ids[:, context.shape[1] :].tolist()]
         self._generated = [
-            self._generation_cost(place, int(mask[place].sum()), length, calls)
-            for place, length in enumerate(lengths)
+            self._generation_cost(row, int(mask[row].sum()), length, calls)
+            for row, length in enumerate(lengths)
         ]
         return ids
 
-    def _generation_cost(self, place: int, prompt: int, length: int, calls: list[Kept]) -> Cost:
-        """Return the cost of a row as if it had been alone: `length` new tokens, the last not
-        read."""
+    def _generation_cost(self, row: int, prompt: int, length: int, calls: list[Kept]) -> Cost:
+        """Return what a row of `prompt` tokens and `length` new ones costs, whatever the other rows
+        of its batch are; the last new token is not read."""
         steps = max(length - 1, 0)
         routers = self.runner.routers
         tokenwise = routers is not None and routers.config.unit == "token"
         counted = calls[: 1 + steps] if tokenwise else calls[:1]
-        kept = torch.stack([call.kept[:, place] for call in counted]).sum(0).tolist()
-        units = torch.stack([call.units[:, place] for call in counted]).sum(0).tolist()
+        kept = torch.stack([call.kept[:, row] for call in counted]).sum(0).tolist()
+        units = torch.stack([call.units[:, row] for call in counted]).sum(0).tolist()
         return self._costs.price(prompt + steps, max(length, 1), kept, units)
 
 
@@ -308,10 +283,5 @@ def routers_of(model: Any) -> Any:
     return dict(model.named_children()).get(PREFIX)
 
 
-def _of_row(kept: Kept, place: int) -> tuple[list[float], list[float]]:
-    return kept.kept[:, place].tolist(), kept.units[:, place].tolist()
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _of_row(kept: Kept, row: int) -> tuple[list[float], list[float]]:
+    return kept.kept[:, row].tolist(), kept.units[:, row].tolist()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from megaskip.errors import MegaskipError
 from megaskip.evaluation.runner import Runner
+from megaskip.parallel.collectives import broadcast_from_first_rank
 
 Handler = Callable[[Any], Any]
 
@@ -37,22 +38,20 @@ class RankPool:
         Raises the MegaskipError that the first rank ended with, if any.
         """
         while True:
-            heard: list[Any] = [None]
-            dist.broadcast_object_list(heard, src=0)
-            if isinstance(heard[0], MegaskipError):
-                raise heard[0]
-            if heard[0] is None:
+            message: Any = broadcast_from_first_rank(None)
+            if isinstance(message, MegaskipError):
+                raise message
+            if message is None:
                 return
-            kind, batches = heard[0]
+            kind, batches = message
             self._answer(kind, batches, [1] * len(batches))
 
     def dismiss(self, error: MegaskipError | None = None) -> None:
         """Let the other ranks go, with the error that ends the evaluation, if any."""
         self._tell(error)
 
-    def _tell(self, what: Any) -> None:
-        if self._world > 1:
-            dist.broadcast_object_list([what], src=0)
+    def _tell(self, message: Any) -> None:
+        broadcast_from_first_rank(message)
 
     def _answer(self, kind: str, batches: list[Any], sizes: list[int]) -> list[Any]:
         runner, handler = self._runner, self._handlers[kind]
@@ -72,5 +71,7 @@ class RankPool:
             return [done[index] for index in range(len(batches))]
         everywhere: list[Any] = [None] * self._world
         dist.gather_object(done, everywhere if self.is_first else None, dst=0)
-        merged = {index: answer for part in everywhere for index, answer in (part or {}).items()}
+        merged: dict[int, Any] = {}
+        for of_rank in everywhere:
+            merged |= of_rank or {}
         return [merged[index] for index in range(len(batches))] if self.is_first else []

@@ -1,4 +1,4 @@
-"""What an evaluation found: per document, per task, and as a table. Knows no model.
+"""The results of an evaluation: by document, by task, and as a table. Knows no model.
 
 `Outcome` is one model's answers; `EvalReport` sets them beside those of the unrouted base.
 """
@@ -89,7 +89,7 @@ class EvalReport:
 
     def skip_ratio(self) -> float | None:
         """Return the share of routed units that were skipped, over all tasks."""
-        return total(one.cost for one in self.outcome.values()).skip_ratio
+        return total(task.cost for task in self.outcome.values()).skip_ratio
 
     def to_json(self, *, records: bool = False) -> dict[str, Any]:
         """Return everything, with each document if `records`."""
@@ -147,8 +147,8 @@ class EvalReport:
         """Return the table, a line for each metric of each task."""
         rows = [_TITLES if self.dense else _TITLES[:4] + _TITLES[7:]]
         for name, task in self.outcome.items():
-            for place, metric in enumerate(task.metrics):
-                rows.append(self._cells(name, metric, is_first=place == 0))
+            for number, metric in enumerate(task.metrics):
+                rows.append(self._cells(name, metric, is_first=number == 0))
         return _align(rows)
 
     def _cells(self, name: str, metric: str, *, is_first: bool) -> list[str]:
@@ -205,19 +205,19 @@ def outcome_of(
 def _plain(value: Any) -> Any:
     """Return what JSON can hold: metrics of lm-eval keep NumPy's numbers for their aggregation."""
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: _plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(entry) for entry in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _task_outcome(
     name: str, task: Any, results: Mapping[str, Any], costs: Mapping[tuple[str, int], Cost]
 ) -> TaskOutcome:
-    found: dict[int, Document] = {}
+    by_index: dict[int, Document] = {}
     for sample in results["samples"][name]:
         index = sample["doc_id"]
-        document = found.setdefault(
+        document = by_index.setdefault(
             index,
             Document(
                 index=index,
@@ -229,7 +229,7 @@ def _task_outcome(
         )
         for metric in sample["metrics"]:
             document.metrics[f"{metric},{sample['filter']}"] = sample[metric]
-    documents = [found[index] for index in sorted(found)]
+    documents = [by_index[index] for index in sorted(by_index)]
     metrics = {}
     for key in documents[0].metrics:
         metric = key.split(",")[0]

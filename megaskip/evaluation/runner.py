@@ -27,7 +27,7 @@ class TokenBatch:
     prompt_mask: Tensor
     """bool [B, T], the tokens that a sequence is judged by."""
     last: int
-    """Logits are needed of the last so many positions."""
+    """How many of the last positions need logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Runner(Protocol):
     routers: Routers | None
     device: torch.device
     share: int
-    """Which part of the batches this rank takes: every `shares`-th, from the `share`-th on."""
+    """This rank takes every `shares`-th batch, from number `share` on."""
     shares: int
     lock_step: bool
     """Whether ranks that run out of batches must go on calling."""
@@ -133,8 +133,8 @@ class LocalRunner:
         decisions = () if self.routers is None else self.routers.decisions().values()
         if not decisions:
             return Kept(kept=torch.zeros(0, rows), units=torch.zeros(0, rows))
-        kept = [(one.keep * one.unit_mask).sum(1) for one in decisions]
-        units = [one.unit_mask.sum(1, dtype=torch.float32) for one in decisions]
+        kept = [(decision.keep * decision.unit_mask).sum(1) for decision in decisions]
+        units = [decision.unit_mask.sum(1, dtype=torch.float32) for decision in decisions]
         both = torch.stack([torch.stack(kept), torch.stack(units)]).cpu()
         return Kept(kept=both[0], units=both[1])
 

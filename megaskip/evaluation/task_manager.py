@@ -123,12 +123,12 @@ def _check_gold(name: str, task: Any, limit: int | None) -> None:
     for index, document in task.doc_iterator(limit=limit):
         choices = task.doc_to_choice(document)
         gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-        for one in gold if isinstance(gold, list) else [gold]:
-            wrong = one not in choices if isinstance(one, str) else not 0 <= one < len(choices)
-            if wrong:
+        for answer in gold if isinstance(gold, list) else [gold]:
+            known = answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
+            if not known:
                 raise DataError(
-                    f"task {name}, document {index}: its answer is {one!r}, which is none of its "
-                    f"{len(choices)} choices (0 to {len(choices) - 1}); mend the data or "
+                    f"task {name}, document {index}: its answer is {answer!r}, which is none of "
+                    f"its {len(choices)} choices (0 to {len(choices) - 1}); mend the data or "
                     "doc_to_target in the task's YAML"
                 )
 

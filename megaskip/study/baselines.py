@@ -1,7 +1,7 @@
-"""What one could skip without learning: the least useful attention, any, or every n-th.
+"""Ways to skip attention without learning: the least useful layers, random ones, or every n-th.
 
-A baseline skips whole sublayers of whole documents, exactly as many as it is asked to, on average
-over documents. Shapes: B documents.
+A baseline skips whole sublayers of whole documents; on average over documents it skips exactly the
+asked number. Shapes: B documents.
 """
 
 import math
@@ -14,7 +14,8 @@ from torch import Tensor
 _GOLDEN = 0.6180339887498949
 
 Order = Callable[[int, int], Sequence[int]]
-"""(document, how many it skips) -> layers, the first of which it skips."""
+"""(document, how many layers it skips) -> layers; it skips the first ones of them. Documents are
+numbered."""
 Policy = Callable[[Sequence[int]], Mapping[int, Tensor]]
 """Documents -> what each routed layer keeps of them, float32 [B, 1], for RouterSet.override."""
 
@@ -35,11 +36,11 @@ def random_order(layers: Sequence[int], seed: int) -> Order:
 
 
 def uniform_order(layers: Sequence[int]) -> Order:
-    """Return the order whose first layers lie evenly over the depth, however many they are."""
+    """Return the order whose first `count` layers are spread evenly over the depth."""
 
     def order(document: int, count: int) -> Sequence[int]:
-        spread = [layers[int((i + 0.5) * len(layers) / count)] for i in range(count)]
-        return spread + [layer for layer in layers if layer not in spread]
+        even = [layers[int((i + 0.5) * len(layers) / count)] for i in range(count)]
+        return even + [layer for layer in layers if layer not in even]
 
     return order
 
@@ -47,8 +48,8 @@ def uniform_order(layers: Sequence[int]) -> Order:
 def skipping(order: Order, layers: Sequence[int], count: float) -> Policy:
     """Return the policy that skips `count` of `layers` in each document, on average exactly.
 
-    A fraction is the share of documents that skip one more: those where the golden-ratio sequence
-    lies below it, the same for every order, so that policies are compared on equal terms.
+    The fraction of `count` is the share of documents that skip one layer more. They are chosen by
+    the golden-ratio sequence, the same ones for every order, so that policies can be compared.
     """
 
     def policy(documents: Sequence[int]) -> Mapping[int, Tensor]:

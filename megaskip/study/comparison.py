@@ -1,11 +1,10 @@
-"""One model that plays every way to skip attention, on the same documents and at equal skip.
+"""Every way to skip attention with one model, on the same documents and at equal skip.
 
 Knows a model and its texts, not how routers were trained.
 """
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.evaluation.costs import CostModel
 from megaskip.evaluation.paired import ratio_difference
-from megaskip.inference.executor import InferenceExecutor
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import ModelSource
@@ -41,30 +39,36 @@ from megaskip.study.baselines import (
     static_order,
     uniform_order,
 )
+from megaskip.study.latency import prefill_ratio
 from megaskip.study.pareto import Contrast, Point
-from megaskip.study.scoring import Scores, pair_accuracy, read_pairs, score, text_batches
+from megaskip.study.scoring import (
+    Scores,
+    pair_accuracy,
+    read_pairs,
+    score,
+    spread_documents,
+    text_batches,
+)
 
-_TIMED = 7
 _ROWS = 2
 """Rows of a micro-batch; a batch for forward passes only has four times as many (DataLoader)."""
-_SHOWN = 60
-"""Tokens of the document in the picture."""
+_SHOWN_TOKENS = 60
+"""Of the document in the picture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What one way to skip did to every document."""
+    """The scores of every document under one way to skip."""
 
     text: Scores
     pairs: Scores | None
     """Of the sentences of the minimal pairs, good, bad, good, ..."""
     latency: float
-    """Time of a prefill of the first held-out batch, in which what is skipped is not computed, over
-    that of one beside it in which everything is."""
+    """Of a prefill of the first held-out batch, over that of the dense model."""
 
 
 class Comparison:
-    """The model, its texts, and one set of routers that plays every method."""
+    """The model, its texts, and the routers through which every method skips."""
 
     def __init__(self, config: RunConfig, topology: Topology, source: ModelSource) -> None:
         """Load the model of `source`; `config.router.layers` are what all methods route and
@@ -77,7 +81,7 @@ class Comparison:
         self._costs = CostModel(self.model, self.routers)
         self._tokenizer = load_tokenizer(source.folder)
         data = build_dataset(config.data, self._tokenizer)
-        documents = spread(data.held_out, config.data.held_out)
+        documents = spread_documents(data.held_out, config.data.held_out)
         data = dataclasses.replace(data, held_out=documents)
         loader = DataLoader(
             data=data,
@@ -148,10 +152,12 @@ class Comparison:
         return skipping(order, self.layers, skip * self.depth)
 
     def take(self, routers: Path, skip: float, *, rounds: int = 0) -> float:
-        """Put the routers of a folder on the model, with the threshold at which the calibration
-        text skips `skip`, or after `rounds` of `allocate` one a layer, near those found for the
-        share before; returns the capacity it came to. Raises UnreachedError when that is
-        another."""
+        """Put the routers of a folder on the model, at the threshold at which the calibration text
+        skips the share `skip` of all attention; return the capacity it keeps.
+
+        With `rounds` of `allocate` every layer gets its own threshold; the search begins at those
+        of the last share. Raises UnreachedError when no threshold keeps the capacity.
+        """
         config, layers, _ = read_router_config(routers)
         if layers != self.layers:
             raise ConfigError(f"{routers}: routes layers {layers}, the comparison {self.layers}")
@@ -171,9 +177,9 @@ class Comparison:
         return kept
 
     def _attach(self, config: RouterConfig) -> None:
-        # The capacity asked in training plays no role any more, for the threshold is searched. All
-        # methods decide on the prompt, as in generation: one that sees the answer it is scored on
-        # (pool="all") would know too much.
+        # The capacity of training does not matter, because the threshold is searched. All methods
+        # decide on the prompt, as in generation: with pool="all" a method would see the answer that
+        # it is scored on.
         fresh = RouterConfig(
             layers=self.layers,
             router=config.router,
@@ -188,34 +194,20 @@ class Comparison:
     def measure(self, policy: Policy | None) -> Measured:
         """Return what a policy does to the documents; without one the routers decide."""
         text = score(self.model, self.routers, self._held_out, policy)
+        first = self._held_out[:1]
+        latency = prefill_ratio(self.model, self.routers, first, policy, self.everything)
         pairs = None
         if self._pairs:
             pairs = score(self.model, self.routers, self._pairs, policy, rows_per_document=2)
-        return Measured(text=text, pairs=pairs, latency=self._latency(policy))
-
-    def _latency(self, policy: Policy | None) -> float:
-        executor, ratios = self.routers.executor, []
-        self.routers.executor = InferenceExecutor(unit="sequence")
-        try:
-            self._seconds(self.everything)  # warms up
-            for _ in range(_TIMED):
-                ratios.append(self._seconds(policy) / self._seconds(self.everything))
-        finally:
-            self.routers.executor = executor
-        return statistics.median(ratios)
-
-    def _seconds(self, policy: Policy | None) -> float:
-        begun = time.perf_counter()
-        score(self.model, self.routers, self._held_out[:1], policy)
-        return time.perf_counter() - begun
+        return Measured(text=text, pairs=pairs, latency=latency)
 
     def picture(self, title: str) -> TokenMap:
         """Return what the routers do to the first held-out document."""
         first = self._held_out[0]
         score(self.model, self.routers, self._held_out[:1])
-        tokens = first.input_ids[0][first.token_mask[0]][:_SHOWN]
+        tokens = first.input_ids[0][first.token_mask[0]][:_SHOWN_TOKENS]
         keep = torch.stack(
-            [one[0].expand(len(first.token_mask[0])) for one in self.routers.keep().values()]
+            [kept[0].expand(len(first.token_mask[0])) for kept in self.routers.keep().values()]
         )
         return TokenMap(
             tokens=token_map_texts(self._tokenizer, tokens.tolist()),
@@ -240,8 +232,7 @@ class Comparison:
     def point(
         self, method: str, asked: float, measured: Sequence[Measured], dense: Measured, **more: Any
     ) -> Point:
-        """Return a method's point: documents' scores averaged over seeds, then paired with
-        dense."""
+        """Return a method's point: scores are averaged over seeds, then paired with dense."""
         nll, tokens, hits = _mean(measured, "nll"), dense.text.tokens, _hits(measured)
         dense_hits, exact = _hits([dense]), _mean(measured, "exact")
         gap = None
@@ -261,20 +252,22 @@ class Comparison:
             exact=float(exact.mean()),
             exact_gap=ratio_difference(exact, dense.text.exact, np.ones_like(exact)),
             flops=self.flop_ratio(of_all),
-            latency=statistics.mean(one.latency for one in measured),
+            latency=statistics.mean(scores.latency for scores in measured),
             skipped_by_layer=dict(zip(self.layers, skipped.tolist(), strict=True)),
             **more,
         )
 
 
-def contrasts(found: Mapping[tuple[str, float], Sequence[Measured]], ours: str) -> list[Contrast]:
-    """Return `ours` against each other method at equal skip, paired by document.
+def contrasts(
+    measured: Mapping[tuple[str, float], Sequence[Measured]], ours: str
+) -> list[Contrast]:
+    """Return the method `ours` against each other method at equal skip, paired by document.
 
-    `found` is by method and share that was to be skipped.
+    `measured` has the scores of all seeds, by (method, asked share to skip).
     """
     rows = []
-    for (method, skip), theirs in found.items():
-        mine = found.get((ours, skip))
+    for (method, skip), theirs in measured.items():
+        mine = measured.get((ours, skip))
         if method == ours or not mine or not theirs:
             continue
         a, b = _hits(mine), _hits(theirs)
@@ -298,18 +291,10 @@ def contrasts(found: Mapping[tuple[str, float], Sequence[Measured]], ours: str) 
 
 def _mean(measured: Sequence[Measured], field: str) -> Any:
     """Return a field of the text's scores, averaged over seeds, by document."""
-    return np.mean([getattr(one.text, field) for one in measured], axis=0)
+    return np.mean([getattr(scores.text, field) for scores in measured], axis=0)
 
 
 def _hits(measured: Sequence[Measured]) -> Any:
     """Return the pairs' hits averaged over seeds, None without pairs."""
-    hits = [pair_accuracy(one.pairs) for one in measured if one.pairs is not None]
+    hits = [pair_accuracy(scores.pairs) for scores in measured if scores.pairs is not None]
     return np.mean(hits, axis=0) if hits else None
-
-
-def spread(documents: Any, count: int) -> list[Any]:
-    """Return `count` documents from all over the text: a file's first ones may be of one source,
-    on which routers keep less or more than on the others."""
-    there = len(documents)
-    count = min(count, there)
-    return [documents[index * there // count] for index in range(count)]

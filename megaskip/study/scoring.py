@@ -53,7 +53,8 @@ def score(
 ) -> Scores:
     """Score every row of `batches`; the routers decide where there is no policy.
 
-    So many neighbouring rows are one document to a policy: it treats the sentences of a pair alike.
+    To a policy `rows_per_document` neighbouring rows are one document, so that it treats the
+    sentences of a pair alike.
     """
     columns: list[Tensor] = []
     first = 0
@@ -110,6 +111,14 @@ def text_batches(
     ]
 
 
+def spread_documents(documents: Any, count: int) -> list[Any]:
+    """Return `count` documents from all over the text, at even distances: the first ones of a file
+    may be from one source, on which routers keep less or more than on the others."""
+    total = len(documents)
+    count = min(count, total)
+    return [documents[index * total // count] for index in range(count)]
+
+
 def pair_accuracy(scores: Scores) -> Numbers:
     """Return 1 for each pair whose good sentence is likelier; rows are good, bad, good, ..."""
     return (scores.nll[0::2] < scores.nll[1::2]).astype(np.float64)
@@ -146,11 +155,11 @@ def _pairs_of(path: Path, limit: int) -> Iterator[tuple[str, str]]:
                 yield _pair(line, f"{path}, line {number}")
 
 
-def _pair(line: str, place: str) -> tuple[str, str]:
+def _pair(line: str, where: str) -> tuple[str, str]:
     try:
         row: Mapping[str, str] = json.loads(line)
         return row["sentence_good"], row["sentence_bad"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{place}: expected an object with sentence_good and sentence_bad ({error!r})"
+            f"{where}: expected an object with sentence_good and sentence_bad ({error!r})"
         ) from None

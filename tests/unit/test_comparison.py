@@ -16,8 +16,9 @@ from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.study.comparison import Comparison, contrasts, spread
+from megaskip.study.comparison import Comparison, contrasts
 from megaskip.study.pareto import draw, draw_layers, markdown
+from megaskip.study.scoring import spread_documents
 
 DOCUMENTS = 24
 ROOT = Path(__file__).parents[2]
@@ -148,10 +149,10 @@ def test_the_one_that_others_are_set_against_is_among_them() -> None:
 
 
 def test_documents_come_from_all_over_the_held_out_text() -> None:
-    assert spread(list(range(10)), 3) == [0, 3, 6]
-    assert spread(list(range(4)), 8) == [0, 1, 2, 3]
-    assert spread(list(range(7)), 4) == [0, 1, 3, 5]  # not the first four
-    assert spread([], 8) == []
+    assert spread_documents(list(range(10)), 3) == [0, 3, 6]
+    assert spread_documents(list(range(4)), 8) == [0, 1, 2, 3]
+    assert spread_documents(list(range(7)), 4) == [0, 1, 3, 5]  # not the first four
+    assert spread_documents([], 8) == []
 
 
 def test_as_many_documents_are_measured_as_are_asked(comparison: Comparison) -> None:
