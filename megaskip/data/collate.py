@@ -63,8 +63,7 @@ def collate(
             end = start + len(segment)
             input_ids[b, start:end] = segment.input_ids
             labels[b, start:end] = segment.labels
-            pooled = min(segment.prompt_length or prompt_tokens, end - start)
-            prompt_mask[b, start : start + pooled] = True
+            prompt_mask[b, start : start + segment.num_pooled(prompt_tokens)] = True
             segment_ids[b, start:end] = number
             position_ids[b, start:end] = np.arange(end - start)
             start = end

@@ -5,24 +5,22 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megaskip.config import DataConfig
 from megaskip.data.corpus import Job, read_samples, tokenise_all
 from megaskip.data.fingerprint import fingerprint
-from megaskip.data.mix import interleave, mix
-from megaskip.data.order import permutation
-from megaskip.data.pack import pack
+from megaskip.data.mix import interleave
+from megaskip.data.plan import plan_rows
 from megaskip.data.row import Row
 from megaskip.data.source import Source, find_source
 from megaskip.data.stats import DataStats, SourceStats, check_losses
@@ -40,9 +38,10 @@ from megaskip.log import get_logger
 
 logger = get_logger(__name__)
 
+T = TypeVar("T")
+
 _STALE = 24 * 3600
 """Seconds after which a draft that nobody has written to is a dead process's."""
-_HELD_OUT = 3  # keeps these random numbers apart from the other uses of the seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,11 +67,7 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
     sample_tokenizer = SampleTokenizer(
         tokenizer, seq_length=config.seq_length, template_file=config.chat_template
     )
-    train = tuple(find_source(entry, streaming=config.streaming) for entry in config.data)
-    held_out = tuple(find_source(entry, streaming=config.streaming) for entry in config.eval_data)
-    for source in held_out:
-        if source.weight != 1:
-            raise DataError(f"--eval_data {source.name}: held-out data take no weight; remove it")
+    train, held_out = find_sources(config)
     key = fingerprint(config, tokenizer, sample_tokenizer, train, held_out)
     if config.streaming:
         return _stream(config, sample_tokenizer, train, held_out, key)
@@ -88,6 +83,17 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
         rows, kept, stats = open_store(folder)
     stats = stats.named(source.name for source in (*train, *held_out))
     return TokenizedData(train=rows, held_out=kept, stats=stats, fingerprint=key)
+
+
+def find_sources(config: DataConfig) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """Return the sources of --data and of --eval_data; raises DataError for one that is not
+    there."""
+    train = tuple(find_source(entry, streaming=config.streaming) for entry in config.data)
+    held_out = tuple(find_source(entry, streaming=config.streaming) for entry in config.eval_data)
+    for source in held_out:
+        if source.weight != 1:
+            raise DataError(f"--eval_data {source.name}: held-out data take no weight; remove it")
+    return train, held_out
 
 
 @contextmanager
@@ -162,7 +168,12 @@ def _is_dead(process: str) -> bool:
 def require_known_tokens(data: TokenizedData, vocabulary: int) -> None:
     """Raise DataError for stored tokens that the model has no embedding for; nobody knows those of
     a stream."""
-    largest = data.train.largest_token() if isinstance(data.train, StoredRows) else 0
+    if isinstance(data.train, StoredRows):
+        require_known_token(data.train.largest_token(), vocabulary)
+
+
+def require_known_token(largest: int, vocabulary: int) -> None:
+    """Raise DataError when `largest` is no row of an embedding of `vocabulary` rows."""
     if largest >= vocabulary:
         raise DataError(
             f"--data: token {largest} is beyond the model's vocabulary of {vocabulary}; use the "
@@ -187,36 +198,36 @@ def _write(
             _tokenise(_jobs(held_out, first=len(train)), writer, stats, tokenizer, config)
             check_losses(stats[len(train) :], seq_length=config.seq_length)
     lengths = np.diff(writer.starts)
-    nothing = np.empty(0, dtype=np.int64)
-    chosen, removed = (nothing, nothing) if held_out else _split(writer.hashes, config)
-    kept = np.arange(num_train, len(lengths)) if held_out else chosen
-    rest = np.setdiff1d(np.arange(num_train), np.concatenate([chosen, removed]))
-    order = rest[mix(writer.sources[rest], weights=[s.weight for s in train], seed=config.seed)]
-    if not len(order):
-        raise DataError(
-            f"--data {' '.join(config.data)}: no training row is left; raise the weights"
-        )
-    packs = pack(lengths[order].tolist(), seq_length=config.seq_length) if config.packing else None
-    write_plan(work, train=order, packs=packs, held_out=kept)
+    plan = plan_rows(config, train, writer.hashes, writer.sources, lengths, num_train=num_train)
+    write_plan(work, train=plan.train, packs=plan.packs, held_out=plan.held_out)
     write_meta(
         work,
         DataStats(
             sources=tuple(stats),
-            train_rows=len(order) if packs is None else len(packs),
-            train_tokens=int(lengths[order].sum()),
-            held_out_rows=len(kept),
-            duplicates_of_held_out=len(removed),
+            train_rows=plan.num_train_rows,
+            train_tokens=int(lengths[plan.train].sum()),
+            held_out_rows=len(plan.held_out),
+            duplicates_of_held_out=len(plan.duplicates),
         ),
     )
 
 
-def _jobs(sources: Sequence[Source], *, first: int) -> Iterator[Job]:
-    """Take turns among the sources, so that --max_samples is a cut through all of them."""
+def read_in_turns(
+    sources: Sequence[Source], read: Callable[[Source], Iterator[T]], *, first: int
+) -> Iterator[tuple[int, T]]:
+    """Yield (index of the source, counted from `first`; what `read` gives) of all sources in turns.
 
-    def numbered(index: int) -> Iterator[Job]:
-        return ((first + index, sample) for sample in read_samples(sources[index]))
+    Sources take turns so that --max_samples is a cut through all of them.
+    """
+
+    def numbered(index: int) -> Iterator[tuple[int, T]]:
+        return ((first + index, item) for item in read(sources[index]))
 
     return interleave([numbered(i) for i in range(len(sources))], rates=[1.0] * len(sources))
+
+
+def _jobs(sources: Sequence[Source], *, first: int) -> Iterator[Job]:
+    return read_in_turns(sources, read_samples, first=first)
 
 
 def _tokenise(
@@ -231,29 +242,6 @@ def _tokenise(
         stats[index].add(tokenised)
         for row in tokenised.rows:
             writer.append(row)
-
-
-def _split(
-    hashes: NDArray[np.uint64], config: DataConfig
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Choose the held-out rows, and the copies of them that must leave the training rows.
-
-    The choice is the same for every seed, so that runs with other seeds can be compared on rows
-    that none of them was trained on. Both together are at most a fifth of the rows: a row with
-    too many copies is not held out.
-    """
-    _, group, copies = np.unique(hashes, return_inverse=True, return_counts=True)
-    room = len(hashes) // 5
-    chosen: dict[int, int] = {}
-    for row in permutation(len(hashes), 0, _HELD_OUT):
-        if len(chosen) == config.held_out or room == 0:
-            break
-        if group[row] not in chosen and copies[group[row]] <= room:
-            chosen[int(group[row])] = int(row)
-            room -= copies[group[row]]
-    held_out = np.sort(np.fromiter(chosen.values(), dtype=np.int64, count=len(chosen)))
-    leaving = np.flatnonzero(np.isin(group, list(chosen)))
-    return held_out, np.setdiff1d(leaving, held_out)
 
 
 def _stream(

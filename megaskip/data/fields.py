@@ -13,12 +13,13 @@ class Place:
     """Where a row came from, for error texts."""
 
     file: str
-    number: int
-    """1-based line of a line-based file, row of a JSON array, a parquet file or a hub data set."""
+    number: int = 0
+    """1-based line of a line-based file, row of a JSON array, a parquet file or a hub data set; 0
+    is the whole file."""
     unit: str = "line"
 
     def __str__(self) -> str:
-        return f"{self.file}, {self.unit} {self.number}"
+        return f"{self.file}, {self.unit} {self.number}" if self.number else self.file
 
 
 class Fields:
@@ -26,11 +27,27 @@ class Fields:
 
     def __init__(self, fields: Mapping[str, Any], place: Place, prefix: str = "") -> None:
         self.place = place
+        self.raw = fields
         self._prefix = prefix
         self._fields = {key.lower(): value for key, value in fields.items()}
+        self._asked: set[str] = set()
+        self._nested: list[tuple[str, Fields]] = []
 
     def get(self, key: str) -> Any:
+        self._asked.add(key)
         return self._fields.get(key)
+
+    def columns(self) -> dict[str, bool]:
+        """Return {column that is filled: whether it was looked up so far}.
+
+        Columns of nested objects are named 'messages[].role', whatever their index.
+        """
+        columns = {k: k in self._asked for k, v in self._fields.items() if v is not None}
+        for key, inner in self._nested:
+            for name, asked in inner.columns().items():
+                path = f"{key}[].{name}"
+                columns[path] = asked or columns.get(path, False)
+        return columns
 
     def text(self, key: str) -> str:
         value = self._present(key)
@@ -43,7 +60,7 @@ class Fields:
         return value
 
     def optional_text(self, key: str) -> str:
-        return "" if self._fields.get(key) is None else self.text(key)
+        return "" if self.get(key) is None else self.text(key)
 
     def entries(self, key: str) -> list[Any]:
         value = self._present(key)
@@ -59,13 +76,14 @@ class Fields:
             if not isinstance(value, Mapping):
                 self.wrong(f"{key}[{index}]", value, "an object")
             inner.append(Fields(value, self.place, f"{path}."))
+        self._nested += [(key, fields) for fields in inner]
         return inner
 
     def _present(self, key: str) -> Any:
         if key in self._fields:
-            return self._fields[key]
-        found = ", ".join(map(repr, self._fields)) or "nothing"
-        raise DataError(f"{self.place}: field {self._prefix + key!r} is missing; found {found}")
+            return self.get(key)
+        present = ", ".join(map(repr, self._fields)) or "nothing"
+        raise DataError(f"{self.place}: field {self._prefix + key!r} is missing; found {present}")
 
     def wrong(self, key: str, value: Any, expected: str) -> NoReturn:
         shown = json.dumps(value, default=str, ensure_ascii=False)

@@ -56,28 +56,29 @@ class Sample:
     """A prompt and its completion, which without a chat template are simply joined."""
 
 
-def detect_format(fields: Mapping[str, Any], place: Place) -> str:
-    """Return the name of the format whose keys `fields` has. Keys of any case count."""
-    keys = {key.lower() for key in fields}
+def detect_format(row: Fields) -> str:
+    """Return the name of the format whose keys a row has. Keys of any case count."""
+    keys = {key.lower() for key in row.raw}
     for name, (needed, _) in FORMATS.items():
         if needed <= keys:
             return name
     known = "; ".join(f"{name} ({', '.join(sorted(FORMATS[name][0]))})" for name in FORMATS)
     hints = [
         f"did you mean {close[0]!r} instead of {key!r}?"
-        for key in fields
+        for key in row.raw
         if (close := difflib.get_close_matches(key.lower(), _all_keys(), n=1, cutoff=0.75))
         and close[0] != key.lower()
     ]
+    names = ", ".join(map(repr, row.raw))
     raise DataError(
-        f"{place}: found fields {', '.join(map(repr, fields)) or 'none'}, which is none of the "
+        f"{row.place}: found fields {names or 'none'}, which is none of the "
         f"known formats: {known}. Rename the fields{'; ' + ' '.join(hints) if hints else ''}"
     )
 
 
-def normalise(fields: Mapping[str, Any], *, format_name: str, place: Place) -> Sample:
+def normalise(row: Fields, *, format_name: str) -> Sample:
     """Turn one row of the named format into a Sample; a row of another shape is a DataError."""
-    return FORMATS[format_name][1](Fields(fields, place))
+    return FORMATS[format_name][1](row)
 
 
 def _alpaca(row: Fields) -> Sample:
@@ -181,10 +182,10 @@ def _content(turn: Fields) -> str:
     if not isinstance(turn.get("content"), list):
         return turn.text("content")
     texts = []
-    for part in turn.nested("content"):
-        if part.get("type") != "text":
-            part.wrong("type", part.get("type"), "'text' (megaskip trains on text only)")
-        texts.append(part.text("value" if part.get("text") is None else "text"))
+    for item in turn.nested("content"):
+        if item.get("type") != "text":
+            item.wrong("type", item.get("type"), "'text' (megaskip trains on text only)")
+        texts.append(item.text("value" if item.get("text") is None else "text"))
     return "".join(texts)
 
 

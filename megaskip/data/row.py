@@ -11,7 +11,7 @@ IGNORED = -100
 
 
 class AnyRow(Protocol):
-    """What a batch is made of: one or several samples that do not see each other."""
+    """What a batch is made of: one sample, or several that do not see each other."""
 
     @property
     def segments(self) -> "tuple[Row, ...]": ...
@@ -38,6 +38,11 @@ class Row:
     def labels(self) -> NDArray[np.int64]:
         """Labels as transformers wants them: not shifted, IGNORED where there is no loss."""
         return np.where(self.supervised, self.input_ids, IGNORED).astype(np.int64)
+
+    def num_pooled(self, prompt_tokens: int) -> int:
+        """Return how many leading tokens a sequence router with pool=prompt reads: the prompt, or
+        `prompt_tokens` where there is none."""
+        return min(self.prompt_length or prompt_tokens, len(self))
 
     @property
     def segments(self) -> "tuple[Row, ...]":

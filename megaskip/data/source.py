@@ -20,6 +20,9 @@ TEXT_PIECE = 100_000
 
 RawRow = tuple[Place, Mapping[str, Any]]
 
+ReadRow = tuple[Place, Mapping[str, Any] | DataError]
+"""A row, or why it cannot be read; the rows behind an unreadable one may still be good."""
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
@@ -53,10 +56,33 @@ def find_source(entry: str, *, streaming: bool = False) -> Source:
 
 def read_rows(source: Source) -> Iterator[RawRow]:
     """Yield the rows of a source in file order. Bad JSON or an unreadable file is a DataError."""
+    for place, row in read_every_row(source):
+        if isinstance(row, DataError):
+            raise row
+        yield place, row
+
+
+def read_every_row(source: Source) -> Iterator[ReadRow]:
+    """Yield the rows of a source in file order, errors among them, and go on behind each error."""
     if not source.files:
         yield from _read_hub(source)
     for path in source.files:
-        yield from _READERS[path.suffix.lower()](path)
+        try:
+            yield from _READERS[path.suffix.lower()](path)
+        except DataError as error:
+            yield Place(file=str(path)), error
+        except OSError as error:
+            reason = f"{path}: cannot be read ({error.strerror or error})"
+            yield Place(file=str(path)), DataError(reason)
+
+
+def files_left_out(source: Source) -> list[str]:
+    """Return the files in the folder of a source that are not read; nothing for other sources."""
+    folder = Path(source.name).expanduser()
+    if not source.files or not folder.is_dir():
+        return []
+    inside = {path for path in folder.rglob("*") if path.is_file()} - set(source.files)
+    return sorted(str(path.relative_to(folder)) for path in inside)
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -113,7 +139,7 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error}). Convert the file to UTF-8") from error
 
 
-def _read_json(path: Path) -> Iterator[RawRow]:
+def _read_json(path: Path) -> Iterator[ReadRow]:
     """Read a .json file: an array of rows, or, as many are, one row per line."""
     text = _read_text(path)
     if not text.lstrip().startswith("["):
@@ -128,34 +154,31 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         yield place, _checked_row(row, place)
 
 
-def _read_json_lines(path: Path) -> Iterator[RawRow]:
+def _read_json_lines(path: Path) -> Iterator[ReadRow]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             place = Place(file=str(path), number=number)
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if line := line.rstrip():  # the column of an error counts from this line's start
+                    yield place, _checked_row(json.loads(line), place)
             except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8 text ({error}). Convert it") from error
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
+                yield place, DataError(f"{place}: not UTF-8 text ({error}). Convert it")
             except json.JSONDecodeError as error:
-                raise _bad_json(path, number, error) from error
-            yield place, _checked_row(row, place)
+                yield place, _bad_json(path, number, error)
 
 
 def _bad_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
     return DataError(f"{path}, line {line}, column {error.colno}: not valid JSON ({error.msg})")
 
 
-def _checked_row(row: Any, place: Place) -> Mapping[str, Any]:
+def _checked_row(row: Any, place: Place) -> Mapping[str, Any] | DataError:
     if isinstance(row, Mapping):
         return row
-    raise DataError(f"{place}: expected an object {{...}}, found {json.dumps(row)[:60]}")
+    return DataError(f"{place}: expected an object {{...}}, found {json.dumps(row)[:60]}")
 
 
-def _read_plain(path: Path) -> Iterator[RawRow]:
+def _read_plain(path: Path) -> Iterator[ReadRow]:
     """Cut a text file into documents of up to TEXT_PIECE characters, best at empty lines."""
     text = _read_text(path)
     start, line = 0, 1
@@ -172,12 +195,12 @@ def _end_of_piece(text: str, start: int) -> int:
     if limit >= len(text):
         return len(text)
     for border in ("\n\n", "\n", " "):
-        if (found := text.rfind(border, start + TEXT_PIECE // 2, limit)) >= 0:
-            return found + len(border)
+        if (position := text.rfind(border, start + TEXT_PIECE // 2, limit)) >= 0:
+            return position + len(border)
     return limit
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
+def _read_parquet(path: Path) -> Iterator[ReadRow]:
     with extra("train"):
         import datasets
 
@@ -190,7 +213,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
 
 
-def _read_hub(source: Source) -> Iterator[RawRow]:
+def _read_hub(source: Source) -> Iterator[ReadRow]:
     rows = load_hub(source)
     for number, row in enumerate(rows, start=1):
         yield Place(file=source.name, number=number, unit="row"), row

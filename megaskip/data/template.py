@@ -49,11 +49,11 @@ class ChatTemplate:
                 f"{sample.place}: {self._origin} has no chat template: pass --chat_template "
                 f"FILE.jinja, or use prompt/completion or plain text data"
             )
-        tools = list(sample.tools) or None
-        template = self.tokenizer.get_chat_template(self._override, tools=tools)
+        template = self._template_for(sample)
         if sample.tools and "tools" not in template:
             self._tell("never mentions tools: the tools of the data are left out")
         turns = [self._as_dict(message, template) for message in sample.messages]
+        _require_whole_characters(sample, turns)
         if _GENERATION.search(template) and self.tokenizer.is_fast:
             if (encoded := self._encode_marked(sample, turns)) is not None:
                 return encoded
@@ -63,21 +63,34 @@ class ChatTemplate:
             )
         return self._encode_by_prefix(sample, turns)
 
+    def _template_for(self, sample: Sample) -> str:
+        tools = list(sample.tools) or None
+        try:
+            return str(self.tokenizer.get_chat_template(self._override, tools=tools))
+        except ValueError:  # several templates, none of them called "default"
+            names = ", ".join(sorted(self.tokenizer.chat_template))
+            raise DataError(
+                f"{sample.place}: {self._origin} has several chat templates ({names}) and none is "
+                "the default. Write the one you want to a file: --chat_template FILE.jinja"
+            ) from None
+
     def _encode_marked(self, sample: Sample, turns: list[dict[str, Any]]) -> Encoded | None:
         """Use the template's {% generation %} markers; None when they miss a turn."""
-        out = self._apply(
+        encoded = self._apply(
             sample, turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         wanted = [m.train for m in sample.messages if m.role == "assistant"]
         # transformers returns an all-zero mask, and no error, when it cannot place the markers.
-        runs = [(bool(on), len(list(same))) for on, same in groupby(out["assistant_masks"])]
-        if sum(on for on, _ in runs) != len(wanted):
+        runs = [
+            (bool(marked), len(list(run))) for marked, run in groupby(encoded["assistant_masks"])
+        ]
+        if sum(marked for marked, _ in runs) != len(wanted):
             return None
         learnt: list[bool] = []
         train = iter(wanted)
-        for on, length in runs:
-            learnt += [on and next(train)] * length
-        return list(out["input_ids"]), learnt
+        for marked, length in runs:
+            learnt += [marked and next(train)] * length
+        return list(encoded["input_ids"]), learnt
 
     def _encode_by_prefix(self, sample: Sample, turns: list[dict[str, Any]]) -> Encoded:
         """Learn what the rendering of each assistant turn adds to the prompt for it."""
@@ -116,12 +129,12 @@ class ChatTemplate:
         )
 
     def _encode_with_offsets(self, text: str, spans: list[tuple[int, int]]) -> Encoded:
-        out = self.tokenizer(
+        encoded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        starts = [start for start, _ in out["offset_mapping"]]
+        starts = [start for start, _ in encoded["offset_mapping"]]
         learnt = [any(low <= start < high for low, high in spans) for start in starts]
-        return list(out["input_ids"]), learnt
+        return list(encoded["input_ids"]), learnt
 
     def _encode_with_prefixes(
         self, sample: Sample, text: str, spans: list[tuple[int, int]]
@@ -174,6 +187,18 @@ class ChatTemplate:
         if what not in self._told:
             self._told.add(what)
             logger.warning("The chat template of %s %s.", self._origin, what)
+
+
+def _require_whole_characters(sample: Sample, turns: list[dict[str, Any]]) -> None:
+    """Raise DataError for half of a surrogate pair, as a cut-off emoji leaves it in JSON."""
+    try:
+        json.dumps([turns, sample.tools], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise DataError(
+            f"{sample.place}: a tool, a tool call or another field of a turn holds {half!a}, half "
+            "of a character; expected text of whole characters"
+        ) from None
 
 
 def _read_template(file: str) -> str:

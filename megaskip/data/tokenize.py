@@ -7,7 +7,7 @@ import numpy as np
 
 from megaskip.data.formats import Sample
 from megaskip.data.row import Row
-from megaskip.data.template import ChatTemplate
+from megaskip.data.template import ChatTemplate, Encoded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,25 +34,37 @@ class SampleTokenizer:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def tokenise(self, sample: Sample, *, source: int) -> Tokenised:
-        """Return the rows of a sample: one per chat, one per window of seq_length of plain text."""
+        """Return the rows of a sample: one per chat, one per window of seq_length of plain text.
+
+        Raises DataError, with the sample's place, where the chat template does not fit.
+        """
+        ids, learnt = self.encode(sample)
         if not sample.messages:
-            return self._plain(sample, source)
-        joined = sample.joinable and not self.template.exists
-        ids, learnt = self._join(sample) if joined else self.template.encode(sample)
+            return self._windows(ids, source)
         truncated = len(ids) > self._seq_length
         row = _row(
             ids[: self._seq_length],
             learnt[: self._seq_length],
             source=source,
-            prompt=not joined or bool(sample.messages[0].content),
+            prompt=not self._is_joined(sample) or bool(sample.messages[0].content),
         )
         if not row.supervised.any():
             return Tokenised(rows=(), truncated=truncated, dropped=True)
         return Tokenised(rows=(row,), truncated=truncated)
 
-    def _plain(self, sample: Sample, source: int) -> Tokenised:
+    def encode(self, sample: Sample) -> Encoded:
+        """Return all tokens of a sample, before anything is cut off or split at seq_length."""
+        if sample.messages:
+            joined = self._is_joined(sample)
+            return self._join(sample) if joined else self.template.encode(sample)
         text = self._ids(sample.text)
         ids = [*self._with_bos(text), *self._eos] if text else []
+        return ids, [True] * len(ids)
+
+    def _is_joined(self, sample: Sample) -> bool:
+        return sample.joinable and not self.template.exists
+
+    def _windows(self, ids: list[int], source: int) -> Tokenised:
         windows = [ids[i : i + self._seq_length] for i in range(0, len(ids), self._seq_length)]
         # A window of one token has nothing to predict.
         rows = tuple(
@@ -62,7 +74,7 @@ class SampleTokenizer:
         )
         return Tokenised(rows=rows, dropped=not rows)
 
-    def _join(self, sample: Sample) -> tuple[list[int], list[bool]]:
+    def _join(self, sample: Sample) -> Encoded:
         """Tokenise prompt + completion + end; the prompt's tokens are those of the prompt alone."""
         prompt, completion = (message.content for message in sample.messages)
         first = self._ids(prompt)

@@ -7,6 +7,8 @@ from transformers import AutoTokenizer
 
 from megaskip.errors import ConfigError
 
+_UNUSABLE = (OSError, ValueError, KeyError, ImportError)
+
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a folder or hub id; raises ConfigError when there is none."""
@@ -15,7 +17,10 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
         raise ConfigError(f"no tokenizer in {source}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        # tokenizers raises a bare Exception for a tokenizer.json that it cannot read.
+        if not isinstance(error, _UNUSABLE) and type(error) is not Exception:
+            raise
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"no tokenizer in {source} ({reason}); put its files there, or name one with "

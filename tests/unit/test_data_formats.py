@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megaskip.data.fields import Place
+from megaskip.data.fields import Fields, Place
 from megaskip.data.formats import FORMATS, Sample, detect_format, normalise
 from megaskip.errors import DataError
 
@@ -13,7 +13,8 @@ PLACE = Place(file="file.jsonl", number=7)
 
 
 def read(fields: dict[str, Any]) -> Sample:
-    return normalise(fields, format_name=detect_format(fields, PLACE), place=PLACE)
+    row = Fields(fields, PLACE)
+    return normalise(row, format_name=detect_format(row))
 
 
 def turns(sample: Sample) -> list[tuple[str, str, bool]]:
@@ -32,12 +33,12 @@ def turns(sample: Sample) -> list[tuple[str, str, bool]]:
     ],
 )
 def test_format_is_told_by_its_keys_in_any_case(name: str, fields: dict[str, Any]) -> None:
-    assert detect_format(fields, PLACE) == name
+    assert detect_format(Fields(fields, PLACE)) == name
 
 
 def test_unknown_keys_are_an_error_that_lists_formats_and_suggests() -> None:
     with pytest.raises(DataError) as error:
-        detect_format({"promt": "a", "completion": "b"}, PLACE)
+        detect_format(Fields({"promt": "a", "completion": "b"}, PLACE))
     text = str(error.value)
     assert text.startswith("file.jsonl, line 7: found fields 'promt', 'completion'")
     assert all(name in text for name in FORMATS)
@@ -177,5 +178,6 @@ def test_wrong_row_names_place_field_found_and_expected(
 
 
 def test_later_row_of_another_format_is_an_error() -> None:
+    row = Fields({"question": "Q", "reply": "A"}, PLACE)
     with pytest.raises(DataError, match="field 'answer' is missing; found 'question', 'reply'"):
-        normalise({"question": "Q", "reply": "A"}, format_name="question/answer", place=PLACE)
+        normalise(row, format_name="question/answer")

@@ -17,11 +17,12 @@ from data_samples import (
 )
 
 from megaskip.data import Row
-from megaskip.data.fields import Place
+from megaskip.data.fields import Fields, Place
 from megaskip.data.formats import detect_format, normalise
 from megaskip.data.stats import SourceStats, check_losses
 from megaskip.data.tokenize import SampleTokenizer, Tokenised
-from megaskip.errors import DataError
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import ConfigError, DataError
 
 PLACE = Place(file="a.jsonl", number=1)
 TWO_TURNS = chat(("user", "hello"), ("assistant", "fine"), ("user", "how"), ("assistant", "thanks"))
@@ -30,7 +31,8 @@ TWO_TURNS = chat(("user", "hello"), ("assistant", "fine"), ("user", "how"), ("as
 def tokenise(
     fields: dict[str, Any], tokenizer: Any, *, seq_length: int = 512, file: str | None = None
 ) -> Tokenised:
-    sample = normalise(fields, format_name=detect_format(fields, PLACE), place=PLACE)
+    row = Fields(fields, PLACE)
+    sample = normalise(row, format_name=detect_format(row))
     maker = SampleTokenizer(tokenizer, seq_length=seq_length, template_file=file)
     return maker.tokenise(sample, source=0)
 
@@ -121,6 +123,30 @@ def test_template_that_rejects_the_roles_is_an_error_with_its_own_words() -> Non
     message = "rejects this conversation of user > assistant > user > assistant (only user and"
     with pytest.raises(DataError, match=re.escape(message)):
         row_of(TWO_TURNS, fast_tokenizer(strict))
+
+
+def test_several_templates_without_a_default_are_an_error_that_names_them() -> None:
+    tokenizer = fast_tokenizer()
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(DataError, match=r"line 1: .* \(rag, tool_use\) and none is the default"):
+        row_of(TWO_TURNS, tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_half_a_character_in_a_tool_call_is_an_error_with_its_place(template: str) -> None:
+    call = {"name": "f", "arguments": {"x": "hi \ud83d"}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    fields = {"messages": [{"role": "user", "content": "hello"}, turn]}
+    with pytest.raises(DataError, match=r"line 1: .* holds '\\ud83d', half of a character"):
+        row_of(fields, fast_tokenizer(template))
+
+
+def test_tokenizer_file_of_an_unknown_kind_is_one_sentence(tmp_path: Path) -> None:
+    fast_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"type": "BPE"', '"type": "Later"'))
+    with pytest.raises(ConfigError, match="no tokenizer in .* did not match any variant"):
+        load_tokenizer(tmp_path)
 
 
 def test_template_without_tools_gets_calls_as_text_and_says_so(
