@@ -25,7 +25,9 @@ class Command:
 COMMANDS = {
     "train": Command("megaskip.cli.train", "router-tune a frozen model"),
     "plan": Command("megaskip.cli.plan", "what a training would do and need, without weights"),
-    "inspect-data": Command("megaskip.cli.inspect_data", "what rows of data become"),
+    "inspect-data": Command(
+        "megaskip.cli.inspect_data", "what each row of the data becomes, and why"
+    ),
     "evaluate": Command("megaskip.cli.evaluate", "lm-eval tasks, routed beside dense"),
     "generate": Command("megaskip.cli.generate", "text from a routed model, and what ran for it"),
     "calibrate": Command("megaskip.cli.calibrate", "thresholds for the capacities you ask for"),

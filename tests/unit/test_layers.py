@@ -23,6 +23,7 @@ LEVEL = {
     "calibration": 5,
     "export": 5,
     "generation": 5,
+    "inspection": 5,
     "reporting": 5,
     "runs": 5,
     "evaluation": 5,

@@ -26,7 +26,8 @@ from megaskip.log import get_logger
 logger = get_logger(__name__)
 
 DEMO_FOLDER = Path(__file__).parents[2] / "demo"
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.py")
+_SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.py")
+_WEIGHT_FILES = ("*.safetensors",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +97,9 @@ def source_in(folder: Path, hf_config: Any, config: ModelConfig) -> ModelSource:
     )
 
 
-def find_model_folder(config: ModelConfig) -> Path:
-    """Return the local folder of a model, downloading it from the hub if it is an id. Safe on every
-    rank."""
+def find_model_folder(config: ModelConfig, *, weights: bool = True) -> Path:
+    """Return the local folder of a model, downloading it from the hub if it is an id: without
+    `weights` only config and tokenizer. Safe on every rank."""
     if config.model == DEMO:
         return DEMO_FOLDER / "backbone"
     folder = Path(config.model)
@@ -109,8 +110,9 @@ def find_model_folder(config: ModelConfig) -> Path:
     if folder.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1:
         raise ConfigError(f"--model {config.model}: no such folder")
     try:
+        patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())]
         snapshot = snapshot_download(
-            config.model, revision=config.revision, allow_patterns=list(_MODEL_FILES)
+            config.model, revision=config.revision, allow_patterns=patterns
         )
     except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
