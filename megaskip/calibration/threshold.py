@@ -1,6 +1,6 @@
 """The threshold at which a text keeps an asked capacity, found with forward passes of an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,21 +23,21 @@ def calibrate_threshold(
     *,
     capacity: float | None = None,
     rounds: int = 4,
+    check: Callable[[], object] = lambda: None,
 ) -> float:
     """Put the threshold where `batches` of all ranks keep `capacity` (the asked one without it);
     returns what they keep. Collective.
 
     Repeated, because a layer's decision changes what the layers above it read (see
-    ThresholdSearch).
+    ThresholdSearch). `check` as in Engine.forwards.
     """
-    assert engine.routers is not None
     budget = engine.routers.steering.budget
     target = engine.routers.config.capacity if capacity is None else capacity
     search = ThresholdSearch(target)
     for last in [False] * rounds + [True]:
         if last:
             budget.place(search.best)
-        kept, above = decide_all(engine, batches)
+        kept, above = decide_all(engine, batches, check)
         search.note(budget.offset, kept)
         if last or search.distance <= _CALIBRATED:
             break
@@ -46,13 +46,14 @@ def calibrate_threshold(
 
 
 @torch.no_grad()
-def decide_all(engine: Engine, batches: Sequence[Batch | None]) -> tuple[float, Tensor]:
+def decide_all(
+    engine: Engine, batches: Sequence[Batch | None], check: Callable[[], object] = lambda: None
+) -> tuple[float, Tensor]:
     """Return (share kept, how far real units' logits are above the layer's own threshold,
     float32 [N]: all, or evenly chosen ones of very many) over the batches of all ranks.
     Collective."""
-    assert engine.routers is not None
     sums, above = torch.zeros(2, dtype=torch.float64), [torch.zeros(0)]
-    for batch, _ in engine.forwards(batches):
+    for batch, _ in engine.forwards(batches, check):
         decisions = engine.own_decisions() if batch is not None else {}
         for layer, decision in decisions.items():
             logit = decision.logit[decision.unit_mask].cpu()

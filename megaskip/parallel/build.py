@@ -12,6 +12,7 @@ from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import require_dtype, zero3_config
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.full_engine import FullEngine
 from megaskip.parallel.loading.partition import boundaries_of
 from megaskip.parallel.loading.partitioned import load_partitioned
 from megaskip.parallel.loading.source import ModelSource, log_if_slow
@@ -21,11 +22,22 @@ from megaskip.parallel.topology import Topology
 from megaskip.routing import SparseExecutor
 
 
+def build_full_engine(config: RunConfig, topology: Topology, source: ModelSource) -> FullEngine:
+    """Return the engine that trains every weight (--train full), with the whole model on every
+    rank. `source` is the resolved `config.model`; raises MegaskipError when it cannot be loaded."""
+    log_if_slow(source.dtype, topology.device)
+    model = load_whole(source, topology.device).train()
+    if config.parallel.activation_checkpointing:
+        checkpoint_activations(model, 0)
+    loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
+    return FullEngine(loss, config, topology)
+
+
 def build_engine(
     config: RunConfig, topology: Topology, source: ModelSource, ds_content: dict[str, Any] | None
 ) -> Engine:
-    """Return the engine of a run: a pipeline's stage, ZeRO-3 with `ds_content`, else a replica on
-    every rank. Collective.
+    """Return the engine that trains routers: of a pipeline's stage, under ZeRO-3 with `ds_content`,
+    else with the whole model on every rank. Collective.
 
     `source` is the resolved `config.model`. Raises MegaskipError for models that cannot be loaded
     or routed.
@@ -35,12 +47,6 @@ def build_engine(
         require_dtype(ds_content, str(source.dtype).removeprefix("torch."))
     if topology.num_stages > 1:
         return _pipeline(config, topology, source)
-    if config.model.train == "full":
-        model = load_whole(source, topology.device).train()
-        loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
-        if config.parallel.activation_checkpointing:
-            checkpoint_activations(model, 0)
-        return Engine(loss, None, config, topology)
     if ds_content is None:
         model = load_whole(source, topology.device).eval()
         loss, handle = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), None

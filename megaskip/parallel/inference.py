@@ -32,7 +32,7 @@ from megaskip.parallel.loading.source import (
     source_in,
 )
 from megaskip.parallel.loading.staged import StagedModel, load_staged
-from megaskip.parallel.loading.whole import load_whole
+from megaskip.parallel.loading.whole import load_whole, read_onto
 from megaskip.parallel.topology import Topology
 from megaskip.routing import PREFIX, Routers
 
@@ -131,7 +131,9 @@ def _exported(
         kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
         # The package's own code, the same that the folder carries.
         try:
-            model = MegaskipForCausalLM.from_pretrained(folder, dtype=kind or "auto")
+            model = MegaskipForCausalLM.from_pretrained(
+                folder, dtype=kind or "auto", **read_onto(place.topology.device)
+            )
         except OSError as error:
             raise CheckpointError(f"--model {error}") from None
         log_if_slow(model.dtype, place.topology.device)

@@ -2,18 +2,19 @@
 
 from torch import Tensor, nn
 
-from megaskip.parallel.engine import Engine
+from megaskip.parallel.protocol import StepEngine
 
 
-def bytes_by_kind(engine: Engine) -> dict[str, int]:
+def bytes_by_kind(engine: StepEngine) -> dict[str, int]:
     """Return this rank's bytes: backbone weights, what trains, its gradients, its optimizer
     state."""
     trained = list(engine.parameters.values())
-    ours = {id(p) for p in trained}
-    frozen = [p for p in engine.module.parameters() if id(p) not in ours]
+    trained_ids = {id(p) for p in trained}
+    frozen = [p for p in engine.module.parameters() if id(p) not in trained_ids]
     states = [engine.optimizer.state[p] for p in trained]
     return {
-        "backbone": sum(_held(p) for p in frozen) + sum(b.nbytes for b in engine.module.buffers()),
+        "backbone": sum(_resident_bytes(p) for p in frozen)
+        + sum(b.nbytes for b in engine.module.buffers()),
         "trained": sum(p.nbytes for p in trained),
         "gradients": sum(p.grad.nbytes for p in [*trained, *frozen] if p.grad is not None),
         "moments": sum(
@@ -22,7 +23,7 @@ def bytes_by_kind(engine: Engine) -> dict[str, int]:
     }
 
 
-def _held(parameter: nn.Parameter) -> int:
+def _resident_bytes(parameter: nn.Parameter) -> int:
     """Return the bytes of a parameter in memory: whole, or this rank's ZeRO-3 partition of it."""
     whole = parameter.data.untyped_storage().nbytes() if parameter.data.numel() else 0
     partition = getattr(parameter, "ds_tensor", None)

@@ -11,8 +11,9 @@ for every carried tensor, wants a trainable parameter and a gradient on every st
 gradients to stages of a frozen model that have no use for them.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from megaskip.data import Batch
 from megaskip.extras import extra
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.p2p import P2PChannel
-from megaskip.parallel.results import Totals
+from megaskip.parallel.results import EvalSums, GlobalBatch, StepSums
 from megaskip.parallel.topology import Topology
-from megaskip.routing import Pooling, RouterSet, RoutingDecision
+from megaskip.routing import Counts, Pooling, RouterSet, RoutingDecision
 from megaskip.routing.handover import carried_keep, receive_keep
 
 with extra("train"):
@@ -37,7 +38,6 @@ with extra("train"):
 class PipelineEngine(Engine):
     """An Engine whose module is one stage; the stages of a replica are neighbouring ranks."""
 
-    routers: RouterSet
     module: DecoderStage
 
     def __init__(
@@ -68,8 +68,8 @@ class PipelineEngine(Engine):
 
     # -- the two schedules
 
-    def _micro_steps(self, batches: Sequence[Batch], totals: Totals) -> Tensor:
-        sums = self._zeros(2)
+    def _micro_steps(self, batches: Sequence[Batch], whole: GlobalBatch) -> StepSums:
+        sums = StepSums.zeros(self._num_routed, device=self._topology.device)
         poolings = [self._pooling(batch) for batch in batches]
         # Only what a gradient will come back for is kept until then.
         entered: dict[int, list[Tensor]] = {}
@@ -82,7 +82,7 @@ class PipelineEngine(Engine):
                 arrived = entered.get(n) if self._below else entered.pop(n, None)
                 left[n] = self._run_stage(batches[n], poolings[n], arrived)
                 if self._topology.is_last_stage:
-                    left[n] = self._losses(left[n][0], totals, len(batches))
+                    left[n] = self._losses(left[n][0], whole, len(batches))
                 sums += self._step_sums(left[n])
             elif task is schedule.SendActivation:
                 self._next.send(left[n] if self._learns else left.pop(n))
@@ -97,12 +97,19 @@ class PipelineEngine(Engine):
         self._finish()
         return sums
 
-    def forwards(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch | None, Tensor]]:
+    def forwards(
+        self, batches: Sequence[Batch | None], check: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[Batch | None, Tensor]]:
         """Yield each batch with its summed loss (zero before the last stage), once it has run.
 
-        Replicas do not wait for each other, so None is passed over.
+        Replicas do not wait for each other, so None is passed over; for the same reason `check` is
+        called for all batches before the first one runs: stages must not meet in between.
         """
-        real = [batch.to(self._topology.device) for batch in batches if batch is not None]
+        real = []
+        for batch in batches:
+            check()
+            if batch is not None:
+                real.append(batch.to(self._topology.device))
         poolings = [self._pooling(batch) for batch in real]
         entered: dict[int, list[Tensor]] = {}
         left: dict[int, list[Tensor]] = {}
@@ -148,33 +155,33 @@ class PipelineEngine(Engine):
             return [stage.head.of_batch(hidden_states, batch.labels)]
         return [hidden_states, carried_keep(routers)] if self._learns else [hidden_states]
 
-    def _losses(self, loss: Tensor, totals: Totals, micro_batches: int) -> list[Tensor]:
-        task = loss / totals.supervised
-        return [task, self._penalty(totals, micro_batches, like=task)]
+    def _losses(self, loss: Tensor, whole: GlobalBatch, micro_batches: int) -> list[Tensor]:
+        task = loss / whole.supervised
+        return [task, self._penalty(whole, micro_batches)]
 
-    def _step_sums(self, left: Sequence[Tensor]) -> Tensor:
-        """Return [task loss, penalty, counts]; losses are the last stage's, counts each stage's
-        own."""
-        losses = torch.stack(list(left)).detach() if self._topology.is_last_stage else [0.0, 0.0]
-        head = torch.as_tensor(losses, dtype=torch.float64, device=self._topology.device)
-        return torch.cat([head, self._counts()])
+    def _step_sums(self, left: Sequence[Tensor]) -> StepSums:
+        """Return what a forward pass adds to the sums: the losses on the last stage, on each stage
+        the counts of its own layers. `left` is what left the stage."""
+        counts = self._counts()
+        if not self._topology.is_last_stage:
+            nothing = StepSums.zeros(self._num_routed, device=self._topology.device)
+            return dataclasses.replace(nothing, counts=counts)
+        task, penalty = left
+        return StepSums(loss_task=task.detach(), loss_penalty=penalty.detach(), counts=counts)
 
-    def _eval_sums(self, batch: Batch, loss: Tensor) -> Tensor:
+    def _eval_sums(self, batch: Batch, loss: Tensor) -> EvalSums:
         if self._topology.is_last_stage:
             return super()._eval_sums(batch, loss)
-        sums = self._zeros(5)
-        sums[5:] = self._counts()
-        return sums
+        nothing = EvalSums.zeros(self._num_routed, device=self._topology.device)
+        return dataclasses.replace(nothing, counts=self._counts())
 
     def own_decisions(self) -> dict[int, RoutingDecision]:
         return {k: d for k, d in self.routers.decisions().items() if k in self._own}
 
-    def _counts(self) -> Tensor:
-        counts = self._zeros(0)
-        if self._own:
-            own = slice(self._below, self._below + len(self._own))
-            counts.view(4, -1)[:, own] = self.routers.counts(self._own).pack().view(4, -1)
-        return counts
+    def _counts(self) -> Counts:
+        if not self._own:
+            return Counts.zeros(self._num_routed, device=self._topology.device)
+        return self.routers.counts(self._own).among(self._num_routed, self._below)
 
     def _pooling(self, batch: Batch) -> Pooling:
         return self.routers.pooling(batch.token_mask, batch.prompt_mask, batch.segment_ids)

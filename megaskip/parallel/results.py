@@ -1,8 +1,17 @@
-"""What a step and an evaluation measured, over all ranks: from sums that add up to numbers."""
+"""What a step and an evaluation measured: sums that add up over micro-batches and ranks, and the
+numbers that follow from them."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from megaskip.data import Batch
+from megaskip.parallel.collectives import sum_over_ranks
+from megaskip.routing import Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,14 +20,15 @@ class StepResult:
 
     loss_task: float
     """Mean cross-entropy of the supervised tokens, nats."""
-    loss_penalty: float
-    capacity: float
-    """Units kept over all routed layers; 1 without routers."""
-    capacity_per_layer: tuple[float, ...]
+    loss_penalty: float = 0.0
+    capacity: float = 1.0
+    """Share of units that ran, over all routed layers; 1 without routers."""
+    capacity_per_layer: tuple[float, ...] = ()
     grad_norm: float
     tokens: int
     """Real tokens of the global batch."""
     supervised_fraction: float
+    """Share of the real tokens that have a loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,38 +39,124 @@ class EvalResult:
     """Mean cross-entropy of the supervised tokens, nats."""
     capacity: float
     capacity_error: float
-    """Standard error of the capacity: these are only so many rows."""
+    """Standard error of the capacity over rows."""
     capacity_per_layer: tuple[float, ...]
-
-    @classmethod
-    def of(cls, sums: Sequence[float]) -> "EvalResult":
-        """Return the result of summed Engine._eval_sums."""
-        kept, units, *_ = quarters(sums[5:])
-        rows = max(sums[2], 1.0)
-        variance = max(sums[4] / rows - (sums[3] / rows) ** 2, 0.0)
-        return cls(
-            loss=sums[0] / max(sums[1], 1.0),
-            capacity=share_of(sum(kept), sum(units)) if kept else 1.0,
-            capacity_error=math.sqrt(variance / rows),
-            capacity_per_layer=tuple(map(share_of, kept, units)),
-        )
-
-
-def quarters(values: Sequence[float]) -> list[Sequence[float]]:
-    """Return the rows of packed Counts."""
-    layers = len(values) // 4
-    return [values[i * layers : (i + 1) * layers] for i in range(4)]
-
-
-def share_of(kept: float, units: float) -> float:
-    """Return the capacity; 0 where nothing was seen."""
-    return kept / max(units, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """What the global batch holds, over all micro-batches and ranks."""
+class GlobalBatch:
+    """What all micro-batches of all replicas hold together."""
 
     supervised: float
+    """Tokens with a loss, at least 1."""
     units: float
+    """Decisions of all routed layers, at least 1."""
     tokens: float
+    """Real tokens."""
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], units: int, device: torch.device) -> "GlobalBatch":
+        """Return what the ranks' `batches`, with `units` decisions on this rank, are together.
+        Collective."""
+        sums = torch.tensor(
+            [
+                sum(batch.num_supervised() for batch in batches),
+                units,
+                sum(int(batch.token_mask.sum()) for batch in batches),
+            ],
+            dtype=torch.float64,
+            device=device,
+        )
+        sum_over_ranks(sums)
+        supervised, all_units, tokens = sums.tolist()
+        return cls(supervised=max(supervised, 1.0), units=max(all_units, 1.0), tokens=tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sums:
+    """What adds up over micro-batches and ranks: the scalar tensors of a subclass, and counts."""
+
+    counts: Counts
+    """By routed layer."""
+
+    @classmethod
+    def zeros(cls, layers: int, *, device: torch.device | None = None) -> Self:
+        """Return sums of nothing, for `layers` routed layers."""
+        size = len(cls._scalars()) + Counts.size(layers)
+        return cls.unpack(torch.zeros(size, dtype=torch.float64, device=device))
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Self:
+        """Return the sums that `pack` made into one tensor; they share its memory."""
+        names = cls._scalars()
+        scalars, counts = packed[: len(names)], packed[len(names) :]
+        return cls(counts=Counts.unpack(counts), **dict(zip(names, scalars, strict=True)))
+
+    def pack(self) -> Tensor:
+        """Return one tensor float64 [N], so that one all-reduce sums everything."""
+        scalars = [getattr(self, name).double() for name in self._scalars()]
+        return torch.cat([torch.stack(scalars), self.counts.pack()])
+
+    def __add__(self, other: Self) -> Self:
+        """Return the sums of both."""
+        return self.unpack(self.pack() + other.pack())
+
+    def over_ranks(self) -> Self:
+        """Return the sums of all ranks, on the CPU. Collective."""
+        packed = self.pack()
+        sum_over_ranks(packed)
+        return self.unpack(packed.cpu())
+
+    @classmethod
+    def _scalars(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name != "counts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSums(_Sums):
+    """What the micro-batches of a step add up to."""
+
+    loss_task: Tensor
+    """[], this part of the mean over the global batch, nats."""
+    loss_penalty: Tensor
+    """[], this part of the global batch's penalty."""
+
+    def result(self, batch: GlobalBatch, grad_norm: float) -> StepResult:
+        """Return the result of a step from the sums of all ranks; `batch` is what they read."""
+        return StepResult(
+            loss_task=float(self.loss_task),
+            loss_penalty=float(self.loss_penalty),
+            capacity=self.counts.capacity(),
+            capacity_per_layer=self.counts.capacity_per_layer(),
+            grad_norm=grad_norm,
+            tokens=int(batch.tokens),
+            supervised_fraction=batch.supervised / max(batch.tokens, 1.0),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSums(_Sums):
+    """What the batches of a held-out pass add up to."""
+
+    loss: Tensor
+    """[], summed over the supervised tokens, nats."""
+    supervised: Tensor
+    """[], tokens with a loss."""
+    rows: Tensor
+    """[]."""
+    shares: Tensor
+    """[], each row's share of units that ran, summed over rows."""
+    squared_shares: Tensor
+    """[], their squares, summed over rows."""
+
+    def result(self) -> EvalResult:
+        """Return the result of a held-out pass from the sums of all ranks."""
+        rows, shares, squares = map(float, (self.rows, self.shares, self.squared_shares))
+        rows = max(rows, 1.0)
+        variance = max(squares / rows - (shares / rows) ** 2, 0.0)
+        return EvalResult(
+            loss=float(self.loss) / max(float(self.supervised), 1.0),
+            capacity=self.counts.capacity(),
+            capacity_error=math.sqrt(variance / rows),
+            capacity_per_layer=self.counts.capacity_per_layer(),
+        )

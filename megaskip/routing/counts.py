@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megaskip.routing.decision import RoutingDecision
 
@@ -54,6 +55,17 @@ class Counts:
     def pack(self) -> Tensor:
         """Return one tensor float64 [4 * R], so that one all-reduce sums everything."""
         return torch.cat([self.kept, self.units, self.logits, self.squares])
+
+    def among(self, layers: int, first: int) -> "Counts":
+        """Return these counts as those of the routed layers from number `first` on, of `layers`;
+        zero for the others."""
+        rest = layers - first - len(self.kept)
+        return Counts(
+            kept=pad(self.kept, (first, rest)),
+            units=pad(self.units, (first, rest)),
+            logits=pad(self.logits, (first, rest)),
+            squares=pad(self.squares, (first, rest)),
+        )
 
     def __add__(self, other: "Counts") -> "Counts":
         """Return the counts of both."""

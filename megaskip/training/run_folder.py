@@ -23,6 +23,23 @@ from megaskip.reporting.summary import versions
 logger = get_logger(__name__)
 
 
+@contextlib.contextmanager
+def open_run_folder(config: RunConfig, topology: Topology) -> Iterator[tuple[Path, Path | None]]:
+    """Hold a run folder that no other job writes into; yields (folder, checkpoint to continue
+    from). Collective.
+
+    A folder that was chosen here, not by --output_dir, is removed when no run begins in it. Raises
+    ConfigError or CheckpointError, as `choose_run_folder` and `hold_run_folder` do.
+    """
+    folder, checkpoint = on_first_rank(topology, lambda: choose_run_folder(config))
+    try:
+        with hold_run_folder(topology, folder):
+            yield folder, checkpoint
+    finally:
+        if topology.is_first and config.checkpoint.output_dir is None:
+            discard_if_empty(folder)
+
+
 def choose_run_folder(config: RunConfig) -> tuple[Path, Path | None]:
     """Return (run folder, checkpoint to continue from); never a folder whose run would be lost.
 
@@ -104,13 +121,13 @@ def write_run_file(folder: Path, config: RunConfig, world_size: int) -> None:
 def _newest(config: RunConfig) -> tuple[Path, Path | None]:
     """Return (run folder, its newest checkpoint); only --resume auto may find one."""
     folder = _named_folder(config)
-    found = checkpoints(folder)
-    if found and config.checkpoint.resume is None:
+    existing = checkpoints(folder)
+    if existing and config.checkpoint.resume is None:
         raise ConfigError(
-            f"--output_dir {folder} holds a run already ({found[-1].name}); continue it with "
+            f"--output_dir {folder} holds a run already ({existing[-1].name}); continue it with "
             "--resume auto, or name another folder"
         )
-    return folder, found[-1] if found else None
+    return folder, existing[-1] if existing else None
 
 
 def _continue_from(config: RunConfig, checkpoint: Path) -> tuple[Path, Path | None]:

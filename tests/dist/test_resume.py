@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spawn import Ranks, run_worker, start, train
+from spawn import Ranks, run_worker, start
+from spawn import train as train_on_ranks
 
 from megaskip.calibration import threshold
 from megaskip.cli.train import main as train
 from megaskip.errors import MegaskipError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.preempt import Preemption
+from megaskip.training import router_trainer
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 STAGES = ["--ds_config", "ds_configs/pipeline.json", "--pipeline_stages", "2"]
@@ -55,7 +57,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path) -> Path:
-    done = train(data / "log", *flags(data, data / "whole", *ZERO3))
+    done = train_on_ranks(data / "log", *flags(data, data / "whole", *ZERO3))
     assert [p.returncode for p in done.processes] == [0, 0], done.tails()
     assert len(metrics(data / "whole")) == STEPS
     return data / "whole"
@@ -85,7 +87,7 @@ def test_killed_rank_is_named_and_resume_repeats_the_run_exactly(
     assert statuses[survivor] not in (0, None)
     assert f"rank {victim} (process {ranks.processes[victim].pid}" in ranks.text(survivor)
     assert "--resume auto" in ranks.text(survivor)
-    again = train(tmp_path / "again", *settings, "--resume", "auto")
+    again = train_on_ranks(tmp_path / "again", *settings, "--resume", "auto")
     assert [p.returncode for p in again.processes] == [0, 0], again.tails()
     assert "resumed from" in again.text(0)
     assert metrics(folder) == metrics(uninterrupted)
@@ -104,7 +106,7 @@ def test_sigterm_on_one_rank_saves_on_all_and_resume_is_exact(
     assert ranks.wait(60) == [0, 0], ranks.tails()
     assert "asked to stop: saved" in ranks.text(0)
     assert not (folder / "report.json").exists()
-    again = train(tmp_path / "again", *settings, "--resume", "auto")
+    again = train_on_ranks(tmp_path / "again", *settings, "--resume", "auto")
     assert [p.returncode for p in again.processes] == [0, 0], again.tails()
     assert metrics(folder) == metrics(uninterrupted)
 
@@ -117,7 +119,7 @@ def test_what_is_trained_is_safe_before_it_is_calibrated(
 
     folder = tmp_path / "run"
     settings = flags(data, folder, "--save_every", "0", "--no-progress")
-    monkeypatch.setattr(Engine, "calibrate", killed)
+    monkeypatch.setattr(router_trainer, "calibrate_threshold", killed)
     with pytest.raises(KeyboardInterrupt):
         train(settings)
     assert (folder / f"step_{STEPS:06d}" / "COMPLETE").is_file()
@@ -133,11 +135,11 @@ def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
 ) -> None:
     decide_all, trained = threshold.decide_all, []
 
-    def signalled(engine: Engine, batches: object) -> object:
+    def signalled(engine: Engine, batches: object, check: object) -> object:
         trained.append(saved())
         if len(trained) == 2:  # the search has moved the threshold
             os.kill(os.getpid(), number)
-        return decide_all(engine, batches)  # type: ignore[arg-type]
+        return decide_all(engine, batches, check)  # type: ignore[arg-type]
 
     train(flags(data, tmp_path / "whole", "--no-progress"))
     folder = tmp_path / "run"
@@ -204,7 +206,7 @@ def test_run_continues_on_other_numbers_of_ranks(
     ranks = start(["launch/train.py", *first, "--resume", "auto"], 1, tmp_path / "second")
     wait_for(folder / "step_000006" / "COMPLETE", ranks)
     ranks.kill()
-    last = train(tmp_path / "third", *first, "--resume", "auto", ranks=4)
+    last = train_on_ranks(tmp_path / "third", *first, "--resume", "auto", ranks=4)
     assert [p.returncode for p in last.processes] == [0] * 4, last.tails()
     for mine, truth in zip(metrics(folder), metrics(uninterrupted), strict=True):
         for key in ("step", "loss_task", "loss_penalty", "capacity", "lr"):
@@ -215,7 +217,7 @@ def test_replicas_continue_a_zero3_run(data: Path, uninterrupted: Path, tmp_path
     """A checkpoint holds nothing of the engine that wrote it."""
     folder = tmp_path / "run"
     checkpoint = str(sorted(uninterrupted.glob("step_*"))[-2])
-    done = train(tmp_path / "log", *flags(data, folder, "--resume", checkpoint), ranks=1)
+    done = train_on_ranks(tmp_path / "log", *flags(data, folder, "--resume", checkpoint), ranks=1)
     assert done.processes[0].returncode == 0, done.tails()
     assert json.loads((folder / "run.json").read_text())["world_size"] == 1
     first = int(Path(checkpoint).name.removeprefix("step_"))
@@ -239,7 +241,7 @@ def test_run_moves_between_zero3_stages_and_one_process(
         wait_for(folder / f"step_{last + 2:06d}" / "COMPLETE", done)
         done.kill()
         last = max(int(p.parent.name.removeprefix("step_")) for p in folder.glob("*/COMPLETE"))
-    done = train(tmp_path / "last", *common, *ZERO3, "--resume", "auto", ranks=4)
+    done = train_on_ranks(tmp_path / "last", *common, *ZERO3, "--resume", "auto", ranks=4)
     assert [p.returncode for p in done.processes] == [0] * 4, done.tails()
     for mine, truth in zip(metrics(folder), metrics(uninterrupted), strict=True):
         for key in ("step", "loss_task", "loss_penalty", "capacity", "lr"):
@@ -247,7 +249,7 @@ def test_run_moves_between_zero3_stages_and_one_process(
 
 
 def test_sigterm_on_one_stage_saves_on_all_and_resume_is_exact(data: Path, tmp_path: Path) -> None:
-    whole = train(tmp_path / "log", *flags(data, tmp_path / "whole", *STAGES))
+    whole = train_on_ranks(tmp_path / "log", *flags(data, tmp_path / "whole", *STAGES))
     assert [p.returncode for p in whole.processes] == [0, 0], whole.tails()
     folder = tmp_path / "run"
     settings = flags(data, folder, *STAGES)
@@ -256,7 +258,7 @@ def test_sigterm_on_one_stage_saves_on_all_and_resume_is_exact(data: Path, tmp_p
     os.kill(ranks.processes[1].pid, signal.SIGTERM)
     assert ranks.wait(90) == [0, 0], ranks.tails()
     assert "asked to stop: saved" in ranks.text(0)
-    again = train(tmp_path / "again", *settings, "--resume", "auto")
+    again = train_on_ranks(tmp_path / "again", *settings, "--resume", "auto")
     assert [p.returncode for p in again.processes] == [0, 0], again.tails()
     assert metrics(folder) == metrics(tmp_path / "whole")
 
@@ -267,6 +269,6 @@ def test_a_rank_that_is_done_is_not_taken_for_dead_while_another_works() -> None
 
 def test_resume_never_drops_later_checkpoints(data: Path, uninterrupted: Path) -> None:
     earlier, later = sorted(uninterrupted.glob("step_*"))[-2:]
-    done = train(data / "log", *flags(data, uninterrupted, "--resume", str(earlier)), ranks=1)
+    done = train_on_ranks(data / "log", *flags(data, uninterrupted, "--resume", str(earlier)), ranks=1)
     assert done.processes[0].returncode == 2
     assert f"holds {later.name}, which would be lost" in done.text(0)

@@ -142,6 +142,17 @@ def test_every_rank_loads_its_own_slice_of_the_stored_weights(model: str) -> Non
                 assert torch.equal(weight, stored[name].to(dtype)), name
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_bfloat16_weights_leave_rope_its_float32_frequencies(family: str, tmp_path: Path) -> None:
+    """Of mixtral transformers loads the weights, of llama every rank its own."""
+    tiny_model(family).save_pretrained(tmp_path)
+    expected = dict(tiny_from(str(tmp_path)).named_buffers())
+    (found,) = run_worker("buffers", 1, model=str(tmp_path), cases=[[*ZERO3, "--dtype", "bfloat16"]])
+    assert any("inv_freq" in name for name in expected)
+    for name, buffer in expected.items():
+        assert torch.equal(found[0][name], buffer), name
+
+
 def tiny_from(folder: str) -> Any:
     import transformers
 

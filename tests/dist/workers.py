@@ -159,6 +159,15 @@ def evaluations(cases: list[list[str]]) -> list[Any]:
     return [report and report.to_json(records=True)["tasks"] for report in reports]
 
 
+def buffers(model: str, cases: list[list[str]]) -> list[dict[str, torch.Tensor]]:
+    """Return the buffers of the model, which no rank shares with others, for each case."""
+    found = []
+    for flags in cases:
+        with built(model, flags) as (engine, _):
+            found.append({n: b.clone() for n, b in engine.module.model.named_buffers()})
+    return found
+
+
 def engine_bytes(model: str, flags: list[str]) -> dict[str, int]:
     """Return what a rank holds by kind, measured."""
     with built(model, flags) as (engine, _):

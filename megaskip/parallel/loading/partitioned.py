@@ -1,13 +1,14 @@
 """A model partitioned by ZeRO-3: each rank reads its own slice of every tensor."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from megaskip.checkpoint.weight_index import tensor_files
 from megaskip.errors import MegaskipError
@@ -28,7 +29,6 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
     from_pretrained, where rank 0 reads and scatters.
     """
     import deepspeed
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
     shards = tensor_files(source.folder)
     offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
@@ -37,11 +37,9 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
         why = why or "NVMe offload"
         logger.info("weights are read by rank 0 and scattered (%s)", why)
         return _load_by_transformers(source, ds_config)
-    # zero.Init makes torch.arange follow the weights' type, which would round RoPE's frequencies to
-    # bfloat16.
     with (
         transformers.initialization.no_init_weights(),
-        prevent_arange_dtype_change(),
+        _exact_arange(),
         deepspeed.zero.Init(config_dict_or_path=_with_dtype(ds_config, source.dtype)),
     ):
         model = build_model(source, source.dtype)
@@ -74,7 +72,7 @@ def _fill_partitions(model: nn.Module, shards: Mapping[str, Path]) -> None:
                     _copy_slice(parameter.ds_secondary_tensor, stored, rank)
 
 
-def _copy_slice(partition: Any, stored: torch.Tensor, rank: int) -> None:
+def _copy_slice(partition: Any, stored: Tensor, rank: int) -> None:
     """Copy the part of `stored` that belongs to the partition of `rank`; the rest is padding."""
     start = partition.ds_numel * rank
     mine = stored.view(-1)[start : start + partition.ds_numel]
@@ -86,10 +84,35 @@ def _load_by_transformers(source: ModelSource, ds_config: Mapping[str, Any]) -> 
 
     # It must live while the model loads.
     live = HfDeepSpeedConfig(_with_dtype(ds_config, source.dtype))
-    # DeepSpeed has put the partitions where they belong.
-    model = load_whole(source, None)
+    with _exact_arange():
+        model = load_whole(source, None)  # DeepSpeed puts the partitions where they belong
     del live
     return model
+
+
+@contextlib.contextmanager
+def _exact_arange() -> Iterator[None]:
+    """Let torch.arange keep its own type in zero.Init, which is entered inside.
+
+    zero.Init gives it the weights' type, which would round RoPE's frequencies to bfloat16.
+    transformers has a remedy of its own, prevent_arange_dtype_change, but not in 5.17, whose models
+    need it already.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+
+    wrap = partition_parameters.zero_wrapper_for_fp_tensor_constructor
+
+    def keep_arange(
+        make: Callable[..., Tensor], target_fp_dtype: torch.dtype | None, target_device: Any
+    ) -> Callable[..., Tensor]:
+        is_arange = make is partition_parameters._orig_torch_arange
+        return wrap(make, None if is_arange else target_fp_dtype, target_device)  # type: ignore[no-any-return]
+
+    partition_parameters.zero_wrapper_for_fp_tensor_constructor = keep_arange
+    try:
+        yield
+    finally:
+        partition_parameters.zero_wrapper_for_fp_tensor_constructor = wrap
 
 
 def _with_dtype(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

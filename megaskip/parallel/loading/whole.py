@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_accelerate_available
 
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.parallel.loading.source import ModelSource, first_line
@@ -17,13 +18,26 @@ def load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
     Every rank calls it by itself."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.folder, config=source.hf_config, dtype=source.dtype, **source.build_options
+            source.folder,
+            config=source.hf_config,
+            dtype=source.dtype,
+            **source.build_options,
+            **read_onto(device),
         )
     except (OSError, ValueError, ImportError) as error:
         raise MegaskipError(
             f"--model {source.folder}: cannot load its weights ({first_line(error)})"
         ) from None
     return model if device is None else model.to(device)
+
+
+def read_onto(device: torch.device | None) -> dict[str, Any]:
+    """Return what makes from_pretrained read weights onto a GPU, not into the CPU's memory first.
+
+    transformers needs accelerate for that; without it they are moved once they are loaded.
+    """
+    on_gpu = device is not None and device.type != "cpu"
+    return {"device_map": {"": device}} if on_gpu and is_accelerate_available() else {}
 
 
 def skeleton(source: ModelSource) -> nn.Module:

@@ -1,0 +1,36 @@
+"""What a trainer needs of an engine, whatever the engine trains."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from megaskip.data import Batch
+from megaskip.parallel.results import StepResult
+
+
+class StepEngine(Protocol):
+    """Takes optimizer steps over the batches of all ranks."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the task loss that is called, with the model in it."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return what trains, by name; whole on every rank."""
+        ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Return AdamW over `parameters`; its state exists from the start."""
+        ...
+
+    def train_step(
+        self, batches: Sequence[Batch], lr: float, progress: float | None = None
+    ) -> StepResult:
+        """Take one optimizer step over this rank's micro-batches at learning rate `lr`; `progress`
+        is the share of the run that is done after it. Collective."""
+        ...

@@ -1,0 +1,126 @@
+"""Checkpoints of a run: when asked, the first rank writes one, and every rank reads one. Knows
+files and parameters, not how they are trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megaskip.checkpoint import BaseModel
+from megaskip.checkpoint.resume import (
+    TrainerState,
+    prune,
+    read_state,
+    require_same_run,
+    restore,
+    save_checkpoint,
+)
+from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.protocol import StepEngine
+from megaskip.parallel.topology import Topology
+from megaskip.reporting.summary import versions
+
+
+class TrainedWeights(Protocol):
+    """What a run trains, as files and as text: the routers, or the whole model."""
+
+    file: str
+    """Name of the safetensors file that `write` makes."""
+    prefix: str
+    """What stands before each parameter's name in it."""
+
+    def write(self, folder: Path) -> None:
+        """Write the weights, and what is needed to read them, into a checkpoint folder."""
+        ...
+
+    def require_same(self, checkpoint: Path) -> None:
+        """Raise CheckpointError when a checkpoint holds weights that are set up in another way."""
+        ...
+
+    def steering(self) -> dict[str, float]:
+        """Return what the steering of the capacity remembers."""
+        ...
+
+    def steer_from(self, state: Mapping[str, float]) -> None:
+        """Continue the steering from `state`."""
+        ...
+
+    def save_result(self, output_dir: Path) -> dict[str, Path]:
+        """Write what a finished run is kept for; return the paths by what they hold."""
+        ...
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return the rows of a run's header that say what trains."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointer:
+    """Saves and resumes one run. Every rank has one."""
+
+    output_dir: Path
+    topology: Topology
+    engine: StepEngine
+    weights: TrainedWeights
+    base: BaseModel
+    keep_last: int
+    """How many checkpoints stay; older ones are removed."""
+    train: str
+    """What trains, as --train says it."""
+    seed: int
+    global_batch_size: int
+    data_fingerprint: str
+
+    def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint after `step` steps."""
+        return self.output_dir / f"step_{step:06d}"
+
+    def save(self, step: int, tokens: int) -> Path:
+        """Write the checkpoint of a run after `step` steps and `tokens` real tokens, remove old
+        ones, and return its folder. Collective."""
+
+        def write() -> Path:
+            path = self.path(step)
+            engine = self.engine
+            state = self.state(step, tokens)
+            save_checkpoint(path, state, self.weights.write, engine.parameters, engine.optimizer)
+            prune(self.output_dir, self.keep_last)
+            return path
+
+        return on_first_rank(self.topology, write)
+
+    def resume(self, path: Path) -> TrainerState:
+        """Fill parameters, optimizer and steering from a checkpoint, and return where the run
+        stands.
+
+        Every rank reads the files. Raises CheckpointError when they are damaged, or are those of
+        another run.
+        """
+        state = read_state(path)
+        require_same_run(path, state, self.state(step=0, tokens=0))
+        self.weights.require_same(path)
+        restore(
+            path,
+            self.weights.file,
+            self.weights.prefix,
+            self.engine.parameters,
+            self.engine.optimizer,
+            state.optimizer_steps,
+        )
+        self.weights.steer_from(state.steering)
+        return state
+
+    def state(self, step: int, tokens: int) -> TrainerState:
+        """Return what a checkpoint records beside weights and optimizer."""
+        return TrainerState(
+            step=step,
+            tokens=tokens,
+            optimizer_steps=float(step),
+            steering=self.weights.steering(),
+            global_batch_size=self.global_batch_size,
+            seed=self.seed,
+            data_fingerprint=self.data_fingerprint,
+            train=self.train,
+            versions=versions(),
+            base_model=self.base.to_json(),
+        )

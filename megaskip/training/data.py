@@ -1,0 +1,94 @@
+"""The data of a run: read and tokenised once, then dealt to the replicas."""
+
+import dataclasses
+from pathlib import Path
+
+from megaskip.checkpoint.resume import read_state
+from megaskip.config import DataConfig, OptimConfig, RunConfig
+from megaskip.config.run import DEMO
+from megaskip.data import TokenizedData, build_dataset
+from megaskip.data.dataset import require_known_tokens
+from megaskip.data.loader import DataLoader
+from megaskip.data.tokenizer import load_tokenizer
+from megaskip.errors import ConfigError
+from megaskip.log import get_logger
+from megaskip.parallel.loading.source import DEMO_FOLDER, ModelSource
+from megaskip.parallel.topology import Topology
+
+logger = get_logger(__name__)
+
+
+def read_data(config: RunConfig, source: ModelSource) -> tuple[TokenizedData, int]:
+    """Return (tokenised data, padding token) for a model.
+
+    Raises DataError or ConfigError. No rank waits for another.
+    """
+    tokenizer = load_tokenizer(
+        config.model.tokenizer or source.folder, trust_remote_code=source.trust_remote_code
+    )
+    model = source.text_config
+    longest = getattr(model, "max_position_embeddings", None)
+    if longest is not None and config.data.seq_length > longest:
+        message = "--seq_length %d is more than the %d positions that the model was made for"
+        logger.info(message, config.data.seq_length, longest)
+    data = build_dataset(with_demo(config.data), tokenizer)
+    # Going through all tokens takes time, and where the tokenizer knows no more it is not needed.
+    if max(tokenizer.get_vocab().values(), default=0) >= model.vocab_size:
+        require_known_tokens(data, model.vocab_size)
+    # Padding is masked everywhere, so any token does.
+    is_known = tokenizer.pad_token_id < model.vocab_size
+    return data, tokenizer.pad_token_id if is_known else 0
+
+
+def with_demo(data: DataConfig) -> DataConfig:
+    """Return `data` with the name "demo" replaced by the instruction set that ships with
+    megaskip."""
+    path = str(DEMO_FOLDER / "instruct.jsonl")
+    entries = tuple(
+        path + entry.removeprefix(DEMO) if entry == DEMO or entry.startswith(f"{DEMO}:") else entry
+        for entry in data.data
+    )
+    return dataclasses.replace(data, data=entries)
+
+
+def make_loader(
+    config: RunConfig,
+    topology: Topology,
+    data: TokenizedData,
+    pad_token_id: int,
+    checkpoint: Path | None,
+) -> DataLoader:
+    """Return the loader of this rank's replica; `checkpoint` is the one that the run continues
+    from. Raises ConfigError when its global batch cannot be split over these replicas."""
+    optim, replicas = config.optim, topology.num_replicas
+    size = optim.micro_batch_size * optim.gradient_accumulation_steps * replicas
+    if checkpoint is not None:
+        size = _global_batch_of(checkpoint, optim, replicas)
+    return DataLoader(
+        data=data,
+        rank=topology.replica,
+        world_size=replicas,
+        micro_batch_size=optim.micro_batch_size,
+        global_batch_size=size,
+        seed=optim.seed,
+        pad_token_id=pad_token_id,
+        prompt_tokens=config.router.prompt_tokens,
+    )
+
+
+def _global_batch_of(checkpoint: Path, optim: OptimConfig, replicas: int) -> int:
+    """Return the rows of a global batch of the run that continues: another number of replicas
+    accumulates more or fewer micro-batches."""
+    size = read_state(checkpoint).global_batch_size
+    rows = optim.micro_batch_size * replicas
+    if size % rows:
+        raise ConfigError(
+            f"--resume {checkpoint}: its global batch of {size} rows cannot be split over "
+            f"{replicas} replicas with --micro_batch_size {optim.micro_batch_size}; choose one so "
+            f"that replicas x size divides {size}"
+        )
+    if size // rows != optim.gradient_accumulation_steps:
+        logger.info(
+            "gradient accumulation is %d, to keep the global batch of %d rows", size // rows, size
+        )
+    return size

@@ -1,0 +1,106 @@
+"""Router-tuning: what a run trains, measures and keeps when the backbone is frozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megaskip.arch.trainable import describe_layers, describe_trainable
+from megaskip.calibration.threshold import calibrate_threshold
+from megaskip.checkpoint import BaseModel
+from megaskip.checkpoint.resume import require_same_routers
+from megaskip.checkpoint.routers import WEIGHTS, save_routers, write_router_files
+from megaskip.log import get_logger
+from megaskip.parallel.engine import Engine
+from megaskip.routing import PREFIX, RouterSet
+from megaskip.training.loop import Trainer
+
+logger = get_logger(__name__)
+
+
+@dataclass(kw_only=True)
+class RouterTrainer(Trainer):
+    """Trains the routers of a frozen model."""
+
+    engine: Engine
+
+    def calibrate(self) -> None:
+        """Take out the last small error of the capacity with the threshold. Collective."""
+        routers, rows = self.engine.routers, self.config.optim.calibration_rows
+        if routers.config.budget != "global" or not rows:
+            return
+        self.save()  # what is trained is safe while this takes its time
+        batches = self.reporter.progress(self.loader.calibration(rows), "calibrating, a pass")
+        self.calibrated = calibrate_threshold(self.engine, batches, check=self.stop_if_asked)
+        logger.info(
+            "calibrated on training data: capacity %.4f at threshold %s",
+            self.calibrated,
+            routers.settled_config().describe_threshold(),
+        )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Return the held-out numbers of the dense and of the routed model. Collective."""
+        held_out = self.loader.held_out()
+        if not held_out:
+            return {}
+        batches = self.reporter.progress(held_out, "held out")
+        dense = self.engine.evaluate(batches, routed=False, check=self.stop_if_asked)
+        routed = self.engine.evaluate(batches, routed=True, check=self.stop_if_asked)
+        layers = self.engine.routers.layers
+        return {
+            "loss_dense": dense.loss,
+            "loss_routed": routed.loss,
+            "capacity": routed.capacity,
+            "capacity_standard_error": routed.capacity_error,
+            "capacity_per_layer": dict(zip(layers, routed.capacity_per_layer, strict=True)),
+        }
+
+    def scores(self) -> dict[int, Tensor]:
+        """Return router scores of the last micro-batch by layer. Collective; the first rank gets
+        all layers'."""
+        return self.engine.scores()
+
+
+class RouterWeights:
+    """The trained routers as files: those of a router folder."""
+
+    file = WEIGHTS
+    prefix = f"{PREFIX}."
+
+    def __init__(self, routers: RouterSet, base: BaseModel) -> None:
+        self._routers = routers
+        self._base = base
+
+    def write(self, folder: Path) -> None:
+        """Write a router folder's files into a checkpoint folder."""
+        write_router_files(folder, self._routers, self._base)
+
+    def require_same(self, checkpoint: Path) -> None:
+        """Raise CheckpointError when a checkpoint's routers are set up in another way."""
+        require_same_routers(checkpoint, self._routers)
+
+    def steering(self) -> dict[str, float]:
+        """Return what the budget remembers."""
+        return self._routers.steering.budget.state()
+
+    def steer_from(self, state: Mapping[str, float]) -> None:
+        """Continue the budget from `state`."""
+        self._routers.steering.budget.restore(state)
+
+    def save_result(self, output_dir: Path) -> dict[str, Path]:
+        """Write the run's router folder."""
+        folder = save_routers(output_dir / "routers", self._routers, base=self._base)
+        return {"routers": folder}
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return what trains and what capacity is asked of it."""
+        config = self._routers.config
+        trained = {n: p.shape for n, p in self._routers.named_parameters() if p.requires_grad}
+        layers = describe_layers(self._routers.layers)
+        asked = f"{config.capacity:.2f} of layers {layers}, {config.granularity}"
+        return [
+            ("trains", describe_trainable(trained)),
+            ("capacity asked", f"{asked}, budget {config.budget}"),
+        ]
