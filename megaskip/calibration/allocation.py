@@ -59,7 +59,6 @@ def allocate(
     Raises ConfigError for decisions per token.
     """
     routers = engine.routers
-    assert routers is not None
     require_rounds(routers.config, rounds)
     routers.configure(routers.settled_config())
     best = _BestThresholds(engine, batches, capacity)
@@ -98,7 +97,6 @@ class _BestThresholds:
 
     def __init__(self, engine: Engine, batches: Sequence[Batch | None], capacity: float) -> None:
         """Begin with the thresholds that the routers have. Collective, as is `consider`."""
-        assert engine.routers is not None
         self._engine, self._batches, self._capacity = engine, batches, capacity
         self._routers = engine.routers
         self.config = self._routers.config
@@ -150,7 +148,6 @@ def _static_drop(
     layer's units that a static drop keeps, float64 [R]): 1 for the layers that change their input
     most, 0 for the others. Collective."""
     routers = engine.routers
-    assert routers is not None
     logits = [torch.zeros(len(routers.layers), 0, dtype=torch.float64)]
     similarity = UpdateSimilarity(engine.module.model, routers.config.target, routers.layers)
     with routers.disabled(), similarity.watching():
@@ -171,7 +168,6 @@ def _static_drop(
 def _unit_losses(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tensor, float]:
     """Return (summed loss of each unit of all ranks' `batches`, float64 [N], the share of the
     routed units that ran). Collective."""
-    assert engine.routers is not None
     losses, keep = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0)]
     for batch in batches:
         by_unit = unit_losses(engine, batch)
@@ -199,7 +195,6 @@ def skip_costs(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tensor,
     measured by running the batch once more with the layer's decisions reversed, while all other
     layers decide by themselves.
     """
-    assert engine.routers is not None
     mine = [torch.zeros(2, len(engine.routers.layers), 0, dtype=torch.float64)]
     for batch in batches:
         measured = _skip_costs(engine, engine.routers, batch)

@@ -70,7 +70,6 @@ def routed_engine(
     stored = dataclasses.replace(stored, layers=layers, capacity_low=None, threshold=alike)
     config = dataclasses.replace(config, router=stored)
     engine = build_engine(config, topology, source, read_ds_config(config.parallel.ds_config))
-    assert engine.routers is not None
     engine.routers.load_state_dict(load_router_tensors(routers, engine.routers))
     return engine
 
@@ -90,7 +89,6 @@ def calibrate_all(
     Each is found on `calibration` and checked on `held_out`; one that the routers cannot realise on
     either text is a problem of the result. `progress` is called once a capacity and once a round.
     """
-    assert engine.routers is not None
     alike, points, problems = engine.routers.config, [], []
     near: RouterConfig | None = None
     for capacity in sorted(capacities, reverse=True):

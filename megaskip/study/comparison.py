@@ -113,7 +113,6 @@ class Comparison:
     @property
     def routers(self) -> RouterSet:
         """Return the routers that are attached now."""
-        assert self._engine.routers is not None
         return self._engine.routers
 
     def share(self, skip: float) -> float:

@@ -37,7 +37,6 @@ def gradients(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
     with built(model, case["flags"]) as (engine, topology):
         routers = engine.routers
-        assert routers is not None
         _randomise(routers)
         everywhere = case["parts"]
         batches = [_batch(part, case.get("packed", False)) for part in everywhere]
@@ -74,7 +73,6 @@ def held_out(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
 
 def _evaluate(model: str, flags: list[str]) -> dict[str, Any]:
     with built(model, flags) as (engine, topology):
-        assert engine.routers is not None
         _randomise(engine.routers)
         mine = _share(topology)
         dense = engine.evaluate(mine, routed=False)
@@ -99,7 +97,6 @@ def allocated(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
 
 def _allocate(model: str, flags: list[str]) -> dict[str, Any]:
     with built(model, flags) as (engine, topology):
-        assert engine.routers is not None
         _randomise(engine.routers)
         mine = _share(topology)
         logits, costs = skip_costs(engine, mine)
@@ -123,7 +120,6 @@ def forced_divergence(model: str, cases: list[list[str]]) -> list[dict[str, Any]
 
 def _diverge(model: str, flags: list[str]) -> dict[str, Any]:
     with built(model, flags) as (engine, topology):
-        assert engine.routers is not None
         _randomise(engine.routers)
         keep = 1.0 if topology.is_first else 0.0
         with engine.routers.override(dict.fromkeys(engine.routers.layers, keep)):

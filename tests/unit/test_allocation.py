@@ -64,7 +64,6 @@ def built(granularity: str = "attn_sequence") -> Iterator[Engine]:
 
 def said(engine: Engine, count: int) -> list[Batch | None]:
     """Return batches whose labels are what the unrouted model says: skipping costs there."""
-    assert engine.routers is not None
     labelled: list[Batch | None] = []
     for one in map(batch, range(count)):
         with engine.routers.disabled(), torch.no_grad():
@@ -103,7 +102,6 @@ def test_a_cost_is_what_turning_the_decision_around_changes(engine: Engine) -> N
     texts: list[Batch | None] = [batch(1, rows=3), batch(2, rows=2)]
     logits, costs = skip_costs(engine, texts)
     assert logits.shape == costs.shape == (4, 5)
-    assert engine.routers is not None
     one = batch(1, rows=3)
     row = dataclasses.replace(
         one, **{name: getattr(one, name)[1:2] for name in ("input_ids", "labels", "token_mask")}
@@ -135,7 +133,6 @@ def test_segments_of_a_packed_row_have_their_own_costs(engine: Engine) -> None:
 
 def as_it_is(engine: Engine, texts: list[Batch | None], capacity: float) -> tuple[Tensor, Tensor]:
     """Stand for a static drop: propose what the routers do already."""
-    assert engine.routers is not None
     logits, _ = skip_costs(engine, texts)
     return logits, _shares_above(logits, engine.routers)
 
@@ -161,7 +158,6 @@ def test_routers_that_mislead_give_way_to_whole_layers(
 ) -> None:
     """Two layers cost nothing; trusted routers and the static drop say the opposite, so only whole
     layers by their costs find that."""
-    assert engine.routers is not None
 
     def opposite(*given: Any) -> tuple[Tensor, Tensor]:
         logits, shares = _static_drop(*given)
@@ -187,7 +183,6 @@ def test_routers_that_mislead_give_way_to_whole_layers(
 def test_what_is_tried_are_the_costliest_units_then_whole_layers_then_half_of_it(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert engine.routers is not None
     tried: list[Tensor] = []
     logits = torch.linspace(-1, 1, 100, dtype=torch.float64).repeat(4, 1)
     mean = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
@@ -255,7 +250,6 @@ def test_what_does_not_lose_less_is_not_taken(
     texts = said(engine, 4)
     allocate(engine, texts, 0.5, rounds=2)
     best = engine.evaluate(texts, routed=True)
-    assert engine.routers is not None
     before = engine.routers.config.threshold
 
     def reversed_costs(engine: Engine, texts: list[Batch | None]) -> tuple[Tensor, Tensor]:
@@ -274,7 +268,6 @@ def test_costs_are_measured_beside_what_was_found_for_the_next_capacity(
     texts, seen = said(engine, 8), []
 
     def watched(engine: Engine, texts: list[Batch | None]) -> tuple[Tensor, Tensor]:
-        assert engine.routers is not None
         seen.append(engine.routers.config.threshold)
         return skip_costs(engine, texts)
 
@@ -290,7 +283,6 @@ def test_thresholds_by_layer_are_stored_exported_and_chosen(engine: Engine, tmp_
     texts = said(engine, 8)
     points = calibrate_all(engine, texts, texts, [0.3, 0.5], rounds=2).points
     routers = engine.routers
-    assert routers is not None
     routers.configure(with_points(RouterConfig(layers="1-4"), points))
     folder = save_routers(tmp_path / "routers", routers)
     model = tiny_model()

@@ -58,7 +58,6 @@ def engine() -> Any:
 
 @pytest.mark.parametrize("capacity", [0.3, 0.7])
 def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, capacity: float) -> None:
-    assert engine.routers is not None
     randomise(engine.routers)
     (point,) = calibrate_all(engine, batches(1), batches(2), [capacity]).points
     assert point.kept == pytest.approx(capacity, abs=0.01)
@@ -75,7 +74,6 @@ def test_a_capacity_that_equal_scores_cannot_reach_is_refused(engine: Engine) ->
 
 
 def test_capacities_that_are_reached_are_not_lost_with_one_that_is_not(engine: Engine) -> None:
-    assert engine.routers is not None
     randomise(engine.routers)
     other = [dataclasses.replace(b, input_ids=torch.full_like(b.input_ids, 5)) for b in batches(2)]
     result = calibrate_all(engine, batches(1), other, [0.45, 0.995])
@@ -85,7 +83,6 @@ def test_capacities_that_are_reached_are_not_lost_with_one_that_is_not(engine: E
 
 
 def test_text_of_another_kind_is_refused(engine: Engine) -> None:
-    assert engine.routers is not None
     randomise(engine.routers)
     other = [dataclasses.replace(b, input_ids=torch.full_like(b.input_ids, 5)) for b in batches(2)]
     with pytest.raises(ConfigError, match="does not hold on other text"):
@@ -159,7 +156,6 @@ def test_one_budget_is_trained_for_less_than_it_will_be_asked() -> None:
 
 def test_held_out_decisions_are_those_of_the_asked_capacity(engine: Engine) -> None:
     routers = engine.routers
-    assert routers is not None
     randomise(routers)
     routers.configure(dataclasses.replace(routers.config, capacity=0.5, capacity_low=0.25))
     for _ in range(7):  # the next step would ask for another capacity
@@ -218,7 +214,6 @@ def test_very_many_logits_are_sampled_and_the_capacity_is_hit(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megaskip.calibration.threshold._ENOUGH", 500)
-    assert engine.routers is not None
     randomise(engine.routers)
     _, above = decide_all(engine, batches(1))
     assert len(above) <= 500 < 640 * 3
