@@ -1,4 +1,4 @@
-"""Ranks that must not drift apart: what the first rank does or fails at, all ranks learn."""
+"""Work of the first rank alone, whose result or error all ranks get."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -76,7 +76,7 @@ class Engine:
     ) -> EvalResult:
         """Return held-out loss and capacity over this and all other ranks' `batches`.
 
-        Every rank passes as many; a rank that has run out passes None, and takes part in the
+        Every rank passes as many batches; one that has run out passes None, and takes part in the
         collectives with a batch that counts for nothing. Decisions are those of the asked capacity;
         `routed=False` keeps everything: the dense model. `check` as in `forwards`.
         """
@@ -90,8 +90,8 @@ class Engine:
 
     @torch.no_grad()
     def token_losses(self, batch: Batch | None) -> tuple[Batch, Tensor]:
-        """Return (the batch that ran, the loss of each of its supervised tokens, float32 [N]): of
-        `batch`, or of one that counts for nothing. Collective; without pipeline stages."""
+        """Run one forward pass; return (the batch that ran, the loss of each of its supervised
+        tokens, float32 [N]). For None a placeholder runs. Collective; without pipeline stages."""
         ran = self._on_device(batch)
         return ran, self._forward(ran, each=True)
 
@@ -114,7 +114,7 @@ class Engine:
     ) -> Iterator[tuple[Batch | None, Tensor]]:
         """Yield each batch with its summed loss, right after its forward pass.
 
-        For None a batch that counts for nothing runs, so that this rank is in every collective.
+        For None a placeholder runs, so that this rank takes part in every collective.
         `check` is called before each of `batches`, on every rank as often: it may communicate, and
         raise on all ranks to end the pass.
         """

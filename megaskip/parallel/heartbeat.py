@@ -1,7 +1,6 @@
-"""Who is alive: every rank leaves a sign of life, so that a dead one is named instead of waited
-for.
+"""Heartbeats: every rank shows that it is alive, so that a dead one is named and not waited for.
 
-Runs on a store of its own, in a thread: it works while a collective hangs.
+They go over a store of their own, in a thread, and so work while a collective hangs.
 """
 
 import os
@@ -21,8 +20,7 @@ from megaskip.parallel.topology import Topology
 _INTERVAL = 1.0
 _EXIT_STATUS = 70
 _SETTLE = 8.0
-"""Seconds without a sign of life that count as death once a collective has failed."""
-
+"""Seconds without a heartbeat after which a rank counts as dead once a collective has failed."""
 
 RESUME = (
     "The run stops here; start it again with --resume auto to continue from the last checkpoint"
@@ -30,12 +28,16 @@ RESUME = (
 
 
 class HeartbeatMonitor:
-    """Context in which every rank watches every other. Collective to enter.
+    """Context in which every rank watches every other. Collective to enter, and to leave without an
+    error.
 
-    `advice` ends the message about a lost rank.
+    A rank without a heartbeat ends the process, with its name on stderr; one that made a collective
+    fail is named in a RankError.
     """
 
     def __init__(self, topology: Topology, *, silence: int, advice: str = RESUME) -> None:
+        """`silence` is how many seconds without a heartbeat count as death; `advice` ends the
+        message about a lost rank."""
         self._advice = advice
         self._topology = topology
         self._silence = silence
@@ -43,7 +45,6 @@ class HeartbeatMonitor:
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._names: dict[int, str] = {}
         self._store: dist.Store | None = None
-        self._last: str | None = None
 
     def __enter__(self) -> "HeartbeatMonitor":
         if self._topology.world_size == 1:
@@ -105,7 +106,7 @@ class HeartbeatMonitor:
                 os._exit(_EXIT_STATUS)
 
     def _beat(self, count: int) -> str | None:
-        """Leave a sign of life and return who has been silent for too long."""
+        """Send heartbeat number `count`; return who has been silent for too long, or None."""
         assert self._store is not None
         try:
             self._store.set(f"beat/{self._topology.rank}", str(count))
@@ -124,7 +125,7 @@ class HeartbeatMonitor:
         return f"{' and '.join(silent)} has not answered for {seconds:g} s" if silent else None
 
     def _wait_for_silence(self) -> str | None:
-        """A collective has failed: return which rank is dead, as soon as that can be told."""
+        """Return which rank is dead, once a collective has failed; None when all are alive."""
         deadline = time.monotonic() + _SETTLE + 3
         while time.monotonic() < deadline:
             lost = self._silent_for(_SETTLE)

@@ -1,5 +1,4 @@
-"""Bytes of the tensors that are alive, counted as operators make them: on real tensors or fake
-ones."""
+"""Bytes of the tensors that are alive, counted as operators make them; real or fake tensors."""
 
 import weakref
 from typing import Any
@@ -10,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Context that counts what is allocated inside it; what lived before does not count."""
+    """Context that counts the bytes of storages that are allocated inside it, now (`current`) and
+    at most (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -61,10 +61,10 @@ class PipelineEngine(Engine):
         """Return the router scores of the first replica's last micro-batch, by layer, on the first
         rank. Collective."""
         everyone: list[Any] = [{}] * self._topology.world_size
-        mine = {layer: logit.cpu() for layer, logit in self._logits.items()}
-        dist.gather_object(mine, everyone if self._topology.is_first else None)
+        logits = {layer: logit.cpu() for layer, logit in self._logits.items()}
+        dist.gather_object(logits, everyone if self._topology.is_first else None)
         stages = everyone[: self._topology.num_stages]
-        return {layer: one.sigmoid() for stage in stages for layer, one in stage.items()}
+        return {layer: logit.sigmoid() for stage in stages for layer, logit in stage.items()}
 
     # -- the two schedules
 
@@ -72,28 +72,28 @@ class PipelineEngine(Engine):
         sums = StepSums.zeros(self._num_routed, device=self._topology.device)
         poolings = [self._pooling(batch) for batch in batches]
         # Only what a gradient will come back for is kept until then.
-        entered: dict[int, list[Tensor]] = {}
-        left: dict[int, list[Tensor]] = {}
+        inputs: dict[int, list[Tensor]] = {}
+        outputs: dict[int, list[Tensor]] = {}
         gradients: dict[int, list[Tensor]] = {}
         for task, n in self._tasks(schedule.TrainSchedule, len(batches)):
             if task is schedule.RecvActivation:
-                entered[n] = self._receive(batches[n], poolings[n])
+                inputs[n] = self._receive(batches[n], poolings[n])
             elif task is schedule.ForwardPass:
-                arrived = entered.get(n) if self._below else entered.pop(n, None)
-                left[n] = self._run_stage(batches[n], poolings[n], arrived)
+                arrived = inputs.get(n) if self._below else inputs.pop(n, None)
+                outputs[n] = self._run_stage(batches[n], poolings[n], arrived)
                 if self._topology.is_last_stage:
-                    left[n] = self._losses(left[n][0], whole, len(batches))
-                sums += self._step_sums(left[n])
+                    outputs[n] = self._losses(outputs[n][0], whole, len(batches))
+                sums += self._step_sums(outputs[n])
             elif task is schedule.SendActivation:
-                self._next.send(left[n] if self._learns else left.pop(n))
+                self._next.send(outputs[n] if self._learns else outputs.pop(n))
             elif task is schedule.RecvGrad and self._learns:
-                gradients[n] = self._next.receive([_empty_like(one) for one in left[n]])
+                gradients[n] = self._next.receive([_empty_like(output) for output in outputs[n]])
             elif task is schedule.BackwardPass and self._learns:
                 # Layers whose activations were not kept decide again, on this batch's masks.
                 self.routers.state.begin(poolings[n])
-                torch.autograd.backward(left.pop(n), gradients.pop(n, None))
+                torch.autograd.backward(outputs.pop(n), gradients.pop(n, None))
             elif task is schedule.SendGrad and self._below:
-                self._previous.send([one.grad for one in entered.pop(n)])
+                self._previous.send([tensor.grad for tensor in inputs.pop(n)])
         self._finish()
         return sums
 
@@ -111,17 +111,17 @@ class PipelineEngine(Engine):
             if batch is not None:
                 real.append(batch.to(self._topology.device))
         poolings = [self._pooling(batch) for batch in real]
-        entered: dict[int, list[Tensor]] = {}
-        left: dict[int, list[Tensor]] = {}
+        inputs: dict[int, list[Tensor]] = {}
+        outputs: dict[int, list[Tensor]] = {}
         for task, n in self._tasks(schedule.InferenceSchedule, len(real)):
             if task is schedule.RecvActivation:
-                entered[n] = self._receive(real[n], poolings[n])
+                inputs[n] = self._receive(real[n], poolings[n])
             elif task is schedule.ForwardPass:
-                left[n] = self._run_stage(real[n], poolings[n], entered.pop(n, None))
+                outputs[n] = self._run_stage(real[n], poolings[n], inputs.pop(n, None))
                 is_loss = self._topology.is_last_stage
-                yield real[n], left[n][0] if is_loss else torch.zeros(())
+                yield real[n], outputs[n][0] if is_loss else torch.zeros(())
             elif task is schedule.SendActivation:
-                self._next.send(left.pop(n))
+                self._next.send(outputs.pop(n))
         self._finish()
 
     def _tasks(self, kind: Any, micro_batches: int) -> Iterator[tuple[type, int]]:
@@ -129,9 +129,9 @@ class PipelineEngine(Engine):
 
         Schedules name buffers; every kind of instruction meets the micro-batches in order.
         """
-        place = {"stages": self._topology.num_stages, "stage_id": self._topology.stage}
+        stages = {"stages": self._topology.num_stages, "stage_id": self._topology.stage}
         turns: Counter[type] = Counter()
-        for instructions in kind(micro_batches=micro_batches, **place):
+        for instructions in kind(micro_batches=micro_batches, **stages):
             for instruction in instructions:
                 task = type(instruction)
                 yield task, turns[task]
@@ -140,13 +140,13 @@ class PipelineEngine(Engine):
     # -- one micro-batch
 
     def _run_stage(
-        self, batch: Batch, pooling: Pooling, entered: list[Tensor] | None
+        self, batch: Batch, pooling: Pooling, inputs: list[Tensor] | None
     ) -> list[Tensor]:
         """Return what leaves this stage: hidden states and keep; on the last stage the summed
         loss."""
         routers, stage = self.routers, self.module
         routers.state.begin(pooling, described=True)
-        hidden_states, *keep = entered or [batch.input_ids]
+        hidden_states, *keep = inputs or [batch.input_ids]
         if keep:
             receive_keep(routers, keep[0])
         hidden_states = stage(hidden_states, batch.attention_mask, batch.position_ids)
@@ -159,14 +159,14 @@ class PipelineEngine(Engine):
         task = loss / whole.supervised
         return [task, self._penalty(whole, micro_batches)]
 
-    def _step_sums(self, left: Sequence[Tensor]) -> StepSums:
+    def _step_sums(self, outputs: Sequence[Tensor]) -> StepSums:
         """Return what a forward pass adds to the sums: the losses on the last stage, on each stage
-        the counts of its own layers. `left` is what left the stage."""
+        the counts of its own layers. `outputs` are those of `_run_stage`, or the losses."""
         counts = self._counts()
         if not self._topology.is_last_stage:
             nothing = StepSums.zeros(self._num_routed, device=self._topology.device)
             return dataclasses.replace(nothing, counts=counts)
-        task, penalty = left
+        task, penalty = outputs
         return StepSums(loss_task=task.detach(), loss_penalty=penalty.detach(), counts=counts)
 
     def _eval_sums(self, batch: Batch, loss: Tensor) -> EvalSums:
@@ -198,7 +198,7 @@ class PipelineEngine(Engine):
         memory = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         received = self._previous.receive(memory)
         learns = bool(self._below) and torch.is_grad_enabled()
-        return [one.requires_grad_(learns) for one in received]
+        return [tensor.requires_grad_(learns) for tensor in received]
 
     def _finish(self) -> None:
         self._previous.wait()

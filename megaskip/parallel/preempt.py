@@ -1,4 +1,5 @@
-"""A polite end: a signal on any rank makes all ranks save and stop at the same step border."""
+"""Signals that ask a run to stop: one on any rank makes all ranks save and stop after the same
+step."""
 
 import math
 import signal
@@ -10,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What clusters send before they take a node away; Slurm's --signal sends USR1 where asked to; and
-Ctrl-C, which means it when pressed again."""
+"""What clusters send before they take a node away (Slurm's --signal: USR1), and Ctrl-C."""
 _AGAIN = 3.0
-"""Seconds after which another Ctrl-C is one that somebody pressed: launchers pass the first on."""
+"""Seconds after which another Ctrl-C ends the process at once. Before that it is the first one,
+which launchers pass on to ranks that got it already."""
 
 
 class Preemption:
-    """Context that notes the signal instead of dying of it."""
+    """Context that notes a signal instead of ending the process."""
 
     def __init__(self) -> None:
         self._noted = False

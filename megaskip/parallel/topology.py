@@ -1,4 +1,5 @@
-"""Who is who: the only place that reads the launcher's environment and makes the process group."""
+"""The ranks of a job: the only module that reads the launcher's environment and makes the process
+group."""
 
 import contextlib
 import datetime
@@ -27,7 +28,7 @@ class Topology:
 
     @property
     def is_first(self) -> bool:
-        """Return whether this rank writes files and speaks."""
+        """Return whether this rank writes files and logs."""
         return self.rank == 0
 
     @property
@@ -52,8 +53,11 @@ class Topology:
 
 
 def read_topology(environment: Mapping[str, str], *, num_stages: int = 1) -> Topology:
-    """Return this process's place, as torchrun and the deepspeed launcher tell it; alone without
-    them. Raises ConfigError when the ranks cannot form replicas of `num_stages` stages."""
+    """Return the topology that torchrun or the deepspeed launcher describes in `environment`; that
+    of one process without them.
+
+    Raises ConfigError when the ranks cannot form replicas of `num_stages` stages.
+    """
     local_rank = int(environment.get("LOCAL_RANK", 0))
     world_size = int(environment.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -73,8 +77,10 @@ def read_topology(environment: Mapping[str, str], *, num_stages: int = 1) -> Top
 
 @contextlib.contextmanager
 def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
-    """Hold the default process group open. Collective; a rank that never comes ends the wait with
-    RankError."""
+    """Hold the default process group open; `timeout` in seconds. Collective.
+
+    Raises RankError when not every rank comes within that time.
+    """
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     if topology.world_size == 1 and "MASTER_ADDR" not in os.environ:

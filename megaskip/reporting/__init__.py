@@ -1,4 +1,4 @@
-"""What one sees of a run: header, progress, metrics, pictures, closing table.
+"""What a run shows: header, progress, metrics, pictures, closing table.
 
 Promise: every number is measured, and names its unit.
 """

@@ -12,13 +12,13 @@ import torch
 
 def versions() -> dict[str, str]:
     """Return the versions of what a run's numbers depend on."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("megaskip", "torch", "transformers", "deepspeed", "datasets", "safetensors"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -91,8 +91,8 @@ def token_map_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 def _has(tokenizer: Any, token: str) -> bool:
-    found = tokenizer.convert_tokens_to_ids(token)
-    return found is not None and tokenizer.convert_ids_to_tokens(found) == token
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token
 
 
 def _from_sentencepiece(token: str) -> str:

@@ -1,5 +1,5 @@
-"""Checkpoints of a run: when asked, the first rank writes one, and every rank reads one. Knows
-files and parameters, not how they are trained."""
+"""Checkpoints of a run: the first rank writes them, every rank reads them. Knows files and
+parameters, not how they are trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

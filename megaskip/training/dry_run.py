@@ -25,7 +25,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
         )
     if num_stages > 1:
         stages = estimate_stages(config, source)
-        needs = max(stages, key=lambda one: one.total)
+        needs = max(stages, key=lambda stage: stage.total)
     else:
         stages = []
         needs = estimate(config, source, world_size=world_size, ds_content=ds_content)
@@ -36,7 +36,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
         ("model", f"{source.folder} ({source.hf_config.model_type}), {size_text}"),
         *_trainable(config, source, needs),
         ("ranks", f"{world_size}, {_engine_name(num_stages, ds_content is not None)}"),
-        *((f"bytes on stage {n}", human_bytes(one.total)) for n, one in enumerate(stages)),
+        *((f"bytes on stage {n}", human_bytes(stage.total)) for n, stage in enumerate(stages)),
         ("bytes on a rank", human_bytes(needs.total)),
         ("  weights", human_bytes(needs.weights)),
         ("  gathered weights", human_bytes(needs.gathers)),

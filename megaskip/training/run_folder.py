@@ -58,9 +58,10 @@ def choose_run_folder(config: RunConfig) -> tuple[Path, Path | None]:
 
 @contextlib.contextmanager
 def hold_run_folder(topology: Topology, folder: Path) -> Iterator[None]:
-    """Hold a context in which no other job writes into the run folder. Collective.
+    """Lock a run folder, so that no other job writes into it. Collective.
 
-    Raises ConfigError when one does. File systems without locks are taken at their word.
+    Raises ConfigError when one does. On a file system without locks it is only logged that nothing
+    was locked.
     """
     lock = filelock.FileLock(folder / ".lock")
 
@@ -89,7 +90,8 @@ def discard_if_empty(folder: Path) -> None:
 
 
 def reopen(folder: Path) -> None:
-    """Take the marks of a finished run off one that goes on; its calibration will be gone."""
+    """Remove report.json of a finished run that goes on, and warn that its calibrated capacities
+    will no longer hold."""
     (folder / "report.json").unlink(missing_ok=True)
     stored = folder / "routers" / CONFIG
     if stored.is_file() and read_json(stored).get("calibrated"):
@@ -119,7 +121,8 @@ def write_run_file(folder: Path, config: RunConfig, world_size: int) -> None:
 
 
 def _newest(config: RunConfig) -> tuple[Path, Path | None]:
-    """Return (run folder, its newest checkpoint); only --resume auto may find one."""
+    """Return (run folder, its newest checkpoint or None); raises ConfigError when there is one and
+    --resume does not ask for it."""
     folder = _named_folder(config)
     existing = checkpoints(folder)
     if existing and config.checkpoint.resume is None:

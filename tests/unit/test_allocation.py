@@ -225,7 +225,6 @@ def test_nothing_better_than_a_static_drop_leaves_the_static_drop(
     found = engine.evaluate(texts, routed=True)
     assert kept == found.capacity == pytest.approx(0.375, abs=0.01)
     model, routers = engine.module.model, engine.routers
-    assert routers is not None
     with routers.disabled():
         similarity = update_similarity(model, [one for one in texts if one is not None])
     by_change = sorted(routers.layers, key=similarity.__getitem__)
