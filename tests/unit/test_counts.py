@@ -41,3 +41,11 @@ def test_nothing_seen_is_no_capacity_and_no_error() -> None:
     nothing = Counts.zeros(3)
     assert nothing.capacity() == 0.0 and nothing.capacity_per_layer() == (0.0, 0.0, 0.0)
     assert Measured.of(nothing).excess == (0.0, 0.0, 0.0)
+
+
+def test_counts_of_a_stage_have_their_place_among_all_layers() -> None:
+    own = Counts.of([decision([1.0, -2.0], real=2), decision([3.0, 4.0], real=2)])
+    among = own.among(5, first=2)
+    assert among.kept.tolist() == [0.0, 0.0, 1.0, 2.0, 0.0]
+    assert among.squares.tolist() == [0.0, 0.0, 5.0, 25.0, 0.0]
+    assert among.capacity() == own.capacity()
