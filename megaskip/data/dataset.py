@@ -129,18 +129,18 @@ def _build(
     train: Sequence[Source],
     held_out: Sequence[Source],
 ) -> None:
-    """Tokenise into another folder and rename it: a killed process leaves nothing to trust.
+    """Tokenise into another folder and rename it: a killed process leaves no folder of that name.
 
     Locks of shared file systems do not always exclude: a second process works in a folder of its
     own, and takes what the first one has finished.
     """
     with _cache_errors(folder.parent):
-        here = f"{folder.name}.tmp-{platform.node()}-"
+        own_prefix = f"{folder.name}.tmp-{platform.node()}-"
         for draft in folder.parent.glob(f"{folder.name}.tmp-*"):
-            owner = draft.name.removeprefix(here).partition("-")[0]
+            owner = draft.name.removeprefix(own_prefix).partition("-")[0]
             if time.time() - draft.stat().st_mtime > _STALE or _is_dead(owner):
                 shutil.rmtree(draft, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{here}{os.getpid()}-", dir=folder.parent))
+        work = Path(tempfile.mkdtemp(prefix=f"{own_prefix}{os.getpid()}-", dir=folder.parent))
         work.chmod(0o755)
     try:
         _write(work, config, tokenizer, train, held_out)

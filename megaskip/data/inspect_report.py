@@ -178,10 +178,10 @@ class Inspection:
         tokens; empty where it would not, or where there are none."""
         texts = []
         stats, num_train = [report.stats for report in self.reports], len(self._train)
-        for part in (stats[:num_train], stats[num_train:]):
+        for group in (stats[:num_train], stats[num_train:]):
             try:
-                if any(source.samples for source in part) or (part and not self.num_errors):
-                    check_losses(part, seq_length=self._config.seq_length)
+                if any(source.samples for source in group) or (group and not self.num_errors):
+                    check_losses(group, seq_length=self._config.seq_length)
             except DataError as error:
                 texts.append(str(error))
         try:

@@ -13,7 +13,7 @@ from megaskip.data.streaming import StreamingRows
 from megaskip.errors import DataError
 
 _FORWARD_ONLY = 4
-"""A pass without a backward keeps no activations, so it takes so many times the rows."""
+"""Times the micro-batch size that a forward pass alone takes: it keeps no activations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,8 @@ class DataLoader:
         step = first
         while True:
             yield [
-                self._collate([rows[i] for i in part]) for part in self._shard(order.indices(step))
+                self._collate([rows[i] for i in micro_batch])
+                for micro_batch in self._shard(order.indices(step))
             ]
             step += 1
 
@@ -58,7 +59,8 @@ class DataLoader:
         return self._spread([rows[i] for i in order.indices(0)])
 
     def _spread(self, rows: Sequence[AnyRow]) -> list[Batch | None]:
-        """Return this rank's batches; as many on every rank, None where there are no rows left."""
+        """Return this rank's batches: the same number on every rank, None where its rows are used
+        up."""
         size = _FORWARD_ONLY * self.micro_batch_size
         mine = rows[self.rank :: self.world_size]
         batches: list[Batch | None] = [
@@ -72,7 +74,8 @@ class DataLoader:
         while True:
             batch = list(islice(epochs, self.global_batch_size))
             yield [
-                self._collate([batch[i] for i in part]) for part in self._shard(range(len(batch)))
+                self._collate([batch[i] for i in micro_batch])
+                for micro_batch in self._shard(range(len(batch)))
             ]
 
     def _shard(self, indices: Sequence[int]) -> list[list[int]]:
@@ -88,8 +91,7 @@ class DataLoader:
 
 
 def _endless(rows: StreamingRows, skip: int) -> Iterator[AnyRow]:
-    """Yield a stream over and over; the first pass begins `skip` rows later, in whichever epoch
-    that is."""
+    """Yield a stream over and over, without its first `skip` rows; they may be several epochs."""
     while True:
         seen = 0
         for row in rows:

@@ -140,7 +140,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Iterator[ReadRow]:
-    """Read a .json file: an array of rows, or, as many are, one row per line."""
+    """Read a .json file, which holds an array of rows or one row per line."""
     text = _read_text(path)
     if not text.lstrip().startswith("["):
         yield from _read_json_lines(path)

@@ -63,9 +63,10 @@ class DataStats:
     """Training rows left out because a held-out row has the same tokens."""
 
     def named(self, names: Iterable[str]) -> "DataStats":
-        """Return the same counts of the same data by other names: a cache knows only the first."""
+        """Return the same counts under other names of the sources: a cache stores those of the run
+        that wrote it."""
         pairs = zip(self.sources, names, strict=True)
-        return replace(self, sources=tuple(replace(one, name=name) for one, name in pairs))
+        return replace(self, sources=tuple(replace(source, name=name) for source, name in pairs))
 
     @property
     def total(self) -> SourceStats:
@@ -92,19 +93,19 @@ def check_losses(sources: Sequence[SourceStats], *, seq_length: int) -> None:
     names = ", ".join(source.name for source in sources)
     if not total.samples:
         raise DataError(f"{names}: the data hold no samples at all. Check --data and --max_samples")
-    why = (
+    reasons = (
         f"{total.cut_away} lost every supervised token to --seq_length {seq_length}, "
         f"{total.unlearnable} have no text or assistant turn to learn"
     )
     if not total.supervised_tokens:
         raise DataError(
-            f"{names}: no supervised token is left in {total.samples} samples: {why}. Raise "
+            f"{names}: no supervised token is left in {total.samples} samples: {reasons}. Raise "
             "--seq_length, or check that the assistant turns carry the answers"
         )
     if total.dropped:
         level = logging.WARNING if 2 * total.dropped > total.samples else logging.INFO
         lost = f"{total.dropped} of {total.samples} samples are dropped"
-        logger.log(level, "%s: %s: %s.", names, lost, why)
+        logger.log(level, "%s: %s: %s.", names, lost, reasons)
 
 
 def _total(sources: Sequence[SourceStats]) -> SourceStats:

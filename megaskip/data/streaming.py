@@ -78,20 +78,21 @@ class StreamingRows:
 def take_held_out(stream: StreamingRows, wanted: int) -> tuple[list[Row], StreamingRows]:
     """Return the first `wanted` rows, at most a fifth of the data, and the stream without them."""
     first = list(islice(replace(stream, packing=False), 5 * wanted))
-    different: dict[int, Row] = {}
+    distinct: dict[int, Row] = {}
     for row in first:
         assert isinstance(row, Row)
-        different.setdefault(content_hash(row), row)
-    chosen = dict(islice(different.items(), min(wanted, len(first) // 5)))
+        distinct.setdefault(content_hash(row), row)
+    chosen = dict(islice(distinct.items(), min(wanted, len(first) // 5)))
     return list(chosen.values()), replace(stream, held_out=frozenset(chosen))
 
 
 def count(rows: Sequence[Row], sources: Sequence[Source]) -> tuple[SourceStats, ...]:
-    """Return what is known of streamed data before they are read: the held-out rows."""
+    """Return the counts of the held-out rows: of streamed data no others are known before they are
+    read."""
     stats = tuple(SourceStats(name=source.name) for source in sources)
     for row in rows:
-        one = stats[row.source]
-        one.rows += 1
-        one.tokens += len(row)
-        one.supervised_tokens += int(row.supervised.sum())
+        source_stats = stats[row.source]
+        source_stats.rows += 1
+        source_stats.tokens += len(row)
+        source_stats.supervised_tokens += int(row.supervised.sum())
     return stats

@@ -28,7 +28,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._override = _read_template(template_file) if template_file else None
         self._origin = template_file or f"the tokenizer in {tokenizer.name_or_path or 'memory'}"
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def exists(self) -> bool:
@@ -42,7 +42,8 @@ class ChatTemplate:
     def encode(self, sample: Sample) -> Encoded:
         """Tokenise a chat; only its assistant turns with train=True are learnt.
 
-        Raises DataError when there is no template, it rejects the chat, or it blurs the turns.
+        Raises DataError when there is no template, when it rejects the chat, or when the tokens of
+        a turn cannot be told from those around it.
         """
         if not self.exists:
             raise DataError(
@@ -51,13 +52,13 @@ class ChatTemplate:
             )
         template = self._template_for(sample)
         if sample.tools and "tools" not in template:
-            self._tell("never mentions tools: the tools of the data are left out")
+            self._warn_once("never mentions tools: the tools of the data are left out")
         turns = [self._as_dict(message, template) for message in sample.messages]
         _require_whole_characters(sample, turns)
         if _GENERATION.search(template) and self.tokenizer.is_fast:
             if (encoded := self._encode_marked(sample, turns)) is not None:
                 return encoded
-            self._tell(
+            self._warn_once(
                 "has {% generation %} markers that do not cover every assistant turn; "
                 "comparing renderings instead"
             )
@@ -115,11 +116,11 @@ class ChatTemplate:
         if start >= 0 and end >= 0:
             return start, end
         if start >= 0 and text.startswith(head):
-            kept = _kept(tail[len(head) :], text[len(head) :], turns[index]["content"])
+            kept = _kept_length(tail[len(head) :], text[len(head) :], turns[index]["content"])
             if kept:
                 return len(head), len(head) + kept
         longer, shorter = (text, tail) if start >= 0 else (tail, head)
-        same = _common(longer, shorter)
+        same = _common_length(longer, shorter)
         raise DataError(
             f"{sample.place}: the chat template of {self._origin} renders turn {index + 1} "
             f"differently once more text follows ({shorter[same : same + 30]!r} becomes "
@@ -149,7 +150,7 @@ class ChatTemplate:
         return ids, learnt
 
     def _border(self, sample: Sample, ids: list[int], prefix: str) -> int:
-        border = _common(ids, self._ids(prefix))
+        border = _common_length(ids, self._ids(prefix))
         # White space at the end of a prompt may become one token with the word after it.
         if border >= len(self._ids(prefix.rstrip())):
             return border
@@ -179,13 +180,15 @@ class ChatTemplate:
             return turn
         if "tool_calls" in template:
             return {**turn, "tool_calls": list(message.tool_calls)}
-        self._tell("never mentions tool_calls: a tool call becomes the text of its turn, as JSON")
+        self._warn_once(
+            "never mentions tool_calls: a tool call becomes the text of its turn, as JSON"
+        )
         calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
         return {**turn, "content": "\n".join([message.content, *calls]).strip()}
 
-    def _tell(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _warn_once(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             logger.warning("The chat template of %s %s.", self._origin, what)
 
 
@@ -213,12 +216,13 @@ def _prefix_length(prefix: str, text: str) -> int:
     """Return where `prefix` ends in `text`, or -1 if more than its trailing white space differs."""
     if text.startswith(prefix):
         return len(prefix)
-    same = _common(prefix, text)
+    same = _common_length(prefix, text)
     return same if same >= len(prefix.rstrip()) else -1
 
 
-def _kept(alone: str, followed: str, content: str) -> int:
-    """Return how much of `followed` is this turn, when only the start of the turn is left out.
+def _kept_length(alone: str, followed: str, content: str) -> int:
+    """Return how many characters of `followed` are this turn, `alone` without some of its start; 0
+    when more of it has changed.
 
     Qwen3's template, among others, drops the reasoning of a turn once a later question follows.
     """
@@ -229,7 +233,7 @@ def _kept(alone: str, followed: str, content: str) -> int:
     return 0
 
 
-def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return how many leading elements are equal."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:

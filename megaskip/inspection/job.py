@@ -13,6 +13,7 @@ from tqdm import tqdm
 from megaskip.config import DataConfig
 from megaskip.config.commands.inspect_data import InspectOptions
 from megaskip.data.dataset import find_sources
+from megaskip.data.demo import with_demo
 from megaskip.data.inspect import inspect_samples
 from megaskip.data.inspect_report import Inspection, RowFates
 from megaskip.data.row_text import RowReader
@@ -24,7 +25,6 @@ from megaskip.inspection.summary import plan_lines, source_lines, verdict_lines
 from megaskip.inspection.view import View, row_lines
 from megaskip.log import get_logger, quiet_libraries
 from megaskip.parallel.loading.source import find_model_folder, resolve_source
-from megaskip.runs.source import with_demo
 
 logger = get_logger(__name__)
 

@@ -11,12 +11,12 @@ from megaskip.checkpoint.routers import CONFIG
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config import DataConfig, ModelConfig
 from megaskip.config.commands.source import RouterSource, TextSource
-from megaskip.config.run import DEMO
 from megaskip.data import build_dataset
+from megaskip.data.demo import with_demo
 from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
-from megaskip.parallel.loading.source import DEMO_FOLDER, find_model_folder
+from megaskip.parallel.loading.source import find_model_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +118,3 @@ def open_text(
         pad_token_id=tokenizer.pad_token_id,
         prompt_tokens=prompt_tokens,
     )
-
-
-def with_demo(data: DataConfig) -> DataConfig:
-    """Replace the name "demo" by the path of the data that ship with megaskip."""
-    pairs = [entry.partition(":") for entry in data.data]
-    path = str(DEMO_FOLDER / "instruct.jsonl")
-    entries = [path + "".join(e[1:]) if e[0] == DEMO else "".join(e) for e in pairs]
-    return dataclasses.replace(data, data=tuple(entries))

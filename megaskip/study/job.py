@@ -8,11 +8,11 @@ from tqdm import tqdm
 from megaskip.calibration.allocation import UnreachedError
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig
 from megaskip.config.commands.compare import CompareOptions
+from megaskip.data.demo import with_demo
 from megaskip.errors import ConfigError
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.runs.source import with_demo
 from megaskip.study.comparison import Comparison, Measured, contrasts
 from megaskip.study.pareto import Point, table_rows
 from megaskip.study.recipes import train_seconds, trained_runs

@@ -1,18 +1,17 @@
 """The data of a run: read and tokenised once, then dealt to the replicas."""
 
-import dataclasses
 from pathlib import Path
 
 from megaskip.checkpoint.resume import read_state
-from megaskip.config import DataConfig, OptimConfig, RunConfig
-from megaskip.config.run import DEMO
+from megaskip.config import OptimConfig, RunConfig
 from megaskip.data import TokenizedData, build_dataset
 from megaskip.data.dataset import require_known_tokens
+from megaskip.data.demo import with_demo
 from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.log import get_logger
-from megaskip.parallel.loading.source import DEMO_FOLDER, ModelSource
+from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 
 logger = get_logger(__name__)
@@ -38,17 +37,6 @@ def read_data(config: RunConfig, source: ModelSource) -> tuple[TokenizedData, in
     # Padding is masked everywhere, so any token does.
     is_known = tokenizer.pad_token_id < model.vocab_size
     return data, tokenizer.pad_token_id if is_known else 0
-
-
-def with_demo(data: DataConfig) -> DataConfig:
-    """Return `data` with the name "demo" replaced by the instruction set that ships with
-    megaskip."""
-    path = str(DEMO_FOLDER / "instruct.jsonl")
-    entries = tuple(
-        path + entry.removeprefix(DEMO) if entry == DEMO or entry.startswith(f"{DEMO}:") else entry
-        for entry in data.data
-    )
-    return dataclasses.replace(data, data=entries)
 
 
 def make_loader(

@@ -12,6 +12,7 @@ from megaskip.checkpoint import BaseModel
 from megaskip.checkpoint.weight_index import require_whole_shards
 from megaskip.config import RunConfig
 from megaskip.data import TokenizedData
+from megaskip.data.demo import with_demo
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.build import build_engine, build_full_engine
@@ -23,7 +24,7 @@ from megaskip.parallel.protocol import StepEngine
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.summary import table, versions
 from megaskip.training.checkpointer import Checkpointer, TrainedWeights
-from megaskip.training.data import make_loader, read_data, with_demo
+from megaskip.training.data import make_loader, read_data
 from megaskip.training.dry_run import dry_run_lines
 from megaskip.training.full_trainer import FullTrainer, ModelWeights
 from megaskip.training.header import log_header

@@ -23,7 +23,7 @@ class InspectOptions(Checked):
     seed: int = 0
     """Seed of the data's order, as in training."""
     prompt_tokens: int = 32
-    """As in training: a row without a prompt is judged by its first so many tokens."""
+    """As in training: of a row without a prompt, a router reads this many tokens."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
