@@ -1,0 +1,121 @@
+"""Reduced-rank ridge regression on streamed rows, in memory O(D k). Pure linear algebra.
+
+Two phases over one stream of (x, y). The first sketches where in x the prediction of y lies: S =
+X'X is known by its products with random vectors (Nystroem) and its diagonal, X'Y likewise, and P =
+S^-1 X'Y Psi spans nearly what a full ridge regression would use. The second solves the ridge
+regression of y on z = x P exactly, and cuts it to rank r where that costs least (reduced-rank
+regression: the top singular vectors of what is predicted).
+Shapes: N tokens, D hidden, k width of the sketch, r rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_OVERSAMPLED = 8
+"""Width of the sketch as a multiple of the rank."""
+_LEAST_WIDTH = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankMap:
+    """y is nearly x down' up' + bias."""
+
+    down: Tensor
+    """float32 [r, D]."""
+    up: Tensor
+    """float32 [D, r]."""
+    bias: Tensor
+    """float32 [D]."""
+    explained: float
+    """Share of the variance of y that the map predicts, on the rows it was fitted to."""
+
+
+class LowRankFit:
+    """Accumulates rows, then solves; `sum_over_ranks` adds a tensor up in place over replicas."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        *,
+        ridge: float = 1e-3,
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        width = min(max(_OVERSAMPLED * rank, _LEAST_WIDTH), hidden_size)
+        generator = torch.Generator().manual_seed(seed)
+        self._rank, self._ridge = min(rank, width), ridge
+        self._probe = torch.randn(hidden_size, width, generator=generator).to(device)
+        self._targets = torch.randn(hidden_size, width, generator=generator).to(device)
+        zeros = torch.zeros(hidden_size, width, device=device)
+        self._spread, self._cross = zeros, zeros.clone()
+        """X'X probe and X'Y targets, both about 0."""
+        self._diagonal = torch.zeros(hidden_size, device=device)
+        self._features: Tensor | None = None
+        self._moments = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
+        self._outputs = torch.zeros(width + 1, hidden_size, dtype=torch.float64, device=device)
+        self._square = torch.zeros((), dtype=torch.float64, device=device)
+
+    def observe(self, inputs: Tensor, updates: Tensor) -> None:
+        """Take in rows: what was read and what was returned, [N, D] each, of any dtype."""
+        x, y = inputs.float(), updates.float()
+        if self._features is None:
+            self._spread += x.t() @ (x @ self._probe)
+            self._cross += x.t() @ (y @ self._targets)
+            self._diagonal += x.square().sum(0)
+            return
+        z = torch.cat([x @ self._features, torch.ones_like(x[:, :1])], dim=1)
+        self._moments += (z.t() @ z).double()
+        self._outputs += (z.t() @ y).double()
+        self._square += y.square().sum(dtype=torch.float64)
+
+    def begin_second_phase(self, sum_over_ranks: Callable[[Tensor], object]) -> None:
+        """Choose the features from the rows so far; later rows are regressed on them. Collective
+        where `sum_over_ranks` is."""
+        for total in (self._spread, self._cross, self._diagonal):
+            sum_over_ranks(total)
+        self._features = torch.linalg.qr(self._solve_sketched(self._cross.double())).Q.float()
+
+    def solve(self, sum_over_ranks: Callable[[Tensor], object]) -> LowRankMap:
+        """Return the map of all rows of the second phase. Collective where `sum_over_ranks` is."""
+        assert self._features is not None, "begin_second_phase() comes before solve()"
+        for total in (self._moments, self._outputs, self._square):
+            sum_over_ranks(total)
+        count = self._moments[-1, -1].clamp(min=1)
+        mean_z, mean_y = self._moments[-1, :-1] / count, self._outputs[-1] / count
+        covariance = self._moments[:-1, :-1] / count - mean_z[:, None] * mean_z
+        cross = self._outputs[:-1] / count - mean_z[:, None] * mean_y
+        variance = self._square / count - mean_y.square().sum()
+        values, vectors = torch.linalg.eigh(covariance)
+        ridge = self._ridge * values.mean().clamp(min=1e-30)
+        whiten = vectors * (values.clamp(min=0) + ridge).rsqrt()
+        # What is predicted, in coordinates in which z is white: its singular vectors are the cut.
+        left, strength, right = torch.linalg.svd(whiten.t() @ cross, full_matrices=False)
+        left, strength, right = left[:, : self._rank], strength[: self._rank], right[: self._rank]
+        features, scale = self._features.double(), strength.sqrt()
+        down = (features @ (whiten @ left) * scale).t()
+        up = right.t() * scale
+        return LowRankMap(
+            down=down.float(),
+            up=up.float(),
+            bias=(mean_y - up @ (down @ (features @ mean_z))).float(),
+            explained=float(strength.square().sum() / variance.clamp(min=1e-30)),
+        )
+
+    def _solve_sketched(self, right: Tensor) -> Tensor:
+        """Return S^-1 `right` float64 [D, k] for S = X'X, known as a sketch and a diagonal."""
+        probe, diagonal = self._probe.double(), self._diagonal.double()
+        mean = diagonal.mean().clamp(min=1e-30)
+        spread = self._spread.double() + 1e-6 * mean * probe
+        core = probe.t() @ spread
+        values, vectors = torch.linalg.eigh((core + core.t()) / 2)
+        kept = values > 1e-9 * values[-1]
+        factor = spread @ (vectors[:, kept] * values[kept].rsqrt())  # S is nearly factor factor'
+        rest = (diagonal - factor.square().sum(1)).clamp(min=0) + self._ridge * mean
+        scaled = factor / rest[:, None]
+        inner = factor.t() @ scaled
+        inner.diagonal().add_(1)  # Woodbury
+        return right / rest[:, None] - scaled @ torch.linalg.solve(inner, scaled.t() @ right)
