@@ -20,7 +20,7 @@ from megaskip.routing import PREFIX, RouterSet, make_router
 WEIGHTS = "routers.safetensors"
 CONFIG = "router_config.json"
 FORMAT = 1
-_ADDED = {"capacity_low", "calibrated", "router"}
+_ADDED = {"capacity_low", "calibrated", "router", "compensation", "compensation_rank"}
 """Fields that folders from before them lack; their defaults are what those folders meant."""
 
 
@@ -115,9 +115,7 @@ def read_router_weights(
     """Return the routers' state dict from a router folder, checked against what it must hold."""
     file = path / WEIGHTS
     tensors = read_tensors(file)
-    shapes = {
-        k: tuple(p.shape) for k, p in make_router(config.router, hidden_size).named_parameters()
-    }
+    shapes = {k: tuple(p.shape) for k, p in make_router(config, hidden_size).named_parameters()}
     expected = {
         f"{PREFIX}.{layer}.{config.target}.{name}": shape
         for layer in layers

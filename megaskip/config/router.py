@@ -18,7 +18,8 @@ GRANULARITIES = (
     "block_token",
 )
 POOLS = ("prompt", "all")
-BUDGETS = ("global", "layer")
+BUDGETS = ("global", "layer", "static")
+COMPENSATIONS = ("none", "bias", "low_rank")
 ROUTERS = ("linear", "affine", "mlp")
 KV_CHOICES = ("keep", "drop")
 """Whether tokens that skip an attention are attended to by later ones, in inference."""
@@ -56,9 +57,15 @@ class RouterConfig:
     prompt_tokens: int = 32
     """With pool=prompt, a row without a prompt (plain text) is judged by its first so many
     tokens."""
+    compensation: str = "none"
+    """What a skipped unit gets in the place of its sublayer: "none" (nothing, as published), "bias"
+    (a constant), or "low_rank" (a linear map of what the sublayer reads, and a constant)."""
+    compensation_rank: int = 64
+    """Rank of --compensation low_rank; 2 x hidden size x rank parameters for each routed layer."""
     budget: str = "global"
     """What is held to the capacity: "global" (all routed layers and the global batch together,
-    steered until it is hit) or "layer" (each layer and micro-batch by a hinge, as published)."""
+    steered until it is hit), "layer" (each layer and micro-batch by a hinge, as published), or
+    "static" (no layer of --layers ever runs: nothing is decided, the compensation alone trains)."""
     penalty_weight: float = 0.1
     """Strength of the capacity penalty: gain of the steering (global) or factor of the hinge
     (layer)."""
@@ -121,7 +128,7 @@ class RouterConfig:
                     "lower it, or leave it out to train for one capacity"
                 )
             if self.budget != "global":
-                yield "--capacity_low needs --budget global: the hinge has no threshold to move"
+                yield "--capacity_low needs --budget global: the others have no threshold to move"
         for threshold in (self.threshold, *(one for _, one in self.calibrated)):
             for one in (threshold,) if isinstance(threshold, float) else threshold:
                 if not 0.0 < one < 1.0:
@@ -131,6 +138,8 @@ class RouterConfig:
         yield from one_of("router", self.router, ROUTERS)
         yield from one_of("pool", self.pool, POOLS)
         yield from one_of("budget", self.budget, BUDGETS)
+        yield from one_of("compensation", self.compensation, COMPENSATIONS)
+        yield from at_least("compensation_rank", self.compensation_rank, 1)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)
         yield from at_least("penalty_weight", self.penalty_weight, 0.0)
 

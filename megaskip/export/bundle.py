@@ -18,6 +18,7 @@ _MODULES = (
     "routing/pooling",
     "routing/executor",
     "routing/kept_units",
+    "routing/compensation",
     "routing/router",
     "routing/thresholds",
     "routing/state",

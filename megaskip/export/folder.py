@@ -118,6 +118,9 @@ def routed_config(
     routing = {name: getattr(config, name) for name in names}
     if config.router != "linear":
         routing["router"] = config.router
+    if config.compensation != "none":
+        routing["compensation"] = config.compensation
+        routing["compensation_rank"] = config.compensation_rank
     if config.calibrated:
         routing["calibrated"] = [list(pair) for pair in config.calibrated]
     routing |= {"penalty_weight": config.penalty_weight, "layers": list(layers), "kv": kv}

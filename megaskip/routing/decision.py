@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedRows:
-    """Which of a number of rows or tokens run."""
+    """A selection of a number of rows or tokens: those that run, or those that do not."""
 
     index: Tensor
     """int64 [n], ascending."""
@@ -21,12 +21,12 @@ class SelectedRows:
 
     @property
     def all(self) -> bool:
-        """Return whether everything runs."""
+        """Return whether everything is selected."""
         return len(self.index) == self.total
 
     @property
     def none(self) -> bool:
-        """Return whether nothing runs."""
+        """Return whether nothing is selected."""
         return len(self.index) == 0
 
 
@@ -62,6 +62,16 @@ class RoutingDecision:
     def tokens(self) -> SelectedRows:
         """The tokens, of B * T, that run; not for one decision a row."""
         return _selected((self.per_token().detach() > 0).flatten())
+
+    @functools.cached_property
+    def skipped_rows(self) -> SelectedRows:
+        """The rows, of B, in which no unit runs."""
+        return _selected((self.keep.detach() == 0).all(dim=1))
+
+    @functools.cached_property
+    def skipped_tokens(self) -> SelectedRows:
+        """The tokens, of B * T, that do not run; not for one decision a row."""
+        return _selected((self.per_token().detach() == 0).flatten())
 
     @property
     def is_per_row(self) -> bool:

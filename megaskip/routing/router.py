@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from megaskip.config.router import RouterConfig
+from megaskip.routing.compensation import BiasCompensation, make_compensation
+
 PREFIX = "skip_routers"
 """Where a model carries its routers, and what their tensors' names begin with."""
 _MLP_WIDTH = 16
@@ -19,6 +22,8 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, *, device: torch.device | None = None) -> None:
         super().__init__()
+        self.compensation: BiasCompensation | None = None
+        """What a skipped unit gets; its tensors are named "compensation.*"."""
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -55,7 +60,12 @@ class MlpRouter(Router):
         return super().forward(nn.functional.silu(nn.functional.linear(features, inner)))
 
 
-def make_router(kind: str, hidden_size: int, *, device: torch.device | None = None) -> Router:
-    """Return a fresh router of a kind of RouterConfig.router."""
+def make_router(
+    config: RouterConfig, hidden_size: int, *, device: torch.device | None = None
+) -> Router:
+    """Return a fresh router as `config` asks for, with its compensation, if any."""
     kinds = {"linear": Router, "affine": AffineRouter, "mlp": MlpRouter}
-    return kinds[kind](hidden_size, device=device)
+    router = kinds[config.router](hidden_size, device=device)
+    kind, rank = config.compensation, config.compensation_rank
+    router.compensation = make_compensation(kind, hidden_size, rank, device=device)
+    return router

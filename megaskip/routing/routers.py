@@ -46,7 +46,7 @@ class Routers(nn.Module):
         self.gates: dict[int, Gate] = {}
         target, unit = config.target, config.unit
         for layer in self.layers:
-            router = make_router(config.router, hidden_size, device=device)
+            router = make_router(config, hidden_size, device=device)
             self.add_module(str(layer), nn.ModuleDict({target: router}))
             self.gates[layer] = Gate(
                 layer, router, self.thresholds, self.state, target=target, unit=unit

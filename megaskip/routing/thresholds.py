@@ -32,6 +32,8 @@ class Thresholds:
         """
         given, count = config.threshold, len(self._layers)
         scores = [given] * count if isinstance(given, float) else given
+        if config.budget == "static":
+            scores = [score_of(math.inf)] * count
         if len(scores) != count:
             raise ConfigError(
                 f"threshold holds {len(scores)} numbers for {count} routed layers; give one for "
