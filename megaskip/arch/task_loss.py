@@ -51,7 +51,7 @@ class TaskLoss(nn.Module):
             use_cache=False,
         )[0]
         if states_only:
-            return hidden_states[:, :-1][labels[:, 1:] != IGNORED]
+            return predicting_states(hidden_states, labels)
         return self.head.of_batch(hidden_states, labels, teacher, share, each=each)
 
 
@@ -65,6 +65,12 @@ def head_loss(model: nn.Module, chunk_tokens: int) -> "HeadLoss":
             "expected nn.Linear"
         )
     return HeadLoss(parts.head, _logit_transform(model.config), chunk_tokens)
+
+
+def predicting_states(hidden_states: Tensor, labels: Tensor) -> Tensor:
+    """Return the hidden states [N, D], of [B, T, D], that predict the supervised tokens of `labels`
+    [B, T]."""
+    return hidden_states[:, :-1][labels[:, 1:] != IGNORED]
 
 
 class HeadLoss(nn.Module):
@@ -92,7 +98,7 @@ class HeadLoss(nn.Module):
         not shifted; IGNORED has no loss. `teacher`, `share` and `each` as in `forward`."""
         targets = labels[:, 1:]
         supervised = targets != IGNORED
-        states = hidden_states[:, :-1][supervised]
+        states = predicting_states(hidden_states, labels)
         return self(  # type: ignore[no-any-return]
             states, targets[supervised], teacher, share, each=each
         )

@@ -33,6 +33,9 @@ class ModelConfig(Checked):
     takes what transformers prefers for the family."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the model folder."""
+    init_routers: str | None = None
+    """Start from the routers of this folder, for example those of megaskip fit; it then says what
+    is routed, and how, and flags that say otherwise are errors [fresh routers]."""
 
     def _problems(self) -> Iterator[str]:
         yield from one_of("train", self.train, ("routers", "full"))
@@ -96,6 +99,8 @@ class OptimConfig(Checked):
     """Forward passes per optimizer step."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
+    compensation_lr: float = 1e-2
+    """Peak learning rate of the compensations, which follows the same schedule."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the rate climbs linearly; then it falls along a cosine."""
     min_lr_ratio: float = 0.0
@@ -119,6 +124,11 @@ class OptimConfig(Checked):
     seed: int = 0
     """Seed of data order, sampling and initialisation."""
 
+    @property
+    def compensation_lr_ratio(self) -> float:
+        """Return the rate of the compensations as a multiple of `lr`."""
+        return self.compensation_lr / self.lr if self.lr else 1.0
+
     def _problems(self) -> Iterator[str]:
         if self.max_steps is not None:
             yield from at_least("max_steps", self.max_steps, 1)
@@ -129,6 +139,7 @@ class OptimConfig(Checked):
         yield from at_least("micro_batch_size", self.micro_batch_size, 1)
         yield from at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         yield from at_least("lr", self.lr, 0.0)
+        yield from at_least("compensation_lr", self.compensation_lr, 0.0)
         yield from within("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
         yield from within("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
         yield from at_least("weight_decay", self.weight_decay, 0.0)
@@ -270,8 +281,3 @@ class RunConfig(Checked):
         stages = f"(--pipeline_stages {self.parallel.pipeline_stages})"
         if self.model.train == "full":
             yield f"--train full does not run in stages {stages}: they hold a frozen backbone"
-        if self.optim.distill:
-            yield (
-                f"--distill does not run in stages {stages}, which make no second forward pass; "
-                "leave it out, or use ZeRO-3 (ds_configs/zero3.json)"
-            )

@@ -19,7 +19,7 @@ from megaskip.parallel.loading.source import ModelSource, log_if_slow
 from megaskip.parallel.loading.stage import load_stage
 from megaskip.parallel.loading.whole import build_tiny, load_whole, skeleton
 from megaskip.parallel.topology import Topology
-from megaskip.routing import SparseExecutor
+from megaskip.routing import RouterSet, SparseExecutor
 
 
 def build_full_engine(config: RunConfig, topology: Topology, source: ModelSource) -> FullEngine:
@@ -54,8 +54,7 @@ def build_engine(
         loss, handle = shard_backbone(source, ds_content, config.parallel.loss_chunk_tokens)
     verify_task_loss(loss)
     routers = attach_routers(loss.model, config.router, register=False)
-    if config.parallel.train_execution == "sparse":
-        routers.executor = SparseExecutor()
+    _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(loss.model, routers.layers[0])
     return Engine(loss, routers, config, topology, handle)
@@ -78,11 +77,16 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
 
     stage = load_stage(source, part, cut, topology.device)
     routers = attach_to_stage(stage, config.router)
-    if config.parallel.train_execution == "sparse":
-        routers.executor = SparseExecutor()
+    _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(stage.decoder, max(routers.layers[0] - stage.part.first, 0))
     return PipelineEngine(stage, routers, config, topology)
+
+
+def _choose_executor(routers: RouterSet, config: RunConfig) -> None:
+    """Leave out what is skipped where it is asked for, or where it has nothing to teach."""
+    if config.parallel.train_execution == "sparse" or config.router.budget == "static":
+        routers.executor = SparseExecutor()
 
 
 def shard_backbone(

@@ -42,7 +42,7 @@ class Engine:
         self._max_grad_norm = config.optim.max_grad_norm
         self._distill, self._noise = config.optim.distill, config.optim.noise
         routers.steering.temperature = config.optim.temperature
-        self.parameters = {name: p for name, p in routers.named_parameters() if p.requires_grad}
+        self.parameters = routers.trained_parameters()
         self.optimizer = make_adamw(self.parameters, config.optim)
 
     def train_step(
@@ -206,6 +206,11 @@ class Engine:
         if batch.segment_ids is None:
             return int(batch.token_mask.any(dim=1).sum())
         return int((batch.segment_ids.amax(dim=1) + 1).sum())
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of this rank."""
+        return self._topology.device
 
     @property
     def world_size(self) -> int:

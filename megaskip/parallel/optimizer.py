@@ -7,12 +7,25 @@ from torch import nn
 
 from megaskip.config import OptimConfig
 from megaskip.parallel.collectives import sum_over_ranks
+from megaskip.routing.compensation import is_compensation
 
 
 def make_adamw(parameters: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW whose state exists from the start, so that it can be measured and restored."""
+    """Return AdamW whose state exists from the start, so that it can be measured and restored.
+
+    Compensations learn at a rate of their own; `lr_ratio` of a group is its rate over --lr.
+    """
+    maps = [p for name, p in parameters.items() if is_compensation(name)]
+    others = [p for name, p in parameters.items() if not is_compensation(name)]
+    groups = [
+        {"params": others, "lr": optim.lr, "lr_ratio": 1.0},
+        {"params": maps, "lr": optim.compensation_lr, "lr_ratio": optim.compensation_lr_ratio},
+    ]
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=optim.lr, weight_decay=optim.weight_decay, foreach=True
+        [group for group in groups if group["params"]],
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        foreach=True,
     )
     for parameter in parameters.values():
         optimizer.state[parameter] = {
@@ -24,9 +37,10 @@ def make_adamw(parameters: Mapping[str, nn.Parameter], optim: OptimConfig) -> to
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use the learning rate `lr` from now on."""
+    """Use the learning rate `lr` from now on, and other groups of parameters theirs in
+    proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def reduce_gradients(

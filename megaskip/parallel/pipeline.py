@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaskip.arch.stage import DecoderStage
+from megaskip.arch.task_loss import predicting_states
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.extras import extra
@@ -71,6 +72,7 @@ class PipelineEngine(Engine):
     def _micro_steps(self, batches: Sequence[Batch], whole: GlobalBatch) -> StepSums:
         sums = StepSums.zeros(self._num_routed, device=self._topology.device)
         poolings = [self._pooling(batch) for batch in batches]
+        teachers = self._teacher_states(batches)
         # Only what a gradient will come back for is kept until then.
         inputs: dict[int, list[Tensor]] = {}
         outputs: dict[int, list[Tensor]] = {}
@@ -80,7 +82,7 @@ class PipelineEngine(Engine):
                 inputs[n] = self._receive(batches[n], poolings[n])
             elif task is schedule.ForwardPass:
                 arrived = inputs.get(n) if self._below else inputs.pop(n, None)
-                outputs[n] = self._run_stage(batches[n], poolings[n], arrived)
+                outputs[n] = self._run_stage(batches[n], poolings[n], arrived, teachers[n])
                 if self._topology.is_last_stage:
                     outputs[n] = self._losses(outputs[n][0], whole, len(batches))
                 sums += self._step_sums(outputs[n])
@@ -110,16 +112,34 @@ class PipelineEngine(Engine):
             check()
             if batch is not None:
                 real.append(batch.to(self._topology.device))
-        poolings = [self._pooling(batch) for batch in real]
+        for n, outputs in self._forward_only(real):
+            yield real[n], outputs[0] if self._topology.is_last_stage else torch.zeros(())
+
+    def _teacher_states(self, batches: Sequence[Batch]) -> list[Tensor | None]:
+        """Return what the unrouted model's last hidden states [N, D] are at the supervised tokens
+        of each micro-batch, on the last stage; None elsewhere, and without --distill."""
+        if not self._distill:
+            return [None] * len(batches)
+        with self.routers.disabled(), torch.no_grad():
+            states = dict(self._forward_only(batches, states_only=True))
+        return [states[n][0] if self._topology.is_last_stage else None for n in range(len(batches))]
+
+    def _forward_only(
+        self, batches: Sequence[Batch], *, states_only: bool = False
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield the number of each micro-batch and what leaves this stage, once it has run."""
+        poolings = [self._pooling(batch) for batch in batches]
         inputs: dict[int, list[Tensor]] = {}
         outputs: dict[int, list[Tensor]] = {}
-        for task, n in self._tasks(schedule.InferenceSchedule, len(real)):
+        for task, n in self._tasks(schedule.InferenceSchedule, len(batches)):
             if task is schedule.RecvActivation:
-                inputs[n] = self._receive(real[n], poolings[n])
+                inputs[n] = self._receive(batches[n], poolings[n])
             elif task is schedule.ForwardPass:
-                outputs[n] = self._run_stage(real[n], poolings[n], inputs.pop(n, None))
-                is_loss = self._topology.is_last_stage
-                yield real[n], outputs[n][0] if is_loss else torch.zeros(())
+                arrived = inputs.pop(n, None)
+                outputs[n] = self._run_stage(
+                    batches[n], poolings[n], arrived, states_only=states_only
+                )
+                yield n, outputs[n]
             elif task is schedule.SendActivation:
                 self._next.send(outputs.pop(n))
         self._finish()
@@ -140,10 +160,17 @@ class PipelineEngine(Engine):
     # -- one micro-batch
 
     def _run_stage(
-        self, batch: Batch, pooling: Pooling, inputs: list[Tensor] | None
+        self,
+        batch: Batch,
+        pooling: Pooling,
+        inputs: list[Tensor] | None,
+        teacher: Tensor | None = None,
+        *,
+        states_only: bool = False,
     ) -> list[Tensor]:
         """Return what leaves this stage: hidden states and keep; on the last stage the summed
-        loss."""
+        loss, with a share of each label as the states `teacher` [N, D] predict it, or with
+        `states_only` the states that predict the supervised tokens."""
         routers, stage = self.routers, self.module
         routers.state.begin(pooling, described=True)
         hidden_states, *keep = inputs or [batch.input_ids]
@@ -151,8 +178,11 @@ class PipelineEngine(Engine):
             receive_keep(routers, keep[0])
         hidden_states = stage(hidden_states, batch.attention_mask, batch.position_ids)
         self._logits = {k: d.logit.detach() for k, d in self.own_decisions().items()}
+        if stage.head is not None and states_only:
+            return [predicting_states(hidden_states, batch.labels)]
         if stage.head is not None:
-            return [stage.head.of_batch(hidden_states, batch.labels)]
+            loss = stage.head.of_batch(hidden_states, batch.labels, teacher, self._distill)
+            return [loss]
         return [hidden_states, carried_keep(routers)] if self._learns else [hidden_states]
 
     def _losses(self, loss: Tensor, whole: GlobalBatch, micro_batches: int) -> list[Tensor]:

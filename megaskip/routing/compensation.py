@@ -46,6 +46,12 @@ class LowRankCompensation(BiasCompensation):
         return nn.functional.linear(inner, up, bias).to(hidden_states.dtype)
 
 
+def is_compensation(name: str) -> bool:
+    """Return whether a parameter of a RouterSet, such as "12.attn.compensation.up", belongs to a
+    compensation."""
+    return ".compensation." in name
+
+
 def make_compensation(
     kind: str, hidden_size: int, rank: int, *, device: torch.device | None = None
 ) -> BiasCompensation | None:

@@ -17,6 +17,8 @@ class Pooling:
     """float32 [B, U, T], each row of real units sums to 1; None when every token is a unit."""
     unit_mask: Tensor
     """bool [B, U], False for units that are padding."""
+    token_mask: Tensor
+    """bool [B, T], False for padding."""
     unit_of_token: Tensor | None
     """int64 [B, T] for packed rows, else None."""
 
@@ -38,7 +40,7 @@ class Pooling:
     def tokens(cls, token_mask: Tensor) -> "Pooling":
         """Return the pooling in which each token decides for itself; `token_mask` is bool [B,
         T]."""
-        return cls(weights=None, unit_mask=token_mask, unit_of_token=None)
+        return cls(weights=None, unit_mask=token_mask, token_mask=token_mask, unit_of_token=None)
 
     @classmethod
     def sequences(
@@ -63,6 +65,7 @@ class Pooling:
         return cls(
             weights=counted / counted.sum(-1, keepdim=True).clamp(min=1),
             unit_mask=(member & token_mask.unsqueeze(1)).any(-1),
+            token_mask=token_mask,
             unit_of_token=unit_of_token,
         )
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaskip.config import RouterConfig
 from megaskip.routing.budget import Measured, layer_hinge
+from megaskip.routing.compensation import is_compensation
 from megaskip.routing.counts import Counts
 from megaskip.routing.routers import Routers
 from megaskip.routing.steering import Steering
@@ -46,6 +47,11 @@ class RouterSet(Routers):
         self.steering = steering
         """The same object as `thresholds`."""
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what learns, by name: with budget="static" the compensations alone."""
+        static = self.config.budget == "static"
+        return {n: p for n, p in self.named_parameters() if is_compensation(n) or not static}
+
     # -- after the forward pass
 
     def penalty(self, total_units: float | None = None) -> Tensor:
@@ -54,9 +60,11 @@ class RouterSet(Routers):
         budget="global" divides by `total_units`, the routed units of the whole global batch (those
         of this forward pass without it), so that the penalties of all micro-batches and ranks add
         up to the global one. budget="layer" is the published hinge of this forward pass (paper
-        equations 9 and 10).
+        equations 9 and 10); budget="static" has none.
         """
         decisions = self.state.decisions_of(self.layers)
+        if self.config.budget == "static":  # nothing is decided
+            return 0 * torch.stack([decision.kept() for decision in decisions]).sum()
         if self.config.budget == "layer":
             return layer_hinge(decisions, self.config.capacity, self.config.penalty_weight)
         return self.steering.penalty(decisions, total_units)

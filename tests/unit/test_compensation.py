@@ -28,7 +28,7 @@ def attached(
     family: str = "llama",
     **settings: Any,
 ) -> tuple[Any, RouterSet]:
-    """Return a tiny model with routers that decide by what they read, and maps that do something."""
+    """Return a tiny model with routers that decide by what they read, and random maps."""
     model = tiny_model(family)
     config = RouterConfig(
         granularity=granularity, compensation=kind, compensation_rank=4, **settings
