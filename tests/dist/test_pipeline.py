@@ -31,6 +31,16 @@ CASES: dict[str, dict[str, Any]] = {
         "flags": ["--activation_checkpointing", "--granularity", "block_token"],
         "packed": True,
     },
+    "compensated": {"flags": ["--compensation", "low_rank", "--compensation_rank", "4"]},
+    "compensated, tokens, packed, recomputed": {
+        "flags": ["--compensation", "bias", "--granularity", "block_token"]
+        + ["--activation_checkpointing"],
+        "packed": True,
+    },
+    "distilled": {"flags": ["--distill", "0.5"]},
+    "static and distilled": {
+        "flags": ["--compensation", "low_rank", "--budget", "static", "--distill", "0.7"]
+    },
     "one micro-batch": {"flags": [], "parts": 1},
     "one micro-batch, recomputed": {"flags": ["--activation_checkpointing"], "parts": 1},
     "all routers on the last stage": {"flags": ["--layers", "5-5"]},

@@ -33,6 +33,15 @@ CASES: list[dict[str, Any]] = [
     {"granularity": "attn_sequence", "execution": "dense", "accumulate": 2, "packed": False}
     | {"extra": extra}
     for extra in (["--budget", "layer"], ["--activation_checkpointing"], ["--pool", "all"])
+] + [
+    {"granularity": granularity, "execution": execution, "accumulate": 2, "packed": packed}
+    | {"extra": ["--compensation", "low_rank", "--compensation_rank", "4", *extra]}
+    for granularity, execution, packed, extra in [
+        ("attn_sequence", "dense", False, ["--distill", "0.5"]),
+        ("mlp_token", "sparse", True, []),
+        ("block_token", "dense", False, ["--activation_checkpointing"]),
+        ("attn_sequence", "dense", False, ["--budget", "static", "--distill", "0.5"]),
+    ]
 ]
 
 

@@ -14,6 +14,8 @@ import torch
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
 from megaskip.calibration.allocation import allocate, skip_costs
+from megaskip.calibration.drop_order import greedy_drop_order
+from megaskip.calibration.fit import fit_compensation
 from megaskip.parallel import pipeline
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
@@ -105,10 +107,28 @@ def _allocate(model: str, flags: list[str]) -> dict[str, Any]:
         return {"logits": logits, "costs": costs, "kept": kept, "threshold": threshold}
 
 
-def _share(topology: Topology) -> list[Batch | None]:
-    """Return this replica's of seven batches, and None where there are fewer for it than for
+def fitted(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """Return the maps in closed form and the order in which layers are dropped, for each case."""
+    return [_fit(model, flags) for flags in cases]
+
+
+def _fit(model: str, flags: list[str]) -> dict[str, Any]:
+    with built(model, flags) as (engine, topology):
+        mine = _share(topology, 16)  # a quarter of them falls evenly on up to 4 ranks
+        explained = fit_compensation(engine, mine)
+        dense, order = greedy_drop_order(engine, mine, 2)
+        return {
+            "explained": explained,
+            "maps": {n: p.clone() for n, p in engine.routers.named_parameters()},
+            "dense": dense,
+            "order": [(step.layer, step.loss) for step in order],
+        }
+
+
+def _share(topology: Topology, count: int = 7) -> list[Batch | None]:
+    """Return this replica's of `count` batches, and None where there are fewer for it than for
     others."""
-    batches = [_batch(part, packed=False) for part in range(7)]
+    batches = [_batch(part, packed=False) for part in range(count)]
     mine: list[Batch | None] = list(batches[topology.replica :: topology.num_replicas])
     return mine + [None] * (-(-len(batches) // topology.num_replicas) - len(mine))
 
