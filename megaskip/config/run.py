@@ -112,6 +112,9 @@ class OptimConfig(Checked):
     calibration_rows: int = 4096
     """Rows of training data on which the threshold is put where the asked capacity is kept, after
     the last step (budget=global; forward passes only); 0 leaves it where training ended."""
+    fit_rows: int = 256
+    """Rows of training data on which compensations are fitted in closed form before the first step
+    (one forward pass); 0 begins with compensations of zero."""
     distill: float = 0.0
     """Share of each label that is the unrouted model's own prediction (a second, dense forward
     pass); 0 learns from the text alone, as published."""
@@ -145,6 +148,7 @@ class OptimConfig(Checked):
         yield from at_least("weight_decay", self.weight_decay, 0.0)
         yield from at_least("max_grad_norm", self.max_grad_norm, 0.0)
         yield from at_least("calibration_rows", self.calibration_rows, 0)
+        yield from at_least("fit_rows", self.fit_rows, 0)
         yield from within("distill", self.distill, 0.0, 1.0)
         yield from at_least("noise", self.noise, 0.0)
         if self.temperature <= 0:
@@ -264,6 +268,12 @@ class RunConfig(Checked):
     """Print what the job would do and need, without loading weights or starting ranks."""
 
     def _problems(self) -> Iterator[str]:
+        nothing_learns = self.router.budget == "static" and self.router.compensation == "none"
+        if nothing_learns and self.model.init_routers is None:
+            yield (
+                "--budget static with --compensation none has nothing to learn: its layers never "
+                "run; add --compensation low_rank"
+            )
         attention = self.model.attn_implementation
         if self.data.packing and "flash" in attention:
             yield (

@@ -28,6 +28,7 @@ from megaskip.training.data import make_loader, read_data
 from megaskip.training.dry_run import dry_run_lines
 from megaskip.training.full_trainer import FullTrainer, ModelWeights
 from megaskip.training.header import log_header
+from megaskip.training.initial_routers import load_initial_routers, with_initial_routers
 from megaskip.training.loop import Trainer
 from megaskip.training.reporter import RunReporter
 from megaskip.training.router_trainer import RouterTrainer, RouterWeights
@@ -60,6 +61,7 @@ def train(config: RunConfig) -> None:
     topology = read_topology(os.environ, num_stages=stages)
     set_up_logging(rank=topology.rank)
     quiet_libraries()
+    config = with_initial_routers(config)
     ds_content = read_ds_config(config.parallel.ds_config, config)
     source = resolve_source(config.model)
     if config.dry_run:
@@ -145,6 +147,8 @@ def _make_trainer(job: _Job) -> Trainer:
         return _assemble(job, FullTrainer, full_engine, model, source.describe())
     engine = build_engine(config, topology, source, job.ds_content)
     base = source.describe()
+    if job.checkpoint is None:
+        load_initial_routers(config, engine.routers, base)
     routers = RouterWeights(engine.routers, base)
     return _assemble(job, RouterTrainer, engine, routers, base, layers=engine.routers.layers)
 

@@ -60,6 +60,9 @@ class Trainer(ABC):
     def evaluate(self) -> dict[str, Any]:
         """Return the held-out numbers; none when nothing is held out. Collective."""
 
+    def start(self) -> None:  # noqa: B027  optional
+        """Set what is computed rather than learnt, before the first step. Collective."""
+
     def calibrate(self) -> None:  # noqa: B027  optional
         """Set what is measured rather than learnt, after the last step. Collective."""
 
@@ -76,6 +79,8 @@ class Trainer(ABC):
         """
         with self.reporter.open(self.step), self._preemption:
             try:
+                if self.step == 0:
+                    self.start()
                 self._take_steps()
                 self.calibrate()
                 self.save()

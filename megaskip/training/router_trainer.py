@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megaskip.arch.trainable import describe_layers, describe_trainable
+from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.threshold import calibrate_threshold
 from megaskip.checkpoint import BaseModel
 from megaskip.checkpoint.resume import require_same_routers
@@ -25,6 +26,22 @@ class RouterTrainer(Trainer):
     """Trains the routers of a frozen model."""
 
     engine: Engine
+
+    def start(self) -> None:
+        """Begin with the compensations in closed form, unless the routers come from a folder.
+        Collective."""
+        rows = self.config.optim.fit_rows
+        has_maps = self.engine.routers.config.compensation != "none"
+        if not has_maps or not rows or self.config.model.init_routers is not None:
+            return
+        self.save()  # a run that is stopped meanwhile begins here again
+        batches = self.reporter.progress(self.loader.calibration(rows), "fitting, a pass")
+        explained = fit_compensation(self.engine, batches, check=self.stop_if_asked)
+        logger.info(
+            "compensations fitted: they explain %.0f %% (layer %d) to %.0f %% (layer %d) of the "
+            "variance of what they stand for",
+            *_lowest_and_highest(explained),
+        )
 
     def calibrate(self) -> None:
         """Take out the last small error of the capacity with the threshold. Collective."""
@@ -61,6 +78,12 @@ class RouterTrainer(Trainer):
         """Return router scores of the last micro-batch by layer. Collective; the first rank gets
         all layers'."""
         return self.engine.scores()
+
+
+def _lowest_and_highest(explained: Mapping[int, float]) -> tuple[float, int, float, int]:
+    """Return (percent, layer) of the layer that is explained least, and of that explained most."""
+    low, high = min(explained, key=explained.__getitem__), max(explained, key=explained.__getitem__)
+    return 100 * explained[low], low, 100 * explained[high], high
 
 
 class RouterWeights:

@@ -1,0 +1,55 @@
+"""Routers that a run starts from (--init_routers): what they are set up as, and their weights."""
+
+import dataclasses
+from pathlib import Path
+
+from megaskip.checkpoint.base import BaseModel
+from megaskip.checkpoint.routers import load_router_tensors, read_router_config
+from megaskip.config import RouterConfig, RunConfig
+from megaskip.errors import ConfigError
+from megaskip.routing import RouterSet
+
+_STEERED = {"capacity", "capacity_low", "penalty_weight", "threshold", "calibrated"}
+"""Settings of a training rather than of the routers' weights: the flags have them."""
+
+
+def with_initial_routers(config: RunConfig) -> RunConfig:
+    """Return `config` with the router settings of --init_routers, if it is given.
+
+    Raises ConfigError when a flag says otherwise than the folder, CheckpointError when the folder
+    is none.
+    """
+    if config.model.init_routers is None:
+        return config
+    folder = Path(config.model.init_routers)
+    stored, layers, _ = read_router_config(folder)
+    stored = dataclasses.replace(stored, layers=layers)
+    problems, taken = [], {}
+    for field in dataclasses.fields(RouterConfig):
+        name, asked = field.name, getattr(config.router, field.name)
+        if name in _STEERED:
+            continue
+        taken[name] = of_folder = getattr(stored, name)
+        if asked not in (of_folder, field.default):
+            problems.append(
+                f"--{name} {asked} is not what --init_routers {folder} holds: {of_folder}; leave "
+                "the flag out"
+            )
+    if problems:
+        raise ConfigError(*problems)
+    router = dataclasses.replace(config.router, **taken, threshold=stored.threshold)
+    return dataclasses.replace(config, router=router)
+
+
+def load_initial_routers(config: RunConfig, routers: RouterSet, base: BaseModel) -> None:
+    """Fill `routers` with the weights of --init_routers, if it is given.
+
+    Raises CheckpointError when they belong to another base model or are damaged.
+    """
+    if config.model.init_routers is None:
+        return
+    folder = Path(config.model.init_routers)
+    described = read_router_config(folder)[2]
+    if described is not None:
+        described.require(base, f"--init_routers {folder}")
+    routers.load_state_dict(load_router_tensors(folder, routers))

@@ -1,0 +1,61 @@
+"""Trainings with compensations: they begin in closed form, or with the routers of a folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megaskip.checkpoint.routers import read_router_config
+from megaskip.cli.train import main as train
+from megaskip.errors import ConfigError
+
+FLAGS = ["--dtype", "float32", "--max_steps", "2", "--micro_batch_size", "4", "--seq_length", "64"]
+FLAGS += ["--max_samples", "96", "--held_out", "16", "--calibration_rows", "32", "--no-progress"]
+MAPS = ["--compensation", "low_rank", "--compensation_rank", "4", "--fit_rows", "32"]
+
+
+def run(folder: Path, *flags: str) -> dict[str, torch.Tensor]:
+    """Train the demo for two steps; return the weights of its routers."""
+    cache = ["--cache_dir", str(folder.parent / "cache")]
+    train([*FLAGS, *cache, "--output_dir", str(folder), *flags])
+    return load_file(folder / "routers/routers.safetensors")
+
+
+def test_training_begins_with_maps_in_closed_form(tmp_path: Path) -> None:
+    still = ["--lr", "0", "--compensation_lr", "0"]
+    fitted = run(tmp_path / "fitted", *MAPS, *still)
+    assert float(fitted["skip_routers.4.attn.compensation.up"].abs().max()) > 0
+    fresh = run(tmp_path / "fresh", *MAPS, *still, "--fit_rows", "0")
+    assert float(fresh["skip_routers.4.attn.compensation.up"].abs().max()) == 0
+
+
+def test_a_run_starts_from_the_routers_of_a_folder(tmp_path: Path) -> None:
+    static = ["--budget", "static", "--layers", "4,6"]
+    first = run(tmp_path / "first", *MAPS, *static)
+    report = json.loads((tmp_path / "first/report.json").read_text())
+    assert report["held_out"]["capacity"] == 0.0
+    still = ["--lr", "0", "--compensation_lr", "0"]
+    start = ["--init_routers", str(tmp_path / "first/routers")]
+    second = run(tmp_path / "second", *start, *still)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    config, layers, _ = read_router_config(tmp_path / "second/routers")
+    assert (layers, config.budget, config.compensation_rank) == ((4, 6), "static", 4)
+    third = run(tmp_path / "third", *start, "--distill", "0.5")
+    changed = {name for name in first if not torch.equal(first[name], third[name])}
+    assert changed == {name for name in first if "compensation" in name}
+
+
+def test_flags_that_say_otherwise_than_the_folder_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "first", *MAPS, "--layers", "4,6")
+    start = ["--init_routers", str(tmp_path / "first/routers")]
+    with pytest.raises(ConfigError, match=r"--compensation_rank 8 is not what .* holds: 4"):
+        run(tmp_path / "second", *start, "--compensation_rank", "8")
+    assert not (tmp_path / "second").exists()
+
+
+def test_static_layers_without_a_map_have_nothing_to_learn(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        run(tmp_path / "run", "--budget", "static")
