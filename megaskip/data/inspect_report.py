@@ -49,9 +49,11 @@ class SourceReport:
     """Tokens of each row that is used."""
     pooled: "array[int]" = field(default_factory=lambda: array("i"))
     """Of these, what a sequence router with pool=prompt reads."""
-    begins: Counter[int] = field(default_factory=Counter)
+    starts: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """First two tokens of a sample -> how often."""
+    begins: Counter[tuple[int, ...]] = field(default_factory=Counter)
     """First token of every stretch that is learnt -> how often; plain text is left out."""
-    ends: Counter[int] = field(default_factory=Counter)
+    ends: Counter[tuple[int, ...]] = field(default_factory=Counter)
     """Last token of every such stretch, unless it was cut off."""
 
     @property
@@ -86,6 +88,8 @@ class SourceReport:
                 examples = self.examples.setdefault(inspected.reason, [])
                 examples += [inspected] if len(examples) < EXAMPLES else []
             else:
+                if inspected.window == 1:
+                    self.starts[tuple(inspected.row.input_ids[:2].tolist())] += 1
                 self._count_tokens(inspected.row, inspected.truncated, prompt_tokens)
 
     def _count_tokens(self, row: Row, truncated: bool, prompt_tokens: int) -> None:
@@ -95,8 +99,8 @@ class SourceReport:
             return
         edges = np.diff(row.supervised.astype(np.int8), prepend=0, append=0)
         ids = row.input_ids
-        self.begins.update(ids[edges[:-1] == 1].tolist())
-        ends = ids[np.flatnonzero(edges == -1) - 1].tolist()
+        self.begins.update((token,) for token in ids[edges[:-1] == 1].tolist())
+        ends = [(token,) for token in ids[np.flatnonzero(edges == -1) - 1].tolist()]
         self.ends.update(ends[:-1] if truncated and row.supervised[-1] else ends)
 
 

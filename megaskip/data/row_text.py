@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from megaskip.config import DataConfig
@@ -90,6 +90,9 @@ class RowReader:
         # Some tokenizers hold runs of spaces as added tokens, which are ordinary text.
         self._special = {i for i, text in added.items() if text.strip()}
         self._special |= set(tokenizer.all_special_ids)
+        ids = list(tokenizer("a", verbose=False)["input_ids"])
+        self.prefix = tuple(takewhile(lambda token: token in self._special, ids))
+        """Special tokens that the tokenizer puts before a text by itself."""
 
     def read(self, inspected: InspectedRow) -> RowText | None:
         """Return the text of a row; None for one that never became tokens."""

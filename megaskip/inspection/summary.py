@@ -26,8 +26,8 @@ def source_lines(view: View, report: SourceReport, reader: RowReader) -> Iterato
     if len(report.columns) > 1 or report.num_parsed and "plain text" not in report.formats:
         yield from _columns(view, report)
     cut, used, dropped = report.stats.truncated, report.num_used, report.num_read - report.num_used
-    cut_text = f", of which {cut:,} are cut at --seq_length" if cut else ""
-    yield _line("rows", f"{report.num_read:,} read: {used:,} used{cut_text}; {dropped:,} dropped")
+    cut_text = f" ({cut:,} cut at --seq_length)" if cut else ""
+    yield _line("rows", f"{report.num_read:,} read: {used:,} used{cut_text}, {dropped:,} dropped")
     for reason, count in report.reasons.most_common():
         colour = _RED if reason in ERRORS else _YELLOW
         yield _line("", view.paint(f"{count:,} dropped: {reason}", colour))
@@ -36,7 +36,7 @@ def source_lines(view: View, report: SourceReport, reader: RowReader) -> Iterato
         text = f"first {example.place}{': ' if detail else ''}{detail}"
         yield from view.wrapped(text, "", " " * (_NAME + 5))
     if report.lengths:
-        yield from _tokens(report, reader)
+        yield from _tokens(view, report, reader)
 
 
 def _files(view: View, report: SourceReport) -> Iterator[str]:
@@ -64,16 +64,29 @@ def _columns(view: View, report: SourceReport) -> Iterator[str]:
     yield _line("columns ignored", text)
 
 
-def _tokens(report: SourceReport, reader: RowReader) -> Iterator[str]:
+def _tokens(view: View, report: SourceReport, reader: RowReader) -> Iterator[str]:
     stats = report.stats
     rows = f"{len(report.lengths):,} rows of tokens, " if stats.rows != report.num_used else ""
     yield _line("tokens per row", f"{rows}{_quantiles(report.lengths)}")
     yield _line("router reads", f"{_quantiles(report.pooled)} (tokens of a row, --pool prompt)")
     yield _line("learnt", f"{stats.supervised_fraction:.1%} of {stats.tokens:,} tokens")
+    yield _line("rows begin", _starts(view, report, reader))
     if report.begins:
-        yield _line("answers begin", _tokens_of(report.begins, reader))
+        yield _line("answers begin", _shares(report.begins, reader))
     if report.ends:
-        yield _line("answers end", _tokens_of(report.ends, reader))
+        yield _line("answers end", _shares(report.ends, reader))
+
+
+def _starts(view: View, report: SourceReport, reader: RowReader) -> str:
+    """Return how rows begin, with a warning where the tokenizer's own prefix is missing or
+    doubled."""
+    prefix, (start, _) = reader.prefix, report.starts.most_common(1)[0]
+    text = _shares(report.starts, reader)
+    is_single = start[: len(prefix)] == prefix[:2] and start[len(prefix) :][:1] != prefix[:1]
+    if is_single or not prefix:
+        return text
+    own = "".join(token_text(reader.token(token)) for token in prefix)
+    return view.paint(f"{text}; the tokenizer puts {own} before a text", _YELLOW)
 
 
 def plan_lines(view: View, inspection: Inspection, fates: RowFates | None) -> Iterator[str]:
@@ -125,10 +138,11 @@ def _quantiles(values: Sequence[int]) -> str:
     return ", ".join(f"{n} {value:.0f}" for n, value in zip(names, quantiles, strict=True))
 
 
-def _tokens_of(counts: Counter[int], reader: RowReader) -> str:
+def _shares(counts: Counter[tuple[int, ...]], reader: RowReader) -> str:
+    """Return the most common of short runs of tokens, with their shares."""
     total = sum(counts.values())
     shown = [
-        f"{token_text(reader.token(token))} {count / total:.0%}"
-        for token, count in counts.most_common(4)
+        f"{' '.join(token_text(reader.token(token)) for token in tokens)} {count / total:.0%}"
+        for tokens, count in counts.most_common(4)
     ]
     return "with " + ", ".join(shown) + (" ..." if len(counts) > 4 else "")

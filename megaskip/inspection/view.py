@@ -58,11 +58,11 @@ class View:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code and text else text
 
     def wrapped(self, text: str, code: str, indent: str = "") -> list[str]:
-        """Return a sentence as lines of at most the width, the second and others indented."""
-        lines = textwrap.wrap(escape(text), self.width, subsequent_indent=f"{indent}  ")
-        return [
-            self.paint(f"{indent}{line}" if n == 0 else line, code) for n, line in enumerate(lines)
-        ]
+        """Return a sentence as lines of at most the width, all but the first indented further."""
+        lines = textwrap.wrap(
+            escape(text), self.width, initial_indent=indent, subsequent_indent=f"{indent}  "
+        )
+        return [self.paint(line, code) for line in lines]
 
     def title(self, text: str) -> str:
         """Return a line that begins a new block."""

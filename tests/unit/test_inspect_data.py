@@ -204,7 +204,7 @@ def test_summary_counts_reasons_and_names_the_first_row_of_each(tmp_path: Path) 
     inspection = inspection_of(config, fast_tokenizer(STRICT))
     reader = reader_of(config, fast_tokenizer(STRICT))
     text = "\n".join(source_lines(PLAIN, inspection.reports[0], reader))
-    assert "9 read: 2 used; 7 dropped" in text
+    assert "9 read: 2 used, 7 dropped" in text
     assert f"2 dropped: cannot be read\n{'':22}first {path}, line 2" in text
     assert f"1 dropped: {CUT_AWAY}\n{'':22}first {path}, line 8" in text
     assert inspection.num_errors == 5 and inspection.first_error is not None
@@ -235,6 +235,24 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     report = inspection_of(config, fast_tokenizer()).reports[0]
     text = "\n".join(source_lines(PLAIN, report, reader_of(config, fast_tokenizer())))
     assert "a.jsonl (2 rows)" in text and re.search(r"files left out +b\.csv", text)
+
+
+@pytest.mark.parametrize(
+    ("template", "warning"),
+    [
+        (CHATML, ""),
+        (CHATML.removeprefix("{{ bos_token }}"), "; the tokenizer puts {<s>} before a text"),
+        ("{{ bos_token }}" + CHATML, "; the tokenizer puts {<s>} before a text"),
+    ],
+)
+def test_beginning_that_is_missing_or_doubled_is_told(
+    template: str, warning: str, tmp_path: Path
+) -> None:
+    config = make_config(write_lines(tmp_path / "a.jsonl", questions(3)))
+    tokenizer = fast_tokenizer(template)
+    report = inspection_of(config, tokenizer).reports[0]
+    text = "\n".join(source_lines(PLAIN, report, reader_of(config, tokenizer)))
+    assert re.search(rf"rows begin +with \S+ \S+ 100%{re.escape(warning)}\n", text)
 
 
 # -- text
@@ -376,7 +394,7 @@ def test_command_reads_no_weights_and_writes_every_row(
     flags = ["--model", str(model), "--data", data, "--held_out", "4", "--seq_length", "64"]
     main([*flags, "--rows", "3", "--output", str(output)])
     text = " ".join(capsys.readouterr().out.split())
-    assert "41 read: 40 used; 1 dropped" in text and "36 of 40 rows of tokens" in text
+    assert "41 read: 40 used, 1 dropped" in text and "36 of 40 rows of tokens" in text
     assert f"training stops at {data}, line 41: does not fit the format: field 'answer'" in text
     assert text.count("trained on: ") + text.count("held out: ") == 3 and "\x1b" not in text
     records = [json.loads(line) for line in output.read_text().splitlines()]
