@@ -15,8 +15,10 @@ from megaskip._version import __version__
 from megaskip.config import RouterConfig
 
 if TYPE_CHECKING:
+    from megaskip.api import calibrate, convert, export_static, load_for_inference
     from megaskip.arch import attach_routers, detach_routers
     from megaskip.checkpoint import load_routers, save_routers
+    from megaskip.integrations import route_tune
     from megaskip.routing import RouterSet
 
 __all__ = [
@@ -24,15 +26,25 @@ __all__ = [
     "RouterSet",
     "__version__",
     "attach_routers",
+    "calibrate",
+    "convert",
     "detach_routers",
+    "export_static",
+    "load_for_inference",
     "load_routers",
+    "route_tune",
     "save_routers",
 ]
 _HOMES = {
     "RouterSet": "megaskip.routing",
     "attach_routers": "megaskip.arch",
+    "calibrate": "megaskip.api",
+    "convert": "megaskip.api",
     "detach_routers": "megaskip.arch",
+    "export_static": "megaskip.api",
+    "load_for_inference": "megaskip.api",
     "load_routers": "megaskip.checkpoint",
+    "route_tune": "megaskip.integrations",
     "save_routers": "megaskip.checkpoint",
 }
 """Where the names of `if TYPE_CHECKING` are."""

@@ -2,6 +2,7 @@
 out."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,9 @@ class CalibrationResult:
     """Those that the routers realise, in ascending order."""
     problems: tuple[str, ...] = ()
     """For each of the others: what was found, what was expected and what to change."""
+    dense_loss: float = math.nan
+    """Held out, nats a supervised token, of the model with everything running; not a number where
+    it was not measured."""
 
     def require_all(self) -> None:
         """Raise UnreachedError with all problems, if there are any."""

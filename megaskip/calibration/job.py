@@ -21,7 +21,6 @@ from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import OptimConfig, ParallelConfig, RouterConfig, RunConfig
 from megaskip.config.commands.calibrate import CalibrateOptions
 from megaskip.config.paths import why_unwritable
-from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
 from megaskip.export.folder import require_new
 from megaskip.log import quiet_libraries, set_up_logging
@@ -34,45 +33,87 @@ from megaskip.runs.source import TrainedRouters, find_routers, open_text, read_a
 
 
 def calibrate(options: CalibrateOptions) -> None:
-    """Calibrate, write the table and print it. Every rank calls it."""
+    """Calibrate, write the thresholds and print a table. Every rank calls it.
+
+    Raises UnreachedError, after that, for capacities that the routers do not keep.
+    """
     topology = read_topology(os.environ)
     set_up_logging(rank=topology.rank)
     quiet_libraries()
-    routers = find_routers(options.source)
-    output = _output(options, routers)
-    stored, _, described = read_router_config(routers.folder)
-    require_rounds(stored, options.allocate)
-    if described is not None:
-        described.require(describe_folder(routers.base), "the router folder")
-    if options.ds_config is not None:
-        from megaskip.parallel.zero3 import prepare_deepspeed
-
-        prepare_deepspeed()
-    config = _run_config(options, routers)
-    loader = open_text(
-        config.data,
-        config.model,
-        routers.base,
-        prompt_tokens=stored.prompt_tokens,
-        micro_batch_size=options.micro_batch_size,
-        rank=topology.rank,
-        world_size=topology.world_size,
-    )
-    if not len(loader.data.held_out):
-        raise ConfigError(
-            "no text is held out to check the capacities on; give --eval_data, or more --data"
-        )
-    with process_group(topology, timeout=config.parallel.dist_timeout):
-        result, dense = _search(options, config, topology, routers, loader)
-        points = result.points
-        if topology.is_first and points:
-            title = f"calibrated: {output} (held-out loss, dense: {dense:.4f})"
-            rows = [_row(point, allocated=options.allocate > 0) for point in points]
+    job = CalibrationJob(options, topology, shows_progress=topology.is_first)
+    with process_group(topology, timeout=job.config.parallel.dist_timeout):
+        result = job.search()
+        if topology.is_first and result.points:
+            title = f"calibrated: {job.output} (held-out loss, dense: {result.dense_loss:.4f})"
+            rows = [_row(point, allocated=options.allocate > 0) for point in result.points]
             print("\n".join(table(rows, title=title)))
-        if points:
-            updated = with_points(stored, points)
-            on_first_rank(topology, lambda: _write(routers.folder, output, updated))
+        job.write(result)
     result.require_all()
+
+
+class CalibrationJob:
+    """A calibration of the routers in a folder: checked when it is made, then `search` and
+    `write`."""
+
+    def __init__(
+        self, options: CalibrateOptions, topology: Topology, *, shows_progress: bool
+    ) -> None:
+        """Read routers and text of `options`; before any process group, so that no rank waits for
+        another. Raises ConfigError for what cannot work."""
+        self._options, self._topology, self._shows_progress = options, topology, shows_progress
+        self._routers = find_routers(options.source)
+        self.output = _output(options, self._routers)
+        self._stored, _, described = read_router_config(self._routers.folder)
+        require_rounds(self._stored, options.allocate)
+        if described is not None:
+            described.require(describe_folder(self._routers.base), "the router folder")
+        if options.ds_config is not None:
+            from megaskip.parallel.zero3 import prepare_deepspeed
+
+            prepare_deepspeed()
+        self.config = _run_config(options, self._routers)
+        self._loader = open_text(
+            self.config.data,
+            self.config.model,
+            self._routers.base,
+            prompt_tokens=self._stored.prompt_tokens,
+            micro_batch_size=options.micro_batch_size,
+            rank=topology.rank,
+            world_size=topology.world_size,
+        )
+        if not len(self._loader.data.held_out):
+            raise ConfigError(
+                "no text is held out to check the capacities on; give --eval_data, or more --data"
+            )
+
+    def search(self) -> CalibrationResult:
+        """Return the thresholds, found on the text and checked on held-out text. Collective."""
+        options, loader = self._options, self._loader
+        held_out = loader.held_out()
+        capacities = sorted(set(options.capacity))
+        hidden = None if self._shows_progress else True
+        total = len(capacities) * (1 + options.allocate)
+        with tqdm(total=total, desc="calibrating", disable=hidden) as bar:
+            source = resolve_source(self.config.model)
+            engine = routed_engine(self.config, self._topology, source, self._routers.folder)
+            rows = loader.calibration(options.rows)
+            result = calibrate_all(
+                engine,
+                ProgressBatches(rows, "a pass", disable=hidden),
+                held_out,
+                capacities,
+                rounds=options.allocate,
+                progress=bar.update,
+            )
+            dense_loss = engine.evaluate(held_out, routed=False).loss
+        return dataclasses.replace(result, dense_loss=dense_loss)
+
+    def write(self, result: CalibrationResult) -> None:
+        """Put the thresholds that were found into the settings of the output folder. Collective."""
+        if result.points:
+            settings = with_points(self._stored, result.points)
+            folder = self._routers.folder
+            on_first_rank(self._topology, lambda: _write(folder, self.output, settings))
 
 
 def _output(options: CalibrateOptions, routers: TrainedRouters) -> Path:
@@ -95,32 +136,6 @@ def _run_config(options: CalibrateOptions, routers: TrainedRouters) -> RunConfig
         optim=OptimConfig(micro_batch_size=options.micro_batch_size),
         parallel=ParallelConfig(ds_config=options.ds_config),
     )
-
-
-def _search(
-    options: CalibrateOptions,
-    config: RunConfig,
-    topology: Topology,
-    routers: TrainedRouters,
-    loader: DataLoader,
-) -> tuple[CalibrationResult, float]:
-    """Return (what came of each capacity, dense held-out loss). Collective."""
-    held_out = loader.held_out()
-    capacities = sorted(set(options.capacity))
-    hidden = None if topology.is_first else True
-    total = len(capacities) * (1 + options.allocate)
-    with tqdm(total=total, desc="calibrating", disable=hidden) as bar:
-        engine = routed_engine(config, topology, resolve_source(config.model), routers.folder)
-        calibration = ProgressBatches(loader.calibration(options.rows), "a pass", disable=hidden)
-        result = calibrate_all(
-            engine,
-            calibration,
-            held_out,
-            capacities,
-            rounds=options.allocate,
-            progress=bar.update,
-        )
-        return result, engine.evaluate(held_out, routed=False).loss
 
 
 def _write(routers: Path, output: Path, config: RouterConfig) -> None:

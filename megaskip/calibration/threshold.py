@@ -1,34 +1,59 @@
 """The threshold at which a text keeps an asked capacity, found with forward passes of an engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from megaskip.calibration.search import ThresholdSearch
-from megaskip.data import Batch
 from megaskip.parallel.collectives import gather_from_ranks
-from megaskip.parallel.engine import Engine
+from megaskip.routing import RouterSet, RoutingDecision
 
 _CALIBRATED = 0.002
 """Distance from the asked capacity at which calibration stops."""
 _ENOUGH = 2**21
 """Logits of all ranks that a quantile is taken of: its error is then a few ten-thousandths."""
 
+B = TypeVar("B")
+
+
+class ForwardPasses(Protocol[B]):
+    """What calibration needs of an engine: forward passes over batches of any kind, and decisions.
+
+    Engine is one; integrations have others.
+    """
+
+    @property
+    def routers(self) -> RouterSet: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def forwards(
+        self, batches: Sequence[B | None], check: Callable[[], object] = ...
+    ) -> Iterator[tuple[B | None, Tensor]]:
+        """Yield each batch of this rank right after its forward pass. Collective."""
+        ...
+
+    def own_decisions(self) -> dict[int, RoutingDecision]:
+        """Return the last forward pass's decisions that this rank made."""
+        ...
+
 
 @torch.no_grad()
 def calibrate_threshold(
-    engine: Engine,
-    batches: Sequence[Batch | None],
+    engine: ForwardPasses[B],
+    batches: Sequence[B | None],
     *,
     capacity: float | None = None,
     rounds: int = 4,
     check: Callable[[], object] = lambda: None,
 ) -> float:
     """Put the threshold where `batches` of all ranks keep `capacity` (the asked one without it);
-    returns what they keep. Collective.
+    return what they keep. Collective.
 
-    Repeated, because a layer's decision changes what the layers above it read (see
+    Repeated, because a layer's decisions change the input of the layers above it (see
     ThresholdSearch). `check` as in Engine.forwards.
     """
     budget = engine.routers.steering.budget
@@ -47,11 +72,15 @@ def calibrate_threshold(
 
 @torch.no_grad()
 def decide_all(
-    engine: Engine, batches: Sequence[Batch | None], check: Callable[[], object] = lambda: None
+    engine: ForwardPasses[B],
+    batches: Sequence[B | None],
+    check: Callable[[], object] = lambda: None,
 ) -> tuple[float, Tensor]:
-    """Return (share kept, how far real units' logits are above the layer's own threshold,
-    float32 [N]: all, or evenly chosen ones of very many) over the batches of all ranks.
-    Collective."""
+    """Return (share of the units that ran, float32 [N] by how much the logits of units are above
+    their layer's threshold) over the batches of all ranks. Collective.
+
+    The logits are those of all units, or of evenly chosen ones when there are very many.
+    """
     sums, above = torch.zeros(2, dtype=torch.float64), [torch.zeros(0)]
     for batch, _ in engine.forwards(batches, check):
         decisions = engine.own_decisions() if batch is not None else {}
@@ -67,7 +96,7 @@ def decide_all(
 
 
 def quantile(values: Tensor, share: float) -> float:
-    """Return the middle between the two values that `share` of all lie below; any size of [N]."""
+    """Return the number that `share` of `values` [N] lie below: the middle between two of them."""
     ordered = values.double().sort().values
     at = round(share * len(ordered))
     below, above = ordered[max(at - 1, 0)], ordered[min(at, len(ordered) - 1)]

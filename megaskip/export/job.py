@@ -1,18 +1,18 @@
 """The jobs of `megaskip convert` and `megaskip import-routers`."""
 
 import time
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 from megaskip.config.commands.convert import ConvertOptions
 from megaskip.config.commands.import_routers import ImportOptions
-from megaskip.errors import CheckpointError
 from megaskip.export.folder import Exported, export_folder
 from megaskip.export.published import import_published
 from megaskip.export.verify import verify_folder
 from megaskip.log import quiet_libraries
 from megaskip.reporting.summary import human_bytes, table
-from megaskip.runs.source import chosen_tokenizer, find_routers
+from megaskip.runs.source import TrainedRouters, chosen_tokenizer, find_routers
 
 
 def convert(options: ConvertOptions) -> None:
@@ -20,19 +20,9 @@ def convert(options: ConvertOptions) -> None:
     finds other logits."""
     quiet_libraries()
     routers = find_routers(options.source)
-    tokenizer = chosen_tokenizer(options.tokenizer, options.source, routers.base)
     begun = time.monotonic()
     with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
-        done = export_folder(
-            routers.folder,
-            routers.base,
-            options.output,
-            mode=options.mode,
-            kv=options.kv,
-            tokenizer=tokenizer,
-            facts=routers.facts,
-            progress=bar.update,
-        )
+        done = write_converted(options, routers, progress=bar.update)
     rows = _summary(done, time.monotonic() - begun)
     verified = None
     if options.verify:
@@ -40,8 +30,28 @@ def convert(options: ConvertOptions) -> None:
         difference = f"{verified.difference:.1e} over {verified.tokens} tokens"
         rows.append(("verified", f"fresh process, fp32: logits differ by at most {difference}"))
     print("\n".join(table(rows, title=f"exported: {done.folder}")))
-    if verified is not None and not verified.passed:
-        raise CheckpointError(verified.explain(done.folder))
+    if verified is not None:
+        verified.require(done.folder)
+
+
+def write_converted(
+    options: ConvertOptions,
+    routers: TrainedRouters,
+    *,
+    progress: Callable[[int], object] = lambda size: None,
+) -> Exported:
+    """Write `routers` as the folder that `options` describe; `progress` is told the bytes of each
+    file that is done. Raises CheckpointError or ConfigError."""
+    return export_folder(
+        routers.folder,
+        routers.base,
+        options.output,
+        mode=options.mode,
+        kv=options.kv,
+        tokenizer=chosen_tokenizer(options.tokenizer, options.source, routers.base),
+        facts=routers.facts,
+        progress=progress,
+    )
 
 
 def import_routers(options: ImportOptions) -> None:

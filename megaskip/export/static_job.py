@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from megaskip.export.static_folder import (
     require_exportable,
     verify_static,
 )
+from megaskip.export.verify import Verified
 from megaskip.log import quiet_libraries
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.loading.whole import load_whole
@@ -27,10 +29,54 @@ from megaskip.reporting.summary import human_bytes, table
 from megaskip.runs.source import TrainedRouters, chosen_tokenizer, find_routers, open_text, read_as
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticOutcome:
+    """A static export, and what it was chosen by."""
+
+    done: StaticExport
+    seconds: float
+    """That writing took."""
+    dropped: Mapping[str, Sequence[int]]
+    """Layers, by attn or mlp."""
+    capacity: Mapping[int, float]
+    """Measured capacity by routed layer; not a number where it was not measured."""
+    text: str
+    """What it was measured on."""
+    verified: Verified | None = None
+    """The comparison with the base whose sublayers are off; None where it was not asked for."""
+
+    def require_verified(self) -> None:
+        """Raise CheckpointError when the comparison found other logits."""
+        if self.verified is not None and not self.verified.passed:
+            raise CheckpointError(
+                f"{self.done.folder}: its logits differ by {self.verified.difference:.1e} from "
+                "those of the base with the same sublayers forced off (largest "
+                f"{self.verified.scale:.1e}); do not use this folder"
+            )
+
+
 def export_without_dropped(options: ExportStaticOptions) -> None:
     """Measure, choose, export and print what was done; raises CheckpointError when --verify finds
     other logits."""
     quiet_libraries()
+    with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
+        outcome = drop_and_export(options, progress=bar.update)
+    rows = _summary(outcome)
+    if (verified := outcome.verified) is not None:
+        difference = f"differ by at most {verified.difference:.1e} over {verified.tokens} tokens"
+        rows.append(("verified", f"fresh process, fp32, against the forced base: {difference}"))
+    print("\n".join(table(rows, title=f"exported: {outcome.done.folder}")))
+    outcome.require_verified()
+
+
+def drop_and_export(
+    options: ExportStaticOptions, progress: Callable[[int], object] = lambda size: None
+) -> StaticOutcome:
+    """Measure the capacity of each layer, choose what is dropped, and write the folder.
+
+    `progress` is told the bytes of each file that is done. Raises CheckpointError, ConfigError,
+    DataError or UnsupportedModelError.
+    """
     routers = find_routers(options.source)
     base = routers.base
     config, routed, described = read_router_config(routers.folder)
@@ -45,29 +91,26 @@ def export_without_dropped(options: ExportStaticOptions) -> None:
     layers = choose_dropped(capacity, below=options.below, count=options.count, layers=listed)
     dropped = sublayers(config.target, layers)
     begun = time.monotonic()
-    with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
-        done = export_static(
-            base,
-            options.output,
-            dropped,
-            form=options.format,
-            name=described.name if described is not None else "",
-            tokenizer=tokenizer,
-            facts={"capacity per layer": _capacity_text(capacity, ()), "measured on": text},
-            progress=bar.update,
-        )
-    rows = _summary(done, dropped, capacity, text, time.monotonic() - begun)
+    done = export_static(
+        base,
+        options.output,
+        dropped,
+        form=options.format,
+        name=described.name if described is not None else "",
+        tokenizer=tokenizer,
+        facts={"capacity per layer": _capacity_text(capacity, ()), "measured on": text},
+        progress=progress,
+    )
+    seconds = time.monotonic() - begun
     verified = verify_static(done.folder, base, config.target, layers) if options.verify else None
-    if verified is not None:
-        difference = f"differ by at most {verified.difference:.1e} over {verified.tokens} tokens"
-        rows.append(("verified", f"fresh process, fp32, against the forced base: {difference}"))
-    print("\n".join(table(rows, title=f"exported: {done.folder}")))
-    if verified is not None and not verified.passed:
-        raise CheckpointError(
-            f"{done.folder}: its logits differ by {verified.difference:.1e} from those of the base "
-            f"with the same sublayers forced off (largest {verified.scale:.1e}); do not use "
-            "this folder"
-        )
+    return StaticOutcome(
+        done=done,
+        seconds=seconds,
+        dropped=dropped,
+        capacity=capacity,
+        text=text,
+        verified=verified,
+    )
 
 
 def _listed_layers(text: str | None, base: Path) -> tuple[int, ...] | None:
@@ -96,21 +139,16 @@ def _measured(
     return shares, f"{rows} rows of {', '.join(data.data)}"
 
 
-def _summary(
-    done: StaticExport,
-    dropped: Mapping[str, Sequence[int]],
-    capacity: Mapping[int, float],
-    text: str,
-    seconds: float,
-) -> list[tuple[str, str]]:
+def _summary(outcome: StaticOutcome) -> list[tuple[str, str]]:
     """Return the rows of the closing table."""
-    gone = {layer for layers in dropped.values() for layer in layers}
+    done = outcome.done
+    gone = {layer for layers in outcome.dropped.values() for layer in layers}
     return [
-        ("dropped", describe_dropped(dropped)),
-        ("capacity per layer", _capacity_text(capacity, gone)),
-        ("measured on", text),
+        ("dropped", describe_dropped(outcome.dropped)),
+        ("capacity per layer", _capacity_text(outcome.capacity, gone)),
+        ("measured on", outcome.text),
         ("dropped weights", human_bytes(done.removed)),
-        ("written", f"{human_bytes(done.written)} in {seconds:.2f} s"),
+        ("written", f"{human_bytes(done.written)} in {outcome.seconds:.2f} s"),
         ("shared with the base", "; ".join([human_bytes(done.linked), *done.notes])),
     ]
 

@@ -58,15 +58,18 @@ class Verified:
         """Return whether the routers are the trained ones and only rounding is left."""
         return not self.wrong_routers and self.difference <= TOLERANCE * max(self.scale, 1.0)
 
-    def explain(self, folder: Path) -> str:
-        """Return the words for a folder that has not passed."""
+    def require(self, folder: Path) -> None:
+        """Raise CheckpointError unless the folder has passed."""
         if self.wrong_routers:
             names = ", ".join(self.wrong_routers)
-            return f"{folder} loads other routers than the trained ones ({names}); do not use it"
-        return (
-            f"{folder}: its logits differ by {self.difference:.1e} from the trained model's, whose "
-            f"largest is {self.scale:.1e}; do not use this folder"
-        )
+            raise CheckpointError(
+                f"{folder} loads other routers than the trained ones ({names}); do not use it"
+            )
+        if not self.passed:
+            raise CheckpointError(
+                f"{folder}: its logits differ by {self.difference:.1e} from the trained model's, "
+                f"whose largest is {self.scale:.1e}; do not use this folder"
+            )
 
 
 def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> Verified:

@@ -5,6 +5,5 @@ Promise: the same losses and decisions as megaskip's own trainer on the same bat
 
 from megaskip.integrations.batches import BatchMasks, describe_inputs
 from megaskip.integrations.trainer import route_tune
-from megaskip.integrations.tuning import RouterTuningCallback
 
-__all__ = ["BatchMasks", "RouterTuningCallback", "describe_inputs", "route_tune"]
+__all__ = ["BatchMasks", "describe_inputs", "route_tune"]

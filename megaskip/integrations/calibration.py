@@ -25,7 +25,7 @@ def calibrate_on(trainer: Any, model: Any, routers: RouterSet, rows: int) -> flo
         {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
         for batch in itertools.islice(loader, -(-rows // size))
     ]
-    passes: Any = TrainerForwards(model, routers, trainer.args.world_size)
+    passes = TrainerForwards(model, routers, trainer.args.world_size)
     model.eval()
     try:
         return calibrate_threshold(passes, batches)
@@ -42,13 +42,14 @@ class TrainerForwards:
         self._model = model
 
     def forwards(
-        self, batches: Sequence[Inputs], check: Callable[[], object] = lambda: None
-    ) -> Iterator[tuple[Inputs, Tensor]]:
+        self, batches: Sequence[Inputs | None], check: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[Inputs | None, Tensor]]:
         """Yield each batch right after its forward pass; losses are not computed."""
         nothing = torch.zeros(())
         for batch in batches:
             check()
-            self._run(batch)
+            if batch is not None:
+                self._run(batch)
             yield batch, nothing
 
     def own_decisions(self) -> dict[int, RoutingDecision]:

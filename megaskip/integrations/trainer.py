@@ -15,7 +15,7 @@ from megaskip.arch import attach_routers
 from megaskip.checkpoint.base import BaseModel, describe_base
 from megaskip.config import RouterConfig
 from megaskip.errors import ConfigError
-from megaskip.integrations.tuning import RouterTuning, RouterTuningCallback, checkpointing_of
+from megaskip.integrations.tuning import RouterTuning, checkpointing_of
 from megaskip.routing import PREFIX, RouterSet
 
 
@@ -37,6 +37,8 @@ def route_tune(
     problems = _problems(trainer, config, calibration_rows)
     if problems:
         raise ConfigError(*problems)
+    from megaskip.integrations.callback import RouterTuningCallback
+
     registered = dict(trainer.model.named_children()).get(PREFIX)
     routers = attach_routers(trainer.model, config) if registered is None else registered
     tuning = RouterTuning(trainer.model, routers, _base_of(trainer.model))

@@ -1,4 +1,4 @@
-"""What a step of another library's trainer must do for the routers, and the callback that steers.
+"""What a step of another library's trainer must do for the routers.
 
 Knows routers, batches and a trainer's settings; `trainer.py` beside it knows the trainer's methods.
 """
@@ -11,21 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from megaskip.arch import find_decoder
-from megaskip.arch.checkpointing import checkpoint_activations, set_layer_checkpointing
+from megaskip.arch.checkpointing import set_layer_checkpointing
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import load_router_tensors, save_routers
 from megaskip.errors import ConfigError
 from megaskip.integrations.batches import describe_inputs
-from megaskip.integrations.calibration import calibrate_on
-from megaskip.log import get_logger
 from megaskip.parallel.collectives import sum_over_ranks
 from megaskip.routing import Counts, Measured, RouterSet
-
-logger = get_logger(__name__)
 
 ROUTERS = "routers"
 """Folder of the routers in a trainer's output folder and in its checkpoints."""
@@ -168,35 +163,3 @@ def checkpointing_of(args: Any) -> tuple[bool, Mapping[str, Any]]:
     is_active = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
     options = getattr(args, "activation_checkpointing_kwargs", None)
     return bool(is_active), options or args.gradient_checkpointing_kwargs or {}
-
-
-class RouterTuningCallback(TrainerCallback):
-    """Steers the capacity after each optimizer step, and calibrates it after the last one.
-
-    route_tune adds it to a trainer; by itself it cannot add the penalty to the loss.
-    """
-
-    def __init__(self, trainer: Any, tuning: RouterTuning, *, calibration_rows: int) -> None:
-        self._trainer, self._tuning, self._calibration_rows = trainer, tuning, calibration_rows
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Checkpoint the layers that have a backward pass and no others, where activation
-        checkpointing is on; every_n_layers of its options is left as it is."""
-        is_active, options = checkpointing_of(args)
-        if is_active and "every_n_layers" not in options:
-            checkpoint_activations(self._tuning.model, self._tuning.routers.layers[0])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Steer. Collective."""
-        self._tuning.end_step(state.global_step / state.max_steps)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the threshold where training rows keep the asked capacity, and write the routers.
-        Collective."""
-        routers, tuning = self._tuning.routers, self._tuning
-        if routers.config.budget == "global" and self._calibration_rows:
-            kept = calibrate_on(self._trainer, tuning.model, routers, self._calibration_rows)
-            threshold = routers.settled_config().describe_threshold()
-            logger.info("calibrated on training data: capacity %.4f at %s", kept, threshold)
-        if args.should_save:
-            tuning.save(Path(args.output_dir))

@@ -75,6 +75,18 @@ def read_topology(environment: Mapping[str, str], *, num_stages: int = 1) -> Top
     )
 
 
+def current_topology() -> Topology:
+    """Return this process's place in the open process group; alone without one."""
+    is_open = dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_open else (0, 1)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
+    local_rank = device.index or 0
+    return Topology(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+
 @contextlib.contextmanager
 def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
     """Hold the default process group open; `timeout` in seconds. Collective.

@@ -29,6 +29,7 @@ LEVEL = {
     "evaluation": 5,
     "study": 5,
     "training": 5,
+    "api": 6,
     "cli": 6,
     "integrations": 6,
 }
@@ -128,8 +129,13 @@ def test_the_public_api_is_what_is_documented() -> None:
         "RouterSet",
         "__version__",
         "attach_routers",
+        "calibrate",
+        "convert",
         "detach_routers",
+        "export_static",
+        "load_for_inference",
         "load_routers",
+        "route_tune",
         "save_routers",
     }
     for name in set(megaskip.__all__) - {"__version__"}:
