@@ -35,6 +35,7 @@ COMMANDS = {
     "export-static": Command("megaskip.cli.export_static", "drop sublayers for good"),
     "import-routers": Command("megaskip.cli.import_routers", "take in published routers"),
     "compare": Command("megaskip.cli.compare", "methods of skipping, at equal skip"),
+    "doctor": Command("megaskip.cli.doctor", "versions, devices, memory, disk: for a bug report"),
 }
 
 

@@ -8,17 +8,21 @@ from collections.abc import Callable, Sequence
 from megaskip.errors import MegaskipError
 
 _USER_ERROR = 2
+_PIPE_CLOSED = 141
+"""What shells show for a program that SIGPIPE has ended."""
 _FIRST_SPEAKS = 3.0
 """Seconds that other ranks leave the first one to print an error that all of them have found."""
 
 
 def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run an entry point on `argv` (sys.argv without it); a MegaskipError ends it with
-    one message and status 2, no
-    traceback."""
+    """Run an entry point on `argv` (sys.argv without its first); a MegaskipError ends it with one
+    message and status 2, no traceback."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `megaskip ... | head` has read enough
+        os._exit(_PIPE_CLOSED)
     except MegaskipError as error:
         if rank != 0:
             time.sleep(_FIRST_SPEAKS)

@@ -22,7 +22,7 @@ Options = TypeVar("Options")
 _RUN_USAGE = "[--ds_config JSON] [--model DIR] [--data PATH] [flags]"
 _EXPECTED = {int: "a whole number", float: "a number"}
 _CONFIG_FILE = "config"
-_CONFIG_FILE_DOC = "flags from a YAML file; the command line wins"
+CONFIG_FILE_DOC = "flags from a YAML file; the command line wins"
 
 
 def parse_options(
@@ -115,7 +115,7 @@ def _make_parser(
         argument_default=argparse.SUPPRESS,
     )
     if config_file:
-        parser.add_argument(f"--{_CONFIG_FILE}", metavar="run.yaml", help=_CONFIG_FILE_DOC)
+        parser.add_argument(f"--{_CONFIG_FILE}", metavar="run.yaml", help=CONFIG_FILE_DOC)
     # Launchers add it; the rank itself comes from the environment.
     for name in ("--local_rank", "--local-rank"):
         parser.add_argument(name, action=_Ignored, help=argparse.SUPPRESS)

@@ -22,6 +22,7 @@ LEVEL = {
     "checkpoint": 4,
     "calibration": 5,
     "export": 5,
+    "doctor": 5,
     "generation": 5,
     "inspection": 5,
     "reporting": 5,
