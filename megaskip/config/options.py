@@ -113,7 +113,8 @@ class Flag:
         if self.default is MISSING or self.default in (None, ()):
             return ""
         if self.is_tuple:
-            return (self.separator or " ").join(map(str, self.default))
+            values = (f"{v:g}" if isinstance(v, float) else str(v) for v in self.default)
+            return (self.separator or " ").join(values)
         return str(self.default)
 
 

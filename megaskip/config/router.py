@@ -33,10 +33,12 @@ Threshold = float | tuple[float, ...]
 class RouterConfig:
     """The routers of one model: what they skip, where, and how much of it they keep."""
 
-    granularity: str = "attn_sequence"
+    granularity: str = field(
+        default="attn_sequence", metadata={"choices": GRANULARITIES, "metavar": "GRANULARITY"}
+    )
     """What one decision covers: {attn,mlp,block} of a layer, for a whole {sequence} or for each
     {token}."""
-    router: str = "linear"
+    router: str = field(default="linear", metadata={"choices": ROUTERS})
     """What scores a unit: "linear" (as published), "affine" (with a bias, so that a layer can be
     worth little for all), or "mlp" (one hidden layer of 16)."""
     layers: int | str | Sequence[int] = field(default="half", metadata={"metavar": "SPEC"})
@@ -51,18 +53,18 @@ class RouterConfig:
     threshold: Threshold = 0.5
     """A unit runs when its score (a sigmoid) is at least this; tools/calibrate.py --allocate finds
     one for each routed layer."""
-    pool: str = "prompt"
+    pool: str = field(default="prompt", metadata={"choices": POOLS})
     """Tokens that a sequence's decision looks at: "prompt" (causal: the same in training, scoring
     and generation) or "all" (every real token, as published)."""
     prompt_tokens: int = 32
     """With pool=prompt, a row without a prompt (plain text) is judged by its first so many
     tokens."""
-    compensation: str = "none"
+    compensation: str = field(default="none", metadata={"choices": COMPENSATIONS})
     """What a skipped unit gets in the place of its sublayer: "none" (nothing, as published), "bias"
     (a constant), or "low_rank" (a linear map of what the sublayer reads, and a constant)."""
     compensation_rank: int = 64
     """Rank of --compensation low_rank; 2 x hidden size x rank parameters for each routed layer."""
-    budget: str = "global"
+    budget: str = field(default="global", metadata={"choices": BUDGETS})
     """What is held to the capacity: "global" (all routed layers and the global batch together,
     steered until it is hit), "layer" (each layer and micro-batch by a hinge, as published), or
     "static" (no layer of --layers ever runs: nothing is decided, the compensation alone trains)."""

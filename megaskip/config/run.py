@@ -4,31 +4,32 @@ fields."""
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megaskip.config.checks import at_least, finite, one_of, within
+from megaskip.config.checks import at_least, finite, within
 from megaskip.config.options import Checked, option
 from megaskip.config.router import RouterConfig
 
 DEMO = "demo"
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(Checked):
     """The frozen base model and what of it trains."""
 
-    model: str = DEMO
+    model: str = option(DEMO, metavar="MODEL")
     """Base model: a Hugging Face folder or hub id; "demo" is the small backbone that ships with
     megaskip."""
-    tokenizer: str | None = None
+    tokenizer: str | None = option(None, metavar="TOKENIZER")
     """Tokenizer folder or hub id, when it is not the model's own."""
-    revision: str | None = None
+    revision: str | None = option(None, metavar="REVISION")
     """Branch, tag or commit of a hub model."""
-    train: str = "routers"
+    train: str = option("routers", choices=("routers", "full"))
     """What trains: "routers" (the backbone stays frozen) or "full" (every weight; makes small
     backbones)."""
-    dtype: str = "auto"
+    dtype: str = option("auto", choices=DTYPES)
     """Type of the backbone's weights: auto (as stored; float32 with --train full), float32 or
     bfloat16. Routers are always float32."""
-    attn_implementation: str = "auto"
+    attn_implementation: str = option("auto", metavar="NAME")
     """Attention of the backbone as transformers names it: sdpa, eager, flash_attention_2, ...; auto
     takes what transformers prefers for the family."""
     trust_remote_code: bool = False
@@ -36,10 +37,6 @@ class ModelConfig(Checked):
     init_routers: str | None = None
     """Start from the routers of this folder, for example those of megaskip fit; it then says what
     is routed, and how, and flags that say otherwise are errors [fresh routers]."""
-
-    def _problems(self) -> Iterator[str]:
-        yield from one_of("train", self.train, ("routers", "full"))
-        yield from one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +58,9 @@ class DataConfig(Checked):
     """Put several samples into one row, without any attention between them."""
     streaming: bool = False
     """Read and tokenise while training, for data that do not fit on disk."""
-    chat_template: str | None = None
+    chat_template: str | None = option(None, metavar="FILE.jinja")
     """A jinja file that replaces the tokenizer's chat template."""
-    cache_dir: str | None = None
+    cache_dir: str | None = option(None, metavar="FOLDER")
     """Where tokenised data are kept [~/.cache/megaskip/data]."""
     tokenize_workers: int = 1
     """Processes that tokenise."""
@@ -159,15 +156,15 @@ class OptimConfig(Checked):
 class ParallelConfig(Checked):
     """Where things run."""
 
-    ds_config: str | None = None
+    ds_config: str | None = option(None, metavar="JSON")
     """DeepSpeed JSON that owns sharding, e.g. ds_configs/zero3.json; without it every rank holds
     the model."""
     pipeline_stages: int = 1
     """Stages of a pipeline (ds_configs/pipeline.json): each holds a slice of the layers; ranks =
     stages x replicas, and the stages of a replica are neighbouring ranks."""
-    pipeline_partition: str | None = None
+    pipeline_partition: str | None = option(None, metavar="LAYER,...")
     """First layer of every stage but the first, e.g. 12,18,25 [what balances the stages' work]."""
-    train_execution: str = "dense"
+    train_execution: str = option("dense", choices=("dense", "sparse"))
     """"dense": every unit runs and the decision multiplies it (the published objective; skipped
     units keep their gradient). "sparse": skipped units are really not computed."""
     activation_checkpointing: bool = False
@@ -183,7 +180,6 @@ class ParallelConfig(Checked):
     """With --dry_run, or `megaskip plan`: the number of ranks to plan for."""
 
     def _problems(self) -> Iterator[str]:
-        yield from one_of("train_execution", self.train_execution, ("dense", "sparse"))
         yield from at_least("pipeline_stages", self.pipeline_stages, 1)
         yield from self._partition_problems()
         yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
@@ -220,13 +216,13 @@ class ParallelConfig(Checked):
 class CheckpointConfig(Checked):
     """What is written and where a run picks up."""
 
-    output_dir: str | None = None
+    output_dir: str | None = option(None, metavar="FOLDER")
     """The run's folder [a new one, runs/MODEL-GRANULARITY-NNN]."""
     save_every: int = 100
     """Steps between checkpoints; 0 writes only the last one."""
     keep_last: int = 2
     """Checkpoints kept; older ones are removed."""
-    resume: str | None = None
+    resume: str | None = option(None, metavar="CHECKPOINT")
     """"auto" continues from the newest complete checkpoint of --output_dir (or of the newest run of
     this kind), if there is any; or the path of a checkpoint."""
 

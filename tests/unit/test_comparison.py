@@ -13,6 +13,7 @@ from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.calibration.allocation import UnreachedError
 from megaskip.cli.compare import parse
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from megaskip.config.commands.compare import BASELINES
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
@@ -42,6 +43,7 @@ def comparison() -> Iterator[Comparison]:
 def test_baselines_skip_exactly_what_is_asked(comparison: Comparison) -> None:
     dense = comparison.measure(comparison.everything)
     assert dense.text.kept.all()
+    assert comparison.orders([0]).keys() == set(BASELINES)
     for name, (order, *_) in comparison.orders([0]).items():
         found = comparison.measure(comparison.policy(order, 0.25))
         point = comparison.point(name, 0.25, [found], dense)

@@ -15,17 +15,19 @@ sys.path.insert(0, str(ROOT))  # runs from a clone
 
 from megaskip.cli.main import COMMANDS  # noqa: E402
 from megaskip.config.cli import CONFIG_FILE_DOC  # noqa: E402
-from megaskip.config.options import Flag, flags_of  # noqa: E402
+from megaskip.config.options import Flag, flags_of, is_section  # noqa: E402
+from megaskip.config.run import RunConfig  # noqa: E402
 
 _INTRO = """\
 # Command line
 
 <!-- Written by tools/make/cli_docs.py from the options of the commands: change those, not this. -->
 
-`megaskip COMMAND [flags]`; in a clone that is not installed, `python -m megaskip COMMAND [flags]`. Under `deepspeed` and
-`torchrun` start the file in the second column, or `-m megaskip COMMAND` (`deepspeed --module megaskip COMMAND`).
-`--flag value` and `--flag=value` mean the same. A flag that is on by default is switched off by `--no-flag`. All problems of a
-command line are told at once, and end it with status 2.
+`megaskip COMMAND [flags]`; in a clone that is not installed, `python -m megaskip COMMAND [flags]`.
+Under `deepspeed` and `torchrun` start the file in the second column, or the module:
+`torchrun -m megaskip COMMAND`, `deepspeed --module megaskip COMMAND`. A flag that is on by default
+is switched off by `--no-flag`. All problems of a command line are told at once, and end it with
+status 2.
 
 | command | file | what it does |
 |---|---|---|
@@ -63,11 +65,26 @@ def _section(name: str, module_name: str) -> str:
     text = f"\n## megaskip {name}\n\n```text\n{(module.__doc__ or '').strip()}\n```\n\n"
     if name == "plan":
         return f"{text}The flags are those of [`train`](#megaskip-train), without `--dry_run`.\n"
-    flags = flags_of(typing.get_type_hints(module.parse)["return"]).values()
-    rows = [_row(flag) for flag in sorted(flags, key=lambda flag: not flag.is_required)]
     if name == "train":
-        rows.insert(0, f"| `--config run.yaml` | | {CONFIG_FILE_DOC} |\n")
-    return text + _HEADER + "".join(rows)
+        return text + _tables_of_train()
+    flags = flags_of(typing.get_type_hints(module.parse)["return"]).values()
+    return text + _table(sorted(flags, key=lambda flag: not flag.is_required))
+
+
+def _tables_of_train() -> str:
+    """Return a table for each section of a run, and one for the flags that are in none."""
+    flags = list(flags_of(RunConfig).values())
+    config_file = f"| `--config run.yaml` | | {CONFIG_FILE_DOC} |\n"
+    text = _table(flag for flag in flags if flag.owner is RunConfig) + config_file
+    for section, cls in typing.get_type_hints(RunConfig).items():
+        if is_section(cls):
+            text += f"\n**{section}**: {' '.join((cls.__doc__ or '').split())}\n\n"
+            text += _table(flag for flag in flags if flag.owner is cls)
+    return text
+
+
+def _table(flags: Iterable[Flag]) -> str:
+    return _HEADER + "".join(map(_row, flags))
 
 
 def _row(flag: Flag) -> str:
@@ -76,7 +93,7 @@ def _row(flag: Flag) -> str:
         default = "required"
     elif computed := re.search(r" ?\[([^\[\]]+)\]\.?$", explanation):
         # A default that is not a value: "[what the routers name]" at the end of the explanation.
-        explanation, default = explanation[: computed.start()], computed[1]
+        explanation, default = f"{explanation[: computed.start()]}.", computed[1]
     if flag.kind is bool:
         shown, default = f"--{flag.name}", "on" if flag.default else "off"
     else:

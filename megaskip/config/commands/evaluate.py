@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.config.checks import at_least
-from megaskip.config.commands.source import DTYPES
 from megaskip.config.options import Checked, option
 from megaskip.config.paths import output_file_problems
+from megaskip.config.run import DTYPES
 
 _LEAST = {"num_fewshot": 0, "limit": 1, "batch_size": 1, "max_length": 2, "pipeline_stages": 1}
 

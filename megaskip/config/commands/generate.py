@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.config.checks import at_least, within
-from megaskip.config.commands.source import DTYPES
 from megaskip.config.options import Checked, option
 from megaskip.config.paths import output_file_problems
+from megaskip.config.run import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

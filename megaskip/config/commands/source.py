@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.config.options import Checked, exactly_one, option
-
-DTYPES = ("auto", "float32", "bfloat16")
+from megaskip.config.run import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
