@@ -1,6 +1,6 @@
 """The callback of transformers' Trainer that steers and calibrates routers.
 
-In a file of its own: transformers' callbacks import accelerate, which sets environment variables, so
+In a file of its own: transformers' callbacks import accelerate, which sets environment variables;
 it is imported when there is a trainer.
 """
 
