@@ -4,7 +4,7 @@ Promise: no modelling code is copied, no state-dict key changes, and a family on
 not the identity is refused with numbers.
 """
 
-from megaskip.arch.attach import attach_routers, attach_to_stage
+from megaskip.arch.attach import attach_routers
 from megaskip.arch.decoder import DecoderParts, find_decoder
 from megaskip.arch.detach import detach_routers
 from megaskip.arch.probe import ProbeReport, probe_layer
@@ -14,7 +14,6 @@ __all__ = [
     "DecoderParts",
     "ProbeReport",
     "attach_routers",
-    "attach_to_stage",
     "detach_routers",
     "find_decoder",
     "freeze",

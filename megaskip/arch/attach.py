@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.detach import is_routed
-from megaskip.arch.part import LayerElsewhere
 from megaskip.arch.probe import probe_layer
-from megaskip.arch.stage import DecoderStage
+from megaskip.arch.stage import LayerElsewhere
 from megaskip.arch.trainable import freeze
 from megaskip.arch.wiring import wire
 from megaskip.config import RouterConfig, resolve_layers
@@ -31,7 +29,8 @@ def attach_routers(
     `register=False` keeps the RouterSet beside the model (for a model that DeepSpeed shards)
     instead of on it as `skip_routers`. `verify` proves on the model itself, with a few tokens, that
     skipping is the identity; a model on which it is not stays as it was: UnsupportedModelError with
-    the numbers.
+    the numbers. Of a stage of a model the layers that it holds are routed; the routers are those of
+    the whole model, which are kilobytes.
     """
     config = config or RouterConfig()
     parts = find_decoder(model)
@@ -51,28 +50,6 @@ def attach_routers(
     if register:
         model.add_module(PREFIX, routers)
     freeze(model)
-    return routers
-
-
-def attach_to_stage(stage: DecoderStage, config: RouterConfig, *, verify: bool = True) -> RouterSet:
-    """Give a pipeline stage's layers fresh routers; returns the routers of the whole model.
-
-    Every stage holds all of them, for they are kilobytes: only those of its own layers decide here
-    and have gradients. Skipping is proven on the stage's own weights, as in `attach_routers`.
-    """
-    layers = resolve_layers(config.layers, stage.part.depth)
-    _require_routable(layers, config)
-    weight = next(iter(stage.parameters()))
-    owned = stage.part.owned(layers)
-    if owned and verify:
-        hidden = torch.zeros(1, 8, stage.hidden_size, dtype=weight.dtype, device=weight.device)
-        inputs = None if stage.part.is_first else {"inputs_embeds": hidden}
-        report = probe_layer(stage, owned[0] - stage.part.first, inputs=inputs)
-        if not report.passed:
-            raise UnsupportedModelError(report.explain(find_decoder(stage).model_type))
-    routers = RouterSet(config, layers, stage.hidden_size, device=weight.device)
-    wire(find_decoder(stage), routers, first_layer=stage.part.first)
-    stage.requires_grad_(False)
     return routers
 
 

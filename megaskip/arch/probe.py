@@ -7,7 +7,7 @@ the plain layer.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,21 +98,19 @@ class _ProbeGate:
 
 
 @torch.no_grad()
-def probe_layer(
-    model: nn.Module, index: int, *, inputs: Mapping[str, Tensor] | None = None
-) -> ProbeReport:
+def probe_layer(model: nn.Module, index: int) -> ProbeReport:
     """Measure on layer `index` of `model` itself, not yet routed, whether its gates would be in the
     right places.
 
     Runs one forward pass of 8 tokens and the layer seven times. Under ZeRO-3 collective: every rank
-    calls it. `inputs` are what the decoder is called with instead of token ids.
+    calls it.
     """
     parts = find_decoder(model)
     layer = parts.layers[index]
     was_training = model.training
     model.eval()
     try:
-        args, kwargs = _arguments_of(layer, parts.decoder, inputs)
+        args, kwargs = _arguments_of(layer, parts.decoder)
         x = _input_like(args[0])
 
         def plain() -> Tensor:
@@ -165,9 +163,7 @@ def _gated(layer: nn.Module, model_type: str) -> Iterator[dict[str, float]]:
             unroute(module)
 
 
-def _arguments_of(
-    layer: nn.Module, decoder: nn.Module, inputs: Mapping[str, Tensor] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what `decoder` passes to `layer` for a short input: masks, positions, whatever the
     family needs."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -179,7 +175,7 @@ def _arguments_of(
     try:
         device = next(buffer for buffer in (*decoder.parameters(), *decoder.buffers())).device
         ids = torch.arange(1, _TOKENS + 1, device=device).unsqueeze(0)
-        decoder(**(inputs or {"input_ids": ids}), use_cache=False)
+        decoder(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
     args, kwargs = seen[0]

@@ -13,18 +13,15 @@ from megaskip.arch.sublayer import route_layer
 from megaskip.routing.routers import Routers
 
 
-def wire(
-    parts: DecoderParts, routers: Routers, *, first_layer: int = 0, elsewhere: Sequence[int] = ()
-) -> None:
+def wire(parts: DecoderParts, routers: Routers, *, elsewhere: Sequence[int] = ()) -> None:
     """Let the routed layers ask the gates of `routers`, and plain calls describe themselves.
 
-    `first_layer` is the absolute index of the decoder's first layer, when it is a slice of a model;
-    layers `elsewhere` are those of other processes. A model of which a layer is refused stays as it
+    Layers `elsewhere` are those of other processes. A model of which a layer is refused stays as it
     was.
     """
     here = {
         index: layer
-        for index, layer in enumerate(parts.layers, start=first_layer)
+        for index, layer in enumerate(parts.layers)
         if index in routers.gates and index not in elsewhere
     }
     sites = {index: find_sites(layer, parts.model_type) for index, layer in here.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megaskip.arch import find_decoder
-from megaskip.parallel.loading.staged import StagedModel
+from megaskip.parallel.loading.staged_model import StagedModel
 from megaskip.routing import Routers
 
 
@@ -148,7 +148,7 @@ class StageRunner(LocalRunner):
     ) -> None:
         super().__init__(staged.model, routers, share=share, shares=shares)
         self._links = staged.links
-        self.answers = staged.part.is_last
+        self.answers = staged.layer_range.is_last
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, stop: "StopRows", **options: Any

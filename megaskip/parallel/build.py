@@ -5,18 +5,19 @@ from typing import Any
 
 from torch import nn
 
-from megaskip.arch import attach_routers, attach_to_stage, find_decoder, freeze
+from megaskip.arch import attach_routers, find_decoder, freeze
 from megaskip.arch.checkpointing import checkpoint_activations
-from megaskip.arch.stage import DecoderStage, slices, verify_stages
+from megaskip.arch.stage import DecoderStage
+from megaskip.arch.stage_proof import verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import require_dtype, zero3_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.full_engine import FullEngine
-from megaskip.parallel.loading.partition import boundaries_of
 from megaskip.parallel.loading.partitioned import load_partitioned
 from megaskip.parallel.loading.source import ModelSource, log_if_slow
-from megaskip.parallel.loading.stage import load_stage
+from megaskip.parallel.loading.stage_cuts import cuts_for_training
+from megaskip.parallel.loading.stage_weights import load_stage
 from megaskip.parallel.loading.whole import build_tiny, load_whole, skeleton
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet, SparseExecutor
@@ -66,20 +67,18 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
     from megaskip.parallel.pipeline import PipelineEngine
 
     verify_stages(source.hf_config, functools.partial(build_tiny, source))
-    shape = skeleton(source)
-    depth = len(find_decoder(shape).layers)
-    cuts = boundaries_of(shape, config.router, config.parallel)
-    part = slices(cuts, depth)[topology.stage]
+    cuts = cuts_for_training(skeleton(source), config.router, config.parallel)
+    layers = cuts[topology.stage]
     chunk_tokens = config.parallel.loss_chunk_tokens
 
-    def cut(model: nn.Module) -> DecoderStage:
-        return DecoderStage(model, part, chunk_tokens=chunk_tokens)
+    def take_apart(model: nn.Module) -> DecoderStage:
+        return DecoderStage(model, layers, chunk_tokens=chunk_tokens)
 
-    stage = load_stage(source, part, cut, topology.device)
-    routers = attach_to_stage(stage, config.router)
+    stage = load_stage(source, layers, take_apart, topology.device)
+    routers = attach_routers(stage, config.router, register=False)
     _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
-        checkpoint_activations(stage.decoder, max(routers.layers[0] - stage.part.first, 0))
+        checkpoint_activations(stage.decoder, routers.layers[0])
     return PipelineEngine(stage, routers, config, topology)
 
 

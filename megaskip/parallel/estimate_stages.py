@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megaskip.arch import attach_to_stage, find_decoder
+from megaskip.arch import attach_routers
 from megaskip.arch.checkpointing import checkpoint_activations
-from megaskip.arch.stage import DecoderStage, Slice, slices
+from megaskip.arch.stage import DecoderStage, LayerRange
 from megaskip.config import RunConfig
 from megaskip.parallel.estimate import TRAINED_BYTES, Estimate
 from megaskip.parallel.live_bytes import LiveBytes
-from megaskip.parallel.loading.partition import boundaries_of
 from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.stage_cuts import cuts_for_training
 from megaskip.parallel.loading.whole import build_model, skeleton
 from megaskip.routing import RouterSet
 from megaskip.routing.handover import carried_keep, receive_keep
@@ -21,18 +21,17 @@ from megaskip.routing.handover import carried_keep, receive_keep
 def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
     """Return what a rank of each stage will need, first stage first. Touches no weights."""
     shape = skeleton(source)
-    cuts = boundaries_of(shape, config.router, config.parallel)
-    parts = slices(cuts, len(find_decoder(shape).layers))
+    cuts = cuts_for_training(shape, config.router, config.parallel)
     parameters = sum(p.numel() for p in shape.parameters())
     estimates = []
-    for number, part in enumerate(parts):
+    for number, layers in enumerate(cuts):
         # 1F1B: so many micro-batches have gone forward here and wait for their backward pass.
-        in_flight = min(len(parts) - number, config.optim.gradient_accumulation_steps)
+        in_flight = min(len(cuts) - number, config.optim.gradient_accumulation_steps)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = build_model(source, source.dtype)
             chunk = config.parallel.loss_chunk_tokens
-            stage = DecoderStage(model, part, chunk_tokens=chunk).eval()
-            routers = attach_to_stage(stage, config.router, verify=False)
+            stage = DecoderStage(model, layers, chunk_tokens=chunk).eval()
+            routers = attach_routers(stage, config.router, register=False, verify=False)
             activations, workspace = _micro_step(stage, routers, config, source.dtype)
         trainable = [(name, tuple(p.shape)) for name, p in routers.named_parameters()]
         estimates.append(
@@ -54,19 +53,19 @@ def _micro_step(
 ) -> tuple[int, int]:
     """Return (bytes kept for the backward pass, further bytes at the worst moment)."""
     if config.parallel.activation_checkpointing:
-        checkpoint_activations(stage.decoder, max(routers.layers[0] - stage.part.first, 0))
+        checkpoint_activations(stage.decoder, routers.layers[0])
     shape = (config.optim.micro_batch_size, config.data.seq_length)
     real = torch.ones(shape, dtype=torch.bool)
-    places = torch.arange(shape[1]).expand(shape)
-    below = sum(layer < stage.part.first for layer in routers.layers)
+    positions = torch.arange(shape[1]).expand(shape)
+    below = sum(layer < stage.layer_range.first for layer in routers.layers)
     with LiveBytes() as live:
         live.ignore([*stage.parameters(), *stage.buffers(), *routers.parameters()])
         routers.set_batch(real, real)
-        inputs = _inputs(stage.part, (*shape, stage.hidden_size), dtype, learns=below > 0)
+        inputs = _inputs(stage.layer_range, (*shape, stage.hidden_size), dtype, learns=below > 0)
         if below:
             units = shape[1] if config.router.unit == "token" else 1
             receive_keep(routers, torch.ones(below, shape[0], units, requires_grad=True))
-        left = [stage(inputs, None, places)]
+        left = [stage(inputs, None, positions)]
         activations = live.current
         if stage.head is not None:
             ids = torch.zeros(shape, dtype=torch.int64)
@@ -78,7 +77,9 @@ def _micro_step(
         return activations, max(live.peak - activations, 0)
 
 
-def _inputs(part: Slice, shape: tuple[int, ...], dtype: torch.dtype, *, learns: bool) -> Tensor:
-    if part.is_first:
+def _inputs(
+    layers: LayerRange, shape: tuple[int, ...], dtype: torch.dtype, *, learns: bool
+) -> Tensor:
+    if layers.is_first:
         return torch.zeros(shape[:-1], dtype=torch.int64)
     return torch.zeros(shape, dtype=dtype, requires_grad=learns)

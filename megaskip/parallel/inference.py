@@ -31,7 +31,7 @@ from megaskip.parallel.loading.source import (
     resolve_source,
     source_in,
 )
-from megaskip.parallel.loading.staged import StagedModel, load_staged
+from megaskip.parallel.loading.staged_model import StagedModel, load_staged
 from megaskip.parallel.loading.whole import load_whole, read_onto
 from megaskip.parallel.topology import Topology
 from megaskip.routing import PREFIX, Routers

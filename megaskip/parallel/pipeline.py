@@ -45,8 +45,8 @@ class PipelineEngine(Engine):
         self, stage: DecoderStage, routers: RouterSet, config: RunConfig, topology: Topology
     ) -> None:
         super().__init__(stage, routers, config, topology)
-        self._own = stage.part.owned(routers.layers)
-        self._below = sum(layer < stage.part.first for layer in routers.layers)
+        self._own = stage.layer_range.owned(routers.layers)
+        self._below = sum(layer < stage.layer_range.first for layer in routers.layers)
         """Routed layers of the stages before this one; without any, nothing is learnt there."""
         self._learns = bool(self._below or self._own)
         self._dtype = next(stage.parameters()).dtype

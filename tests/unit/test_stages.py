@@ -11,16 +11,21 @@ import torch
 import transformers
 from families import FAMILIES, tiny_config, tiny_model
 
-from megaskip.arch import part as part_module
-from megaskip.arch import stage as stages
+from megaskip.arch import stage_proof
 from megaskip.arch.decoder import find_decoder
-from megaskip.arch.part import verify_parts
+from megaskip.arch.stage import DecoderStage, LayerElsewhere, LayerRange, layer_ranges
+from megaskip.arch.stage_proof import verify_stages
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig, parse_run_config
 from megaskip.errors import ConfigError, MegaskipError, UnsupportedModelError
 from megaskip.parallel.ds_config import read_ds_config
-from megaskip.parallel.loading.partition import balance, boundaries_of, layer_costs
 from megaskip.parallel.loading.source import resolve_source
-from megaskip.parallel.loading.stage import load_stage
+from megaskip.parallel.loading.stage_cuts import (
+    balance,
+    cuts_for_inference,
+    cuts_for_training,
+    layer_costs,
+)
+from megaskip.parallel.loading.stage_weights import load_stage
 from megaskip.parallel.topology import read_topology
 
 PIPELINE = ["--ds_config", "ds_configs/pipeline.json"]
@@ -37,28 +42,32 @@ def build(config: Any) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_cut(family: str) -> None:
-    stages.verify_stages(tiny_config(family), build)
+    verify_stages(tiny_config(family), build)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_familys_parts_answer_as_the_whole_with_a_cache(family: str) -> None:
-    verify_parts(tiny_config(family), build)
+    verify_stages(tiny_config(family), build, generates=True)
 
 
 def test_parts_that_do_not_pass_on_what_they_compute_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(part_module._Queue, "receive", lambda self, tensors: tensors)
+    monkeypatch.setattr(stage_proof._Queue, "receive", lambda self, tensors: tensors)
     with pytest.raises(UnsupportedModelError, match="relative distance of its logits"):
-        verify_parts(tiny_config("llama"), build)
+        verify_stages(tiny_config("llama"), build, generates=True)
 
 
 def test_a_family_whose_stages_compute_something_else_is_refused_with_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stages, "REPEATED", {})
+
+    def forward(self: LayerElsewhere, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return hidden_states  # what arrived goes through the scaled embedding again
+
+    monkeypatch.setattr(LayerElsewhere, "forward", forward)
     with pytest.raises(UnsupportedModelError, match="relative distance of its hidden states"):
-        stages.verify_stages(tiny_config("granite"), build)
+        verify_stages(tiny_config("granite"), build)
 
 
 def test_a_family_that_cannot_be_shrunk_is_refused_with_the_reason() -> None:
@@ -66,16 +75,16 @@ def test_a_family_that_cannot_be_shrunk_is_refused_with_the_reason() -> None:
         raise ValueError("no such attention")
 
     with pytest.raises(UnsupportedModelError, match="no such attention"):
-        stages.verify_stages(tiny_config("llama"), fail)
+        verify_stages(tiny_config("llama"), fail)
 
 
-def load(folder: Path, part: stages.Slice) -> stages.DecoderStage:
+def load(folder: Path, layers: LayerRange) -> DecoderStage:
     source = resolve_source(ModelConfig(model=str(folder), dtype="float32"))
 
-    def cut(model: Any) -> stages.DecoderStage:
-        return stages.DecoderStage(model, part, chunk_tokens=64)
+    def take_apart(model: Any) -> DecoderStage:
+        return DecoderStage(model, layers, chunk_tokens=64)
 
-    return load_stage(source, part, cut, torch.device("cpu"))
+    return load_stage(source, layers, take_apart, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -94,8 +103,8 @@ def test_loaded_stages_compute_what_the_model_computes(
     ids, places = torch.arange(3, 27).reshape(2, 12), torch.arange(12).expand(2, 12)
     mask = torch.ones_like(ids)
     hidden: torch.Tensor = ids
-    for part in stages.slices([3, 5], 6):
-        stage = load(tmp_path, part)
+    for layers in layer_ranges([3, 5], 6):
+        stage = load(tmp_path, layers)
         hidden = stage(hidden, mask, places)
     truth = find_decoder(model).decoder(input_ids=ids, position_ids=places, use_cache=False)[0]
     assert torch.equal(hidden, truth)
@@ -109,10 +118,10 @@ def test_loaded_stages_compute_what_the_model_computes(
 def test_a_stage_reads_its_own_files_and_no_others(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
-    first, last = stages.slices([3], 6)
+    first, last = layer_ranges([3], 6)
     whole = sum(p.numel() for p in model.parameters())
-    parts = [sum(p.numel() for p in load(tmp_path, part).parameters()) for part in (first, last)]
-    assert sum(parts) == whole
+    counts = [sum(p.numel() for p in load(tmp_path, r).parameters()) for r in (first, last)]
+    assert sum(counts) == whole
     index = (tmp_path / "model.safetensors.index.json").read_text()
     files = json.loads(index)["weight_map"]
     foreign = {f for n, f in files.items() if "layers.5." in n or "lm_head" in n}
@@ -137,7 +146,7 @@ def test_a_layer_that_is_not_stored_is_named(tmp_path: Path) -> None:
         if "layers.4.mlp" not in name and "layers.4.block_sparse_moe" not in name
     }
     file.write_text(json.dumps(index))
-    first, last = stages.slices([3], 6)
+    first, last = layer_ranges([3], 6)
     load(tmp_path, first)
     with pytest.raises(MegaskipError, match=r"becomes model\.layers\.4\.mlp.* of layers 3 to 5"):
         load(tmp_path, last)
@@ -164,8 +173,9 @@ def test_layers_without_a_backward_pass_cost_less() -> None:
     assert costs[3] == 2 * costs[0] == costs[4]
     assert layer_costs(model, 3, recompute=True)[3] == 3 * costs[0]
     assert costs[5] > costs[4]  # the output embedding
-    cuts = boundaries_of(model, RouterConfig(layers="3-4"), ParallelConfig(pipeline_stages=2))
-    assert cuts == [4]
+    router, parallel = RouterConfig(layers="3-4"), ParallelConfig(pipeline_stages=2)
+    assert cuts_for_training(model, router, parallel) == layer_ranges([4], 6)
+    assert cuts_for_inference(model, 2) == layer_ranges([3], 6)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +187,6 @@ def test_layers_without_a_backward_pass_cost_less() -> None:
         (PIPELINE, "say of how many with --pipeline_stages"),
         (["--ds_config", "ds_configs/zero3.json", "--pipeline_stages", "2"], "wants 0"),
         (["--train", "full", "--pipeline_stages", "2"], "--train full does not run in stages"),
-        (["--distill", "0.5", "--pipeline_stages", "2"], "--distill does not run in stages"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: list[str], message: str) -> None:
@@ -212,7 +221,7 @@ def test_ranks_that_do_not_make_whole_replicas() -> None:
 def test_more_stages_than_layers_and_cuts_outside_the_model() -> None:
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="the model has 6 layers only"):
-        boundaries_of(model, RouterConfig(), ParallelConfig(pipeline_stages=7))
+        cuts_for_training(model, RouterConfig(), ParallelConfig(pipeline_stages=7))
     parallel = ParallelConfig(pipeline_stages=2, pipeline_partition="6")
     with pytest.raises(ConfigError, match="layers 0 to 5"):
-        boundaries_of(model, RouterConfig(), parallel)
+        cuts_for_training(model, RouterConfig(), parallel)

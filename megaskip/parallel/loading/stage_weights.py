@@ -11,26 +11,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from megaskip.arch.stage import Slice
+from megaskip.arch.stage import LayerRange
 from megaskip.checkpoint.weight_index import tensor_files
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
-from megaskip.parallel.loading.converted import converted, is_a_model
+from megaskip.parallel.loading.converted import load_converted, makes_same_layers
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.whole import build_model, load_whole
 
 logger = get_logger(__name__)
 
-PartOfModel = TypeVar("PartOfModel", bound=nn.Module)
+Stage = TypeVar("Stage", bound=nn.Module)
 
 
 def load_stage(
     source: ModelSource,
-    part: Slice,
-    cut: Callable[[nn.Module], PartOfModel],
+    layers: LayerRange,
+    take_apart: Callable[[nn.Module], Stage],
     device: torch.device,
-) -> PartOfModel:
-    """Return what `cut` leaves of the model, `part`, with its weights on `device`.
+) -> Stage:
+    """Return what `take_apart` leaves of the model, `layers` and what goes with them, with its
+    weights on `device`.
 
     Every rank calls it by itself and reads its own tensors. Models whose stored names are not those
     of the module (MoE experts that transformers fuses on loading) go through the CPU's memory;
@@ -38,37 +39,41 @@ def load_stage(
     """
     shards = tensor_files(source.folder)
     model = _without_weights(source)
-    alone = {name for name, _ in model.named_parameters()} <= shards.keys()
-    alone = alone or is_a_model(model, part)
-    if not alone:
+    stored_as_named = {name for name, _ in model.named_parameters()} <= shards.keys()
+    if not stored_as_named and not makes_same_layers(model, layers):
         logger.info("every rank reads the whole model (its layers differ by their number)")
         whole = load_whole(source, torch.device("cpu"))
-        return cut(whole).eval().to(device)
+        return take_apart(whole).eval().to(device)
     names, exact = _stored_names(model), _kept_exact(model)
-    stage = cut(model).eval()
+    stage = take_apart(model).eval()
     # Buffers count that are stored, such as the bias by which experts are chosen.
-    buffers = [one for one in stage.buffers() if names.get(id(one)) in shards]
-    wanted = {names[id(one)]: one for one in (*stage.parameters(), *buffers)}
+    buffers = [buffer for buffer in stage.buffers() if names.get(id(buffer)) in shards]
+    wanted = {names[id(empty)]: empty for empty in (*stage.parameters(), *buffers)}
     if wanted.keys() <= shards.keys():
         stored = _from_files(wanted, shards)
     else:
-        stored = iter(converted(model, part, set(wanted), shards, source.dtype).items())
+        stored = iter(load_converted(model, layers, set(wanted), shards, source.dtype).items())
     filled = {
         id(wanted[name]): _own(tensor, wanted[name], name, device, exact(name))
         for name, tensor in stored
         if name in wanted
     }
-    missing = [name for name, one in wanted.items() if id(one) not in filled]
+    missing = [name for name, empty in wanted.items() if id(empty) not in filled]
     if missing:
         raise MegaskipError(
             f"{source.folder}: no stored tensor becomes {missing[0]}; is it complete?"
         )
-    for module in stage.modules():
-        for held in (module._parameters, module._buffers):
-            for name, one in held.items():
-                if one is not None:
-                    held[name] = filled.get(id(one), one)  # type: ignore[assignment]
+    _replace(stage, filled)
     return stage.to(device)
+
+
+def _replace(stage: nn.Module, filled: Mapping[int, Tensor]) -> None:
+    """Put tensors in the place of a stage's own, which they are filed under by id."""
+    for module in stage.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, empty in tensors.items():
+                if empty is not None:
+                    tensors[name] = filled.get(id(empty), empty)  # type: ignore[assignment]
 
 
 def _stored_names(model: nn.Module) -> dict[int, str]:
@@ -79,12 +84,12 @@ def _stored_names(model: nn.Module) -> dict[int, str]:
 
 def _kept_exact(model: nn.Module) -> Callable[[str], bool]:
     """Return what tells the names of tensors that transformers keeps in float32."""
-    parts = {
-        part
+    modules = {
+        module
         for kind in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        for part in getattr(model, kind, None) or ()
+        for module in getattr(model, kind, None) or ()
     }
-    return lambda name: any(part in name for part in parts)
+    return lambda name: any(module in name for module in modules)
 
 
 def _without_weights(source: ModelSource) -> nn.Module:
@@ -125,7 +130,7 @@ def _from_files(
 
 @torch.no_grad()
 def _own(stored: Tensor, like: Tensor, name: str, device: torch.device, exact: bool) -> Tensor:
-    """Return the stored values in a parameter or buffer such as `like`, in float32 if `exact`."""
+    """Return stored values as a parameter or buffer, whichever `like` is; float32 if `exact`."""
     if stored.shape != like.shape:
         raise MegaskipError(
             f"{name} has shape {tuple(stored.shape)}, config.json asks for {tuple(like.shape)}"

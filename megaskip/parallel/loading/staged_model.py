@@ -7,13 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from megaskip.arch import find_decoder
-from megaskip.arch.part import connect, cut_to_part, verify_parts
-from megaskip.arch.stage import Slice, slices
-from megaskip.errors import ConfigError
-from megaskip.parallel.loading.partition import balance, layer_costs
+from megaskip.arch.neighbours import connect
+from megaskip.arch.stage import LayerRange, cut
+from megaskip.arch.stage_proof import verify_stages
 from megaskip.parallel.loading.source import ModelSource
-from megaskip.parallel.loading.stage import load_stage
+from megaskip.parallel.loading.stage_cuts import cuts_for_inference
+from megaskip.parallel.loading.stage_weights import load_stage
 from megaskip.parallel.loading.whole import build_tiny, skeleton
 from megaskip.parallel.p2p import P2PChannel
 from megaskip.parallel.topology import Topology
@@ -23,21 +22,21 @@ from megaskip.routing import Routers
 class StagedModel:
     """What one rank holds of a model, and what ties it to its neighbours."""
 
-    def __init__(self, model: Any, shape: Any, part: Slice, topology: Topology) -> None:
+    def __init__(self, model: Any, shape: Any, layers: LayerRange, topology: Topology) -> None:
         """`shape` is the whole model without weights."""
         self.model = model
         self.shape = shape
-        self.part = part
+        self.layer_range = layers
         self.links = StageLinks(topology)
 
     def connect(self, routers: Routers | None) -> None:
-        """Tie this part to the others; routers are attached before. From then on every stage of a
-        replica has to call the model, with the same inputs."""
-        connect(self.model, self.part, routers, self.links)
+        """Tie this stage to the others of its replica; routers are attached before. From then on
+        every stage has to call the model, with the same inputs."""
+        connect(self.model, self.layer_range, routers, self.links)
 
 
 class StageLinks:
-    """The stages of one replica, as ranks (megaskip.arch.part.Neighbours)."""
+    """The stages of one replica, as ranks (megaskip.arch.neighbours.Neighbours)."""
 
     def __init__(self, topology: Topology) -> None:
         self.shares_logits = False
@@ -65,25 +64,21 @@ class StageLinks:
 
 
 def load_staged(source: ModelSource, topology: Topology) -> StagedModel:
-    """Return this rank's part, unconnected; the layers' weights are balanced over the stages.
+    """Return this rank's stage, unconnected; the layers' weights are balanced over the stages.
 
     Every rank calls it by itself and reads its own tensors. Raises UnsupportedModelError for a
-    family whose parts do not compute what the whole does.
+    family whose stages do not compute what the whole does.
     """
-    verify_parts(source.hf_config, functools.partial(build_tiny, source))
+    verify_stages(source.hf_config, functools.partial(build_tiny, source), generates=True)
     shape = skeleton(source)
-    depth = len(find_decoder(shape).layers)
-    if topology.num_stages > depth:
-        raise ConfigError(f"--pipeline_stages {topology.num_stages}: the model has {depth} layers")
-    costs = layer_costs(shape, depth, recompute=False)
-    part = slices(balance(costs, topology.num_stages), depth)[topology.stage]
+    layers = cuts_for_inference(shape, topology.num_stages)[topology.stage]
 
-    def cut(model: nn.Module) -> nn.Module:
-        cut_to_part(model, part)
+    def take_apart(model: nn.Module) -> nn.Module:
+        cut(model, layers)
         return model
 
-    model: Any = load_stage(source, part, cut, topology.device)
+    model: Any = load_stage(source, layers, take_apart, topology.device)
     model.requires_grad_(False)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
-    return StagedModel(model, shape, part, topology)
+    return StagedModel(model, shape, layers, topology)

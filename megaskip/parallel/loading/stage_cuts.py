@@ -10,33 +10,55 @@ from typing import Any
 from torch import nn
 
 from megaskip.arch import find_decoder
+from megaskip.arch.stage import LayerRange, layer_ranges
 from megaskip.config import ParallelConfig, RouterConfig, resolve_layers
 from megaskip.errors import ConfigError
 
 
-def boundaries_of(model: nn.Module, router: RouterConfig, parallel: ParallelConfig) -> list[int]:
-    """Return the first layer of every stage but the first; `model` may be on the meta device.
+def cuts_for_training(
+    shape: nn.Module, router: RouterConfig, parallel: ParallelConfig
+) -> tuple[LayerRange, ...]:
+    """Return the layers of each stage; `shape` is the whole model, which may be on the meta device.
 
     Raises ConfigError when there are fewer layers than stages, or a given boundary is no layer.
     """
-    depth = len(find_decoder(model).layers)
-    stages, given = parallel.pipeline_stages, parallel.boundaries()
-    if stages > depth:
-        raise ConfigError(f"--pipeline_stages {stages}: the model has {depth} layers only")
-    if given is not None:
-        if given and given[-1] >= depth:
-            raise ConfigError(
-                f"--pipeline_partition {parallel.pipeline_partition}: the model has layers 0 to "
-                f"{depth - 1}"
-            )
-        return list(given)
-    recompute = parallel.activation_checkpointing
-    costs = layer_costs(model, resolve_layers(router.layers, depth)[0], recompute=recompute)
-    return balance(costs, stages)
+    depth = len(find_decoder(shape).layers)
+    given = parallel.boundaries()
+    if given is None:
+        lowest = resolve_layers(router.layers, depth)[0]
+        recompute = parallel.activation_checkpointing
+        return _balanced(shape, parallel.pipeline_stages, lowest, recompute=recompute)
+    _require_layers(parallel.pipeline_stages, depth)
+    if given and given[-1] >= depth:
+        raise ConfigError(
+            f"--pipeline_partition {parallel.pipeline_partition}: the model has layers 0 to "
+            f"{depth - 1}"
+        )
+    return layer_ranges(given, depth)
+
+
+def cuts_for_inference(shape: nn.Module, num_stages: int) -> tuple[LayerRange, ...]:
+    """Return the layers of each stage, which have no backward pass; arguments and errors as in
+    `cuts_for_training`."""
+    return _balanced(shape, num_stages, len(find_decoder(shape).layers), recompute=False)
+
+
+def _balanced(
+    shape: nn.Module, num_stages: int, lowest: int, *, recompute: bool
+) -> tuple[LayerRange, ...]:
+    costs = layer_costs(shape, lowest, recompute=recompute)
+    _require_layers(num_stages, len(costs))
+    return layer_ranges(balance(costs, num_stages), len(costs))
+
+
+def _require_layers(num_stages: int, depth: int) -> None:
+    if num_stages > depth:
+        raise ConfigError(f"--pipeline_stages {num_stages}: the model has {depth} layers only")
 
 
 def layer_costs(model: nn.Module, lowest: int, *, recompute: bool) -> list[float]:
-    """Return the work of each layer; the last one's includes the output embedding's."""
+    """Return the work of each layer; the last one's includes the output embedding's. Layers from
+    `lowest` on have a backward pass."""
     parts = find_decoder(model)
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     passes = 3 if recompute else 2
