@@ -9,6 +9,12 @@ from megaskip.errors import MegaskipError
 class MissingExtraError(MegaskipError, ImportError):
     """A library of an optional extra is not installed; says what to install."""
 
+    def __init__(self, library: str, extra: str, user: str = "this") -> None:
+        """`user` is what needs the library."""
+        super().__init__(
+            f"{library} is not installed, which {user} needs: pip install megaskip[{extra}]"
+        )
+
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
@@ -20,6 +26,4 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         library = (error.name or str(error)).split(".")[0]
-        raise MissingExtraError(
-            f"{library} is not installed, which this needs: pip install megaskip[{name}]"
-        ) from error
+        raise MissingExtraError(library, name) from error

@@ -11,5 +11,5 @@ if [ $# -gt 0 ]; then
 fi
 # Small tensors gain nothing from threads, so files share the cores; ranks share them by themselves.
 export OMP_NUM_THREADS=1
-python -m pytest -n auto --dist loadfile tests/unit tests/golden tests/integrations
+python -m pytest -n auto --dist loadfile tests/unit tests/golden tests/integrations tests/packaging
 exec python -m pytest tests/dist

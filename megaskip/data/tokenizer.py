@@ -4,14 +4,22 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import is_sentencepiece_available
 
 from megaskip.errors import ConfigError
+from megaskip.extras import MissingExtraError
 
+SENTENCEPIECE = "tokenizer.model"
+"""The file of a SentencePiece model."""
 _UNUSABLE = (OSError, ValueError, KeyError, ImportError)
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a folder or hub id; raises ConfigError when there is none."""
+    """Return the tokenizer of a folder or hub id.
+
+    Raises ConfigError when there is none, and MissingExtraError for a SentencePiece model without
+    the library that reads it.
+    """
     path = Path(source)
     if (path.is_absolute() or str(source).startswith(".")) and not path.exists():
         raise ConfigError(f"no tokenizer in {source}: there is no such folder")
@@ -21,6 +29,8 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
         # tokenizers raises a bare Exception for a tokenizer.json that it cannot read.
         if not isinstance(error, _UNUSABLE) and type(error) is not Exception:
             raise
+        if (path / SENTENCEPIECE).is_file() and not is_sentencepiece_available():
+            raise MissingExtraError("sentencepiece", "train", SENTENCEPIECE) from None
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"no tokenizer in {source} ({reason}); put its files there, or name one with "
