@@ -10,7 +10,8 @@ from megaskip import RouterConfig, RouterSet, attach_routers, save_routers
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import describe_base
 from megaskip.export.folder import export_folder, routed_config
-from megaskip.inference.hf import MegaskipConfig, MegaskipForCausalLM
+from megaskip.inference.hf import MegaskipConfig
+from megaskip.inference.routed import MegaskipForCausalLM
 
 VOCABULARY = 97
 

@@ -96,7 +96,7 @@ def export_folder(
             put_rest(folder, base, tokenizer)
             write_json(folder / "config.json", routed_config(base_config, config, layers, kv))
             _let_use_cache(folder / "generation_config.json")
-            (folder / CODE).write_text(bundled_code(), encoding="utf-8")
+            (folder / CODE).write_text(bundled_code("routed"), encoding="utf-8")
         family = str(base_config.get("model_type"))
         made_from = base_name(name, base)
         rows = {"base model": f"{made_from} ({family}), frozen, unchanged", **(facts or {})}
@@ -134,16 +134,19 @@ def _let_use_cache(path: Path) -> None:
         write_json(path, {**content, "use_cache": True})
 
 
-def own_config(base: dict[str, Any]) -> dict[str, Any]:
-    """Return the base's config.json with the names that lead to the folder's own code."""
+def own_config(
+    base: dict[str, Any], *, causal_lm: str = "MegaskipForCausalLM", decoder: str = "MegaskipModel"
+) -> dict[str, Any]:
+    """Return the base's config.json with the names that lead to the folder's own code: of its
+    causal LM and of its decoder."""
     stem = CODE.removesuffix(".py")
     return {
         **base,
-        "architectures": ["MegaskipForCausalLM"],
+        "architectures": [causal_lm],
         "auto_map": {
             "AutoConfig": f"{stem}.MegaskipConfig",
-            "AutoModel": f"{stem}.MegaskipModel",
-            "AutoModelForCausalLM": f"{stem}.MegaskipForCausalLM",
+            "AutoModel": f"{stem}.{decoder}",
+            "AutoModelForCausalLM": f"{stem}.{causal_lm}",
         },
         "model_type": f"megaskip_{base['model_type']}",
         "base_model_type": base["model_type"],

@@ -92,7 +92,8 @@ def export_static(
     content, source, weight_map = require_exportable(base, output, form)
     _require_droppable(source, dropped)
     if form == "hf":
-        config = {**own_config(content), "dropped": dict(dropped)}
+        names = {"causal_lm": "DroppedForCausalLM", "decoder": "DroppedDecoder"}
+        config = {**own_config(content, **names), "dropped": dict(dropped)}
     else:
         config = decilm_config(source.hf_config, content, dropped)
     gone = names_of_dropped(weight_map, dropped, None if form == "hf" else NORMS)
@@ -102,7 +103,7 @@ def export_static(
         put_rest(folder, base, tokenizer)
         write_json(folder / "config.json", config)
         if form == "hf":
-            (folder / CODE).write_text(bundled_code(), encoding="utf-8")
+            (folder / CODE).write_text(bundled_code("dropped"), encoding="utf-8")
         else:
             write_decilm_code(folder)
         rows = {"dropped": describe_dropped(dropped), **(facts or {})}

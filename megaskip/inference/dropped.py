@@ -8,14 +8,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.cache_utils import StaticLayer
 
-from megaskip.arch.decoder import DecoderParts
+from megaskip.arch.decoder import DecoderParts, find_decoder
 from megaskip.arch.sites import find_sites
+from megaskip.inference.hf import AdaptedModel
 from megaskip.inference.kept import KeptRows, can_hold_a_part, holding_rows, is_offloaded
 from megaskip.routing.decision import SelectedRows
 
 DROPPABLE = ("attn", "mlp")
+_NO_ROUTERS = "this model has no routers: its config has dropped, not routing"
+
+
+class DroppedModel(AdaptedModel):
+    """What a model without some sublayers adds to its family's class."""
+
+    def _skip_adapt(self, config: Any) -> None:
+        """Drop the sublayers that the config's `dropped` names."""
+        if getattr(config, "dropped", None) is None:
+            raise ValueError("config.json has neither routing nor dropped")
+        drop_sublayers(find_decoder(self), config.dropped)  # type: ignore[arg-type]
+
+    def capacity(self) -> float:
+        """Raise RuntimeError: what runs is decided for good."""
+        raise RuntimeError(_NO_ROUTERS)
+
+    def set_capacity(self, capacity: float) -> None:
+        """Raise RuntimeError: what runs is decided for good."""
+        raise RuntimeError(_NO_ROUTERS)
+
+
+class DroppedForCausalLM(DroppedModel):
+    """A causal language model without some sublayers; from_pretrained makes the class of the
+    family."""
+
+    _skip_mapping, _skip_auto_class = MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"
+
+
+class DroppedDecoder(DroppedModel):
+    """A decoder without head and some sublayers; from_pretrained makes the class of the family."""
+
+    _skip_mapping, _skip_auto_class = MODEL_MAPPING, "AutoModel"
 
 
 class NoAttention(nn.Module):

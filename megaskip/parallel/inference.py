@@ -21,8 +21,10 @@ from megaskip.checkpoint.weight_index import require_whole_shards
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import CheckpointError, ConfigError
+from megaskip.inference.dropped import DroppedForCausalLM
 from megaskip.inference.executor import InferenceExecutor
-from megaskip.inference.hf import MODEL_TYPE, MegaskipForCausalLM
+from megaskip.inference.hf import MODEL_TYPE
+from megaskip.inference.routed import MegaskipForCausalLM
 from megaskip.parallel.build import shard_backbone
 from megaskip.parallel.loading.source import (
     ModelSource,
@@ -130,8 +132,9 @@ def _exported(
     if not place.is_spread:
         kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
         # The package's own code, the same that the folder carries.
+        made: Any = DroppedForCausalLM if routing is None else MegaskipForCausalLM
         try:
-            model = MegaskipForCausalLM.from_pretrained(
+            model = made.from_pretrained(
                 folder, dtype=kind or "auto", **read_onto(place.topology.device)
             )
         except OSError as error:

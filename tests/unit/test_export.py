@@ -1,9 +1,11 @@
 """An exported folder loads where megaskip is not, and is the trained model."""
 
+import ast
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ from megaskip.export.bundle import bundled_code
 from megaskip.export.folder import MODES, base_name, export_folder
 from megaskip.export.verify import verify_folder
 from megaskip.generation.job import load_routed
-from megaskip.inference.hf import MegaskipForCausalLM
+from megaskip.inference.routed import MegaskipForCausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")
 
@@ -131,16 +133,46 @@ def test_load_without_trust_is_refused_never_dense_in_silence(
     assert "trust_remote_code" in child.stderr
 
 
-def test_code_imports_torch_and_transformers_only() -> None:
-    import ast
-
+@pytest.mark.parametrize("kind", ["routed", "dropped"])
+def test_code_imports_torch_and_transformers_only(kind: str) -> None:
     roots = set()
-    for node in ast.walk(ast.parse(bundled_code())):
+    for node in ast.walk(ast.parse(bundled_code(kind))):
         if isinstance(node, ast.Import):
             roots |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             roots.add((node.module or "").split(".")[0])
     assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("kind", ["routed", "dropped"])
+def test_code_is_what_the_modules_say_without_their_documentation(kind: str) -> None:
+    code = bundled_code(kind)
+    modules = re.findall(r"^# -- (megaskip/\S+\.py):", code, re.MULTILINE)
+    sources = [(Path(__file__).parents[2] / module).read_text() for module in modules]
+    assert statements(code) == [line for source in sources for line in statements(source)]
+
+
+def statements(source: str) -> list[str]:
+    """Return what a source runs, statement by statement, without imports and documentation."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and len(node.body) > 1:
+            node.body = [child for child in node.body if not is_text(child)]
+    kept = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [ast.unparse(node) for node in kept]
+
+
+def is_text(node: ast.stmt) -> bool:
+    value = getattr(node, "value", None) if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def test_code_is_short_and_has_nothing_of_training() -> None:
+    code = bundled_code("routed")
+    assert len(code.splitlines()) < 1700
+    assert len(bundled_code("dropped").splitlines()) < 700
+    training = "Budget|Counts|Steering|DenseExecutor|straight_through|noise|carried_keep|announce"
+    assert not re.findall(training, code)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from megaskip.config import GRANULARITIES
 from megaskip.inference.executor import InferenceExecutor
-from megaskip.inference.hf import MegaskipModel
+from megaskip.inference.routed import MegaskipModel
 
 KINDS = [(granularity, "keep") for granularity in GRANULARITIES]
 KINDS += [("attn_token", "drop"), ("block_token", "drop")]

@@ -1,0 +1,143 @@
+"""Routed models as transformers knows them: a decoder and a causal LM, for any family.
+
+A config describes the routers in `routing`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.generation import GenerationMode
+
+from megaskip.arch.decoder import find_decoder
+from megaskip.arch.wiring import wire
+from megaskip.config.router import KV_CHOICES, RouterConfig
+from megaskip.inference.executor import InferenceExecutor
+from megaskip.inference.hf import AdaptedModel
+from megaskip.routing.router import PREFIX, Router
+from megaskip.routing.routers import Routers
+
+
+class RoutedModel(AdaptedModel):
+    """What a routed model adds to its family's class."""
+
+    _keep_in_fp32_modules_strict = frozenset({PREFIX})
+    # Decisions change what is computed, which a full graph cannot.
+    _can_compile_fullgraph = False
+
+    def _skip_adapt(self, config: Any) -> None:
+        """Attach the routers that the config's `routing` describes."""
+        if getattr(config, "routing", None) is None:
+            raise ValueError("config.json has no routing")
+        routing = dict(config.routing)
+        kv = routing.pop("kv", "keep")
+        if kv not in KV_CHOICES:
+            raise ValueError(f"config.routing: kv is {kv!r}, expected one of {KV_CHOICES}")
+        layers = tuple(routing.pop("layers"))
+        settings = RouterConfig(layers=layers, **routing)
+        parts = find_decoder(self)  # type: ignore[arg-type]
+        executor = InferenceExecutor(unit=settings.unit, kv=kv)
+        routers = Routers(settings, layers, parts.hidden_size, executor=executor)
+        wire(parts, routers)
+        self.add_module(PREFIX, routers)  # type: ignore[attr-defined]
+        # First: where the model is the decoder itself, the decoder's own hook asks for it.
+        self.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
+        self.register_forward_hook(_release, always_call=True)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _skip_require(cls, path: Any, missing: Any) -> None:
+        """Raise OSError when the stored weights lack routers: fresh ones skip nothing."""
+        lacking = sorted(name for name in missing if name.startswith(f"{PREFIX}."))
+        if lacking:
+            raise OSError(
+                f"{path}: {len(lacking)} routers are missing ({lacking[0]}, ...), so nothing would "
+                "be skipped; copy or download the folder again, with skip_routers.safetensors"
+            )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # A router that no file holds keeps everything.
+        if isinstance(module, Router):
+            nn.init.zeros_(module.weight)
+        elif not isinstance(module, Routers):
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def capacity(self) -> float:
+        """Return the share of routed units that ran in the last forward pass."""
+        return _routers_of(self).capacity()
+
+    def set_capacity(self, capacity: float) -> None:
+        """Skip more or less from now on: `capacity` is one that tools/calibrate.py calibrated."""
+        routers = _routers_of(self)
+        routers.set_capacity(capacity)
+        chosen = {"capacity": routers.config.capacity, "threshold": routers.config.threshold}
+        self.config.routing = {**self.config.routing, **chosen}  # type: ignore[attr-defined]
+
+    def _validate_generation_mode(self, mode: Any, config: Any, kwargs: Any) -> None:
+        """Refuse ways to generate in which a first forward pass is not the prompt alone."""
+        if _routers_of(self).config.unit == "sequence":
+            refused = [name for name, wrong in _not_the_prompt(mode, config).items() if wrong]
+            if refused:
+                raise ValueError(_JUDGED_BY_PROMPT.format(refused[0]))
+        super()._validate_generation_mode(mode, config, kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse for routers: requests share a flat row there, and decisions would mix them.
+
+        Every way into continuous batching comes through here.
+        """
+        raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
+
+
+class MegaskipForCausalLM(RoutedModel):
+    """A routed causal language model; from_pretrained makes the class of the family."""
+
+    _skip_mapping, _skip_auto_class = MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"
+
+
+class MegaskipModel(RoutedModel):
+    """A routed decoder without head; from_pretrained makes the class of the family."""
+
+    _skip_mapping, _skip_auto_class = MODEL_MAPPING, "AutoModel"
+
+
+_JUDGED_BY_PROMPT = (
+    "generate() with {} does not go with routers that decide per sequence: they judge a text by "
+    "its first forward pass, which must hold the whole prompt and nothing else, and keep that in "
+    "the cache. Leave it out, or use routers that decide per token"
+)
+_NO_CONTINUOUS_BATCHING = (
+    "megaskip models do not run under continuous batching: it puts all requests into one row, "
+    "where a router cannot tell them apart. Use generate() on a padded batch"
+)
+
+
+def _not_the_prompt(mode: Any, config: Any) -> dict[str, bool]:
+    """Return what of a generation's settings keeps a first forward pass from being the prompt."""
+    return {
+        "use_cache=False": config.use_cache is False,
+        "prefill_chunk_size": getattr(config, "prefill_chunk_size", None) is not None,
+        "assisted decoding or prompt lookup": mode == GenerationMode.ASSISTED_GENERATION,
+    }
+
+
+def _release(module: nn.Module, args: Any, output: Any) -> None:
+    _routers_of(module).state.lock.release()
+
+
+def _take_prompt_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Let `model(..., prompt_mask=...)` say which tokens a sequence is judged by."""
+    routers = _routers_of(module)
+    routers.state.lock.acquire()
+    prompt_mask = kwargs.pop("prompt_mask", None)
+    if prompt_mask is None:
+        return args, kwargs
+    mask = kwargs.get("attention_mask")
+    real = torch.ones_like(prompt_mask) if not isinstance(mask, Tensor) else mask
+    routers.set_batch(real.bool(), prompt_mask.bool())
+    return args, kwargs
+
+
+def _routers_of(module: Any) -> Routers:
+    routers: Routers = module.get_submodule(PREFIX)
+    return routers
