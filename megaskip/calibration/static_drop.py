@@ -1,0 +1,174 @@
+"""Which layers go for every text, and what stands in their places: chosen, fitted and measured."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megaskip.calibration.drop_order import Dropped, greedy_drop_order
+from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.similarity import UpdateSimilarity
+from megaskip.config import RouterConfig, resolve_layers
+from megaskip.config.commands.fit import DropPlan
+from megaskip.data.loader import DataLoader
+from megaskip.errors import ConfigError
+from megaskip.parallel.engine import Engine
+from megaskip.reporting.progress import ProgressBatches
+from megaskip.reporting.summary import versions
+from megaskip.routing import RouterSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What a fit chose and measured."""
+
+    order: list[int]
+    """Dropped layers, the first to go first."""
+    steps: list[Dropped]
+    """What the greedy order measured; empty for other orders."""
+    explained: dict[int, float]
+    """Share of each dropped update's variance that its map explains."""
+    dense: float
+    """Held-out loss in nats a supervised token: of the dense model,"""
+    dropped: float
+    """with the layers dropped,"""
+    compensated: float
+    """and with the maps in their places."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the rows of the closing table."""
+        gap = f"{self.dropped:.4f} (+{self.dropped - self.dense:.4f})"
+        rest = f"{self.compensated:.4f} (+{self.compensated - self.dense:.4f})"
+        return [
+            ("dropped, first to go first", ", ".join(map(str, self.order))),
+            ("held-out loss, dense", f"{self.dense:.4f}"),
+            ("layers dropped", gap),
+            ("maps in their places", rest),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of fit.json."""
+        return {
+            "order": self.order,
+            "calibration_loss": {str(step.layer): step.loss for step in self.steps},
+            "explained": {str(layer): share for layer, share in self.explained.items()},
+            "held_out": {
+                "loss_dense": self.dense,
+                "loss_dropped": self.dropped,
+                "loss_compensated": self.compensated,
+            },
+            "versions": versions(),
+        }
+
+
+def candidate_layers(plan: DropPlan, depth: int) -> tuple[tuple[int, ...], int]:
+    """Return (layers that may be dropped, how many are) of a model of `depth` layers; raises
+    ConfigError when they are too few."""
+    if plan.drop_layers is not None:
+        layers = resolve_layers(f"{plan.drop_layers},", depth)
+        return layers, len(layers)
+    spec = plan.candidates if plan.candidates is not None else f"1-{depth - 1}"
+    candidates, count = resolve_layers(f"{spec},", depth), max(round(depth * plan.drop / 100), 1)
+    if count > len(candidates):
+        raise ConfigError(
+            f"--drop {plan.drop:g} asks for {count} of {depth} layers, and {len(candidates)} may "
+            "go (--candidates); ask for less, or let more go"
+        )
+    return candidates, count
+
+
+def static_routers(routers: RouterSet, layers: Sequence[int]) -> RouterSet:
+    """Return routers of `layers` alone, which never run, with the compensations of `routers`."""
+    chosen = tuple(sorted(layers))
+    settings = {"layers": chosen, "budget": "static", "capacity": 0.0, "threshold": 0.5}
+    config = RouterConfig(**{**_fields(routers.config), **settings})
+    static = RouterSet(config, chosen, routers.hidden_size)
+    weights = {name: tensor.cpu() for name, tensor in routers.state_dict().items()}
+    static.load_state_dict({name: weights[name] for name in static.state_dict()})
+    return static
+
+
+def _fields(config: RouterConfig) -> dict[str, Any]:
+    names = ("granularity", "router", "compensation", "compensation_rank", "pool", "prompt_tokens")
+    return {name: getattr(config, name) for name in names}
+
+
+def fit_static_drop(
+    engine: Engine, loader: DataLoader, plan: DropPlan, count: int, *, hidden: bool | None
+) -> Fitted:
+    """Fit the maps of all candidates, choose `count` layers, and measure what is lost without them
+    on held-out text. `hidden` is tqdm's: None draws bars on a terminal. Collective."""
+    explained: dict[int, float] = {}
+    if plan.compensation != "none":
+        rows = ProgressBatches(loader.calibration(plan.rows), "fitting", disable=hidden)
+        explained = fit_compensation(engine, rows)
+    order, steps = _order(engine, loader, plan, count, hidden)
+    held_out = loader.held_out()
+    with engine.routers.disabled():
+        dense = engine.evaluate(held_out, routed=True).loss
+        with engine.routers.override(dict.fromkeys(order, 0.0)):
+            compensated = engine.evaluate(held_out, routed=True).loss
+            with _without_maps(engine.routers):
+                dropped = engine.evaluate(held_out, routed=True).loss
+    return Fitted(
+        order=order,
+        steps=steps,
+        explained={layer: explained[layer] for layer in order if layer in explained},
+        dense=dense,
+        dropped=dropped,
+        compensated=compensated,
+    )
+
+
+def _order(
+    engine: Engine, loader: DataLoader, plan: DropPlan, count: int, hidden: bool | None
+) -> tuple[list[int], list[Dropped]]:
+    """Return (layers to drop, the first to go first; what was measured for a greedy order)."""
+    layers = engine.routers.layers
+    if plan.drop_layers is not None:
+        return list(layers), []
+    batches = loader.calibration(plan.order_rows)
+    if plan.order == "cosine":
+        similarity = mean_similarity(engine, batches)
+        return sorted(layers, key=lambda layer: -similarity[layer])[:count], []
+    with tqdm(desc="choosing layers", unit="pass", disable=hidden) as bar:
+        _, steps = greedy_drop_order(engine, batches, count, progress=bar.update)
+    return [step.layer for step in steps], steps
+
+
+@torch.no_grad()
+def mean_similarity(engine: Engine, batches: Sequence[Any]) -> dict[int, float]:
+    """Return by routed layer the mean cosine of what its target reads and what comes of it, over
+    the real tokens of all ranks' `batches`. Collective; without pipeline stages."""
+    routers = engine.routers
+    seen = UpdateSimilarity(engine.module.model, routers.config.target, routers.layers)
+    with routers.disabled(), seen.watching():
+        for batch in batches:
+            seen.set_batch(batch.token_mask if batch is not None else None)
+            for _ in engine.forwards([batch]):
+                pass
+    totals = torch.cat([seen.sums, seen.sums.new_tensor([seen.tokens])])
+    everywhere: list[Any] = [None] * engine.world_size
+    dist.all_gather_object(everywhere, totals)
+    *sums, tokens = torch.stack(everywhere).sum(0).tolist()
+    return {layer: sums[layer] / max(tokens, 1.0) for layer in routers.layers}
+
+
+@contextlib.contextmanager
+def _without_maps(routers: RouterSet) -> Iterator[None]:
+    """Hold a context in which compensations are zero."""
+    maps = (routers.router(layer).compensation for layer in routers.layers)
+    written = [p for m in maps if m is not None for n, p in m.named_parameters() if n != "down"]
+    before = [parameter.clone() for parameter in written]
+    with torch.no_grad():
+        for parameter in written:
+            parameter.zero_()
+        try:
+            yield
+        finally:
+            for parameter, values in zip(written, before, strict=True):
+                parameter.copy_(values)

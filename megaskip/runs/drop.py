@@ -1,0 +1,107 @@
+"""From a model to a smaller one, in three jobs that go on where they stood: fit, train, export."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megaskip.checkpoint.routers import CONFIG
+from megaskip.config.commands.fit import DropOptions
+from megaskip.errors import MegaskipError
+from megaskip.export.folder import require_new
+from megaskip.log import get_logger, set_up_logging
+
+logger = get_logger(__name__)
+
+
+def drop(options: DropOptions) -> None:
+    """Run what is left of the three jobs, each in processes of its own; raises MegaskipError when
+    one fails."""
+    set_up_logging(rank=0)
+    require_new(options.output)
+    work = options.work_dir or options.output.with_name(f"{options.output.name}.work")
+    fitted, run = work / "fitted", work / "run"
+    if not (fitted / CONFIG).is_file():
+        _run(options, ["fit", *_fit_flags(options), "--output", str(fitted)])
+    if options.steps and not (run / "report.json").is_file():
+        _run(options, ["train", *_train_flags(options, fitted), "--output_dir", str(run)])
+    trained = ["--run", str(run)] if options.steps else ["--routers", str(fitted)]
+    tokenizer = options.base.tokenizer
+    named = ["--tokenizer", tokenizer] if tokenizer is not None and not options.steps else []
+    _start(
+        [sys.executable, "-m", "megaskip", "export-static", *trained, *named]
+        + ["--output", str(options.output), "--verify"]
+    )
+
+
+def _run(options: DropOptions, command: Sequence[str]) -> None:
+    """Run a command of megaskip on as many ranks as are asked for."""
+    ranks = [sys.executable, "-m", "megaskip"]
+    if options.nproc > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
+        ranks = [sys.executable, "-m", *launcher, str(options.nproc), "-m", "megaskip"]
+    _start([*ranks, *command])
+
+
+def _start(command: Sequence[str]) -> None:
+    logger.info("%s", shlex.join(command))
+    if subprocess.run(command).returncode:
+        raise MegaskipError(
+            f"a job failed, see above; the same command goes on there: {shlex.join(command)}"
+        )
+
+
+def _fit_flags(options: DropOptions) -> list[str]:
+    plan = options.plan
+    values = {
+        "target": plan.target,
+        "drop": plan.drop,
+        "drop_layers": plan.drop_layers,
+        "order": plan.order,
+        "candidates": plan.candidates,
+        "compensation": plan.compensation,
+        "compensation_rank": plan.compensation_rank,
+        "rows": plan.rows,
+        "order_rows": plan.order_rows,
+    }
+    return _base_flags(options) + _flags(values)
+
+
+def _train_flags(options: DropOptions, fitted: Path) -> list[str]:
+    base = options.base
+    rows = base.micro_batch_size * options.nproc // base.pipeline_stages
+    values = {
+        "init_routers": fitted,
+        "max_steps": options.steps,
+        "gradient_accumulation_steps": options.batch_size // rows,
+        "distill": options.distill,
+        "resume": "auto",
+    }
+    return _base_flags(options) + _flags(values)
+
+
+def _base_flags(options: DropOptions) -> list[str]:
+    base = options.base
+    values = {
+        "model": base.model,
+        "revision": base.revision,
+        "tokenizer": base.tokenizer,
+        "dtype": base.dtype,
+        "held_out": base.held_out,
+        "seq_length": base.seq_length,
+        "chat_template": base.chat_template,
+        "cache_dir": base.cache_dir,
+        "micro_batch_size": base.micro_batch_size,
+        "seed": base.seed,
+        "ds_config": base.ds_config,
+        "pipeline_stages": base.pipeline_stages,
+    }
+    repeated = [f"--data={entry}" for entry in base.data]
+    repeated += [f"--eval_data={entry}" for entry in base.eval_data]
+    trusted = ["--trust_remote_code"] if base.trust_remote_code else []
+    return [*_flags(values), *repeated, *trusted]
+
+
+def _flags(values: dict[str, object]) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
