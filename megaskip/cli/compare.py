@@ -13,6 +13,12 @@ shares of all attention skipped, and writes into the output folder
 
 methods:
   static     drops the attention that changes its input least (LLM-Drop), the same for all texts
+  greedy     drops the attention whose loss is lowest, measured with what is dropped before
+  static_fitted, greedy_fitted
+             the same with maps in the dropped layers' places, in closed form (megaskip fit); greedy
+             chooses with the maps in place
+  static_trained, greedy_trained
+             the same, the maps trained together afterwards (megaskip drop); whole layers
   random     other layers for every text
   uniform    every n-th layer
   published  one training for every skip: per-layer hinge on whole sequences, the strongest of the
@@ -21,6 +27,8 @@ methods:
   ours       one training for all skips (--capacity_low)
   allocated  the same routers, each layer with its own threshold (megaskip calibrate --allocate)
   separate   ours, with one training for every skip
+  compensated
+             separate, with maps in the place of what is skipped, trained together
   layerwise  separate, with the published hinge as its budget
   distill, noise, sharp, smooth, affine, mlp
              ours with one option more: --distill 0.5, --noise 0.5, --temperature 0.3 or 3,

@@ -5,8 +5,7 @@ Knows a model and its texts, not how routers were trained.
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.evaluation.costs import CostModel
-from megaskip.evaluation.paired import ratio_difference
+from megaskip.evaluation.paired import Difference, ratio_difference
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import RouterSet
+from megaskip.study.agreement import Continuations
 from megaskip.study.baselines import (
     Order,
     Policy,
@@ -40,10 +40,10 @@ from megaskip.study.baselines import (
     uniform_order,
 )
 from megaskip.study.latency import prefill_ratio
-from megaskip.study.pareto import Contrast, Point
+from megaskip.study.over_seeds import Measured, mean_agreement, mean_hits, mean_scores
+from megaskip.study.pareto import Point
 from megaskip.study.scoring import (
     Scores,
-    pair_accuracy,
     read_pairs,
     score,
     spread_documents,
@@ -54,17 +54,6 @@ _ROWS = 2
 """Rows of a micro-batch; a batch for forward passes only has four times as many (DataLoader)."""
 _SHOWN_TOKENS = 60
 """Of the document in the picture."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """The scores of every document under one way to skip."""
-
-    text: Scores
-    pairs: Scores | None
-    """Of the sentences of the minimal pairs, good, bad, good, ..."""
-    latency: float
-    """Of a prefill of the first held-out batch, over that of the dense model."""
 
 
 class Comparison:
@@ -97,7 +86,10 @@ class Comparison:
         self._held_out = self._here(loader.held_out())
         if not self._held_out:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
+        self._sources = np.array([row.segments[0].source for row in documents])
+        self._domains = [source.name for source in data.stats.sources]
         self._pairs: list[Batch] = []
+        self._continuations: Continuations | None = None
         self._near: dict[Path, RouterConfig] = {}
 
     def add_pairs(self, folder: Path, limit: int) -> None:
@@ -107,8 +99,29 @@ class Comparison:
         prompt = self._config.data.prompt_tokens
         self._pairs = self._here(text_batches(texts, self._tokenizer, prompt_tokens=prompt))
 
+    def add_continuations(self, count: int, tokens: int = 64) -> None:
+        """Compare `count` greedy continuations of `tokens` tokens with the dense model's, too."""
+        self._continuations = Continuations(
+            self.model, self.routers, self._held_out, count=count, tokens=tokens
+        )
+
     def _here(self, batches: Sequence[Batch | None]) -> list[Batch]:
         return [batch.to(self._topology.device) for batch in batches if batch is not None]
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine with the routers that are attached now."""
+        return self._engine
+
+    @property
+    def calibration(self) -> Sequence[Batch]:
+        """Return the calibration text."""
+        return self._calibration
+
+    def some_calibration(self, rows: int) -> Sequence[Batch]:
+        """Return about the first `rows` rows of the calibration text."""
+        size = len(self._calibration[0].input_ids)
+        return self._calibration[: -(-rows // size)]
 
     @property
     def routers(self) -> RouterSet:
@@ -160,7 +173,18 @@ class Comparison:
         config, layers, _ = read_router_config(routers)
         if layers != self.layers:
             raise ConfigError(f"{routers}: routes layers {layers}, the comparison {self.layers}")
-        self._attach(config)
+        # The capacity of training does not matter, because the threshold is searched. All methods
+        # decide on the prompt, as in generation: with pool="all" a method would see the answer that
+        # it is scored on.
+        self.attach(
+            RouterConfig(
+                layers=self.layers,
+                router=config.router,
+                prompt_tokens=config.prompt_tokens,
+                compensation=config.compensation,
+                compensation_rank=config.compensation_rank,
+            )
+        )
         self.routers.load_state_dict(load_router_tensors(routers, self.routers))
         capacity = 1 - self.share(skip)
         kept = calibrate_threshold(self._engine, self._calibration, capacity=capacity, rounds=6)
@@ -175,17 +199,10 @@ class Comparison:
             )
         return kept
 
-    def _attach(self, config: RouterConfig) -> None:
-        # The capacity of training does not matter, because the threshold is searched. All methods
-        # decide on the prompt, as in generation: with pool="all" a method would see the answer that
-        # it is scored on.
-        fresh = RouterConfig(
-            layers=self.layers,
-            router=config.router,
-            prompt_tokens=config.prompt_tokens,
-        )
+    def attach(self, config: RouterConfig) -> None:
+        """Put fresh routers on the model in place of those that are there."""
         detach_routers(self.model)
-        routers = attach_routers(self.model, fresh, register=False, verify=False)
+        routers = attach_routers(self.model, config, register=False, verify=False)
         self._engine = Engine(self._engine.module, routers, self._config, self._topology)
 
     # -- measures
@@ -198,7 +215,10 @@ class Comparison:
         pairs = None
         if self._pairs:
             pairs = score(self.model, self.routers, self._pairs, policy, rows_per_document=2)
-        return Measured(text=text, pairs=pairs, latency=latency)
+        agreement = None
+        if self._continuations is not None:
+            agreement = self._continuations.compare(self.routers, policy)
+        return Measured(text=text, pairs=pairs, agreement=agreement, latency=latency)
 
     def picture(self, title: str) -> TokenMap:
         """Return what the routers do to the first held-out document."""
@@ -228,16 +248,25 @@ class Comparison:
 
     # -- over seeds
 
+    def _gap_by_domain(self, nll: Any, dense: Scores) -> dict[str, Difference]:
+        """Return the loss over the dense model's by source of the documents."""
+        gaps = {}
+        for source in np.unique(self._sources):
+            rows = self._sources == source
+            name = Path(self._domains[source]).name
+            gaps[name] = ratio_difference(nll[rows], dense.nll[rows], dense.tokens[rows])
+        return gaps
+
     def point(
         self, method: str, asked: float, measured: Sequence[Measured], dense: Measured, **more: Any
     ) -> Point:
         """Return a method's point: scores are averaged over seeds, then paired with dense."""
-        nll, tokens, hits = _mean(measured, "nll"), dense.text.tokens, _hits(measured)
-        dense_hits, exact = _hits([dense]), _mean(measured, "exact")
+        nll, tokens, hits = mean_scores(measured, "nll"), dense.text.tokens, mean_hits(measured)
+        dense_hits, exact = mean_hits([dense]), mean_scores(measured, "exact")
         gap = None
         if hits is not None and dense_hits is not None:
             gap = ratio_difference(hits, dense_hits, np.ones_like(hits))
-        skipped = 1 - _mean(measured, "kept").mean(axis=1)
+        skipped = 1 - mean_scores(measured, "kept").mean(axis=1)
         of_all = float(skipped.mean()) * len(self.layers) / self.depth
         return Point(
             method=method,
@@ -253,47 +282,8 @@ class Comparison:
             flops=self.flop_ratio(of_all),
             latency=statistics.mean(scores.latency for scores in measured),
             skipped_by_layer=dict(zip(self.layers, skipped.tolist(), strict=True)),
+            domains=self._gap_by_domain(nll, dense.text),
+            same=mean_agreement(measured, "same"),
+            likelihood=mean_agreement(measured, "likelihood"),
             **more,
         )
-
-
-def contrasts(
-    measured: Mapping[tuple[str, float], Sequence[Measured]], ours: str
-) -> list[Contrast]:
-    """Return the method `ours` against each other method at equal skip, paired by document.
-
-    `measured` has the scores of all seeds, by (method, asked share to skip).
-    """
-    rows = []
-    for (method, skip), theirs in measured.items():
-        mine = measured.get((ours, skip))
-        if method == ours or not mine or not theirs:
-            continue
-        a, b = _hits(mine), _hits(theirs)
-        both = a is not None and b is not None
-        rows.append(
-            Contrast(
-                method=ours,
-                against=method,
-                skip=skip,
-                loss=ratio_difference(
-                    _mean(mine, "nll"), _mean(theirs, "nll"), mine[0].text.tokens
-                ),
-                pairs=ratio_difference(a, b, np.ones_like(a)) if both else None,
-                exact=ratio_difference(
-                    _mean(mine, "exact"), _mean(theirs, "exact"), np.ones(len(mine[0].text.exact))
-                ),
-            )
-        )
-    return rows
-
-
-def _mean(measured: Sequence[Measured], field: str) -> Any:
-    """Return a field of the text's scores, averaged over seeds, by document."""
-    return np.mean([getattr(scores.text, field) for scores in measured], axis=0)
-
-
-def _hits(measured: Sequence[Measured]) -> Any:
-    """Return the pairs' hits averaged over seeds, None without pairs."""
-    hits = [pair_accuracy(scores.pairs) for scores in measured if scores.pairs is not None]
-    return np.mean(hits, axis=0) if hits else None

@@ -13,10 +13,12 @@ from megaskip.errors import ConfigError
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.study.comparison import Comparison, Measured, contrasts
+from megaskip.study.comparison import Comparison
+from megaskip.study.over_seeds import Measured, contrasts
 from megaskip.study.pareto import Point, table_rows
-from megaskip.study.recipes import train_seconds, trained_runs
+from megaskip.study.recipes import train_missing, train_seconds, trainings
 from megaskip.study.report import ComparisonReport
+from megaskip.study.static_drops import STATIC, StaticDrops
 
 logger = get_logger(__name__)
 
@@ -42,12 +44,24 @@ def compare(options: CompareOptions) -> None:
             comparison.share(skip)  # raises for one that cannot be reached
         if options.blimp:
             comparison.add_pairs(options.blimp, options.pairs)
+        if options.continuations:
+            comparison.add_continuations(options.continuations)
+        drops = StaticDrops(
+            comparison,
+            most=max(options.shares),
+            rank=options.compensation_rank,
+            order_rows=options.order_rows,
+        )
+        needed = trainings(comparison, drops, source.describe(), options)
+        if not options.no_training:
+            everything = [training for of_method in needed.values() for training in of_method]
+            with tqdm(total=len(everything), desc="training", disable=None) as bar:
+                train_missing(everything, options, progress=bar.update)
         runs: Runs = {
-            (method, skip): trained_runs(comparison, method, skip, options)
-            for method in options.methods
-            for skip in options.shares
+            key: [training.folder for training in of_method if training.is_done]
+            for key, of_method in needed.items()
         }
-        _measure_all(comparison, runs, options)
+        _measure_all(comparison, drops, runs, options)
 
 
 def _run_config(options: CompareOptions) -> RunConfig:
@@ -67,7 +81,9 @@ def _run_config(options: CompareOptions) -> RunConfig:
     )
 
 
-def _measure_all(comparison: Comparison, runs: Runs, options: CompareOptions) -> None:
+def _measure_all(
+    comparison: Comparison, drops: StaticDrops, runs: Runs, options: CompareOptions
+) -> None:
     """Measure every method at every skip, and write the report after each."""
     dense = comparison.measure(comparison.everything)
     orders = comparison.orders(options.seeds)
@@ -84,10 +100,13 @@ def _measure_all(comparison: Comparison, runs: Runs, options: CompareOptions) ->
         )
 
     for (method, skip), trained in tqdm(runs.items(), desc="measuring", disable=None):
-        by_seed = [
-            comparison.measure(comparison.policy(order, skip)) for order in orders.get(method, ())
-        ]
-        by_seed += _measure_trained(comparison, method, skip, trained, left_out, options)
+        if method in STATIC:
+            by_seed = _measure_static(comparison, drops, method, skip, trained)
+        elif method in orders:
+            drops.put(with_maps=False)
+            by_seed = [comparison.measure(comparison.policy(o, skip)) for o in orders[method]]
+        else:
+            by_seed = _measure_trained(comparison, method, skip, trained, left_out, options)
         if by_seed:
             seconds = statistics.mean(map(train_seconds, trained)) if trained else None
             points.append(comparison.point(method, skip, by_seed, dense, train_seconds=seconds))
@@ -96,6 +115,15 @@ def _measure_all(comparison: Comparison, runs: Runs, options: CompareOptions) ->
             # Again after every point: a comparison takes hours.
             report().write()
     report().show()
+
+
+def _measure_static(
+    comparison: Comparison, drops: StaticDrops, method: str, skip: float, runs: list[Path]
+) -> list[Measured]:
+    """Return what is lost when layers are dropped for every text: once, or for each run."""
+    if STATIC[method][1] != "trained":
+        return [comparison.measure(drops.policy(method, skip))]
+    return [comparison.measure(drops.take(run / "routers")) for run in runs]
 
 
 def _measure_trained(

@@ -4,7 +4,7 @@ models."""
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -47,6 +47,12 @@ class Point:
     """Of a prefill, measured, over that of the dense model."""
     skipped_by_layer: Mapping[int, float]
     """Share of the documents that skip each routed layer's attention."""
+    domains: Mapping[str, Difference] = field(default_factory=dict)
+    """Loss over the dense model's by source of the documents."""
+    same: float | None = None
+    """Share of the dense model's greedy tokens that are the most likely ones here."""
+    likelihood: float | None = None
+    """Mean log-likelihood that the dense model gives to greedy continuations, nats a token."""
     train_seconds: float | None = None
     """Of a training, on average over seeds; None for what is not trained."""
 
@@ -82,6 +88,8 @@ HEADER = (
     "to dense",
     "FLOPs x",
     "prefill x",
+    "same tokens",
+    "dense ll",
     "training s",
 )
 
@@ -101,6 +109,8 @@ def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
             _interval(point.exact_gap, "+.2%"),
             f"{point.flops:.3f}",
             f"{point.latency:.3f}",
+            "-" if point.same is None else f"{point.same:.1%}",
+            "-" if point.likelihood is None else f"{point.likelihood:.3f}",
             "-" if point.train_seconds is None else f"{point.train_seconds:.0f}",
         )
         for point in points

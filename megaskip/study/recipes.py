@@ -1,19 +1,24 @@
 """How each compared method is trained: flags of `megaskip train`, and a run for each seed."""
 
+import itertools
 import json
 import os
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config.commands.compare import CompareOptions
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.study.comparison import Comparison
+from megaskip.study.static_drops import STATIC, StaticDrops
 
 logger = get_logger(__name__)
 
@@ -31,30 +36,57 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "smooth": (*_OURS, "--temperature", "3"),
     "affine": (*_OURS, "--router", "affine"),
     "mlp": (*_OURS, "--router", "mlp"),
+    "compensated": (*_OURS, "--compensation", "low_rank", "--distill", "0.5"),
 }
-_FOR_ONE_SKIP = {"published", "separate", "layerwise"}
+_FOR_ONE_SKIP = {"published", "separate", "layerwise", "compensated"}
 _TRAINED_AS = {"allocated": "ours"}
 _ROWS_A_STEP = 16
 _RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 
-def trained_runs(
-    comparison: Comparison, method: str, skip: float, options: CompareOptions
-) -> list[Path]:
-    """Return a method's runs for a skip (a share of all attention), one for each seed; those that
-    are missing are trained."""
-    if method not in RECIPES:
-        return []
-    runs = []
-    for seed in options.seeds:
-        name, flags = _run_for(comparison, method, skip, options)
-        run = options.output / "runs" / f"{name}-s{seed}"
-        if not ((run / "routers" / CONFIG).is_file() and (run / "report.json").is_file()):
-            if options.no_training:
-                continue
-            _train(options, run, [*RECIPES[method], *flags, "--seed", str(seed)])
-        runs.append(run)
-    return runs
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A run that a comparison needs."""
+
+    folder: Path
+    flags: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the run is finished."""
+        return (self.folder / "routers" / CONFIG).is_file() and (
+            self.folder / "report.json"
+        ).is_file()
+
+
+def trainings(
+    comparison: Comparison, drops: StaticDrops, base: BaseModel, options: CompareOptions
+) -> dict[tuple[str, float], list[Training]]:
+    """Return the runs of each method at each skip (a share of all attention), one for each seed."""
+    needed = {}
+    for method, skip in itertools.product(options.methods, options.shares):
+        name, flags = _run_for(comparison, drops, base, method, skip, options)
+        seeds = options.seeds if name else ()
+        needed[method, skip] = [
+            Training(
+                folder=options.output / "runs" / f"{name}-s{seed}",
+                flags=(*flags, "--seed", str(seed)),
+            )
+            for seed in seeds
+        ]
+    return needed
+
+
+def train_missing(
+    needed: Iterable[Training], options: CompareOptions, *, progress: Callable[[], object]
+) -> None:
+    """Train what is not there, --parallel of them at a time; raises MegaskipError when one
+    fails."""
+    missing = {training.folder: training for training in needed if not training.is_done}
+    with ThreadPoolExecutor(options.parallel) as pool:
+        for done in [pool.submit(_train, options, training) for training in missing.values()]:
+            done.result()
+            progress()
 
 
 def train_seconds(run: Path) -> float:
@@ -63,31 +95,47 @@ def train_seconds(run: Path) -> float:
 
 
 def _run_for(
-    comparison: Comparison, method: str, skip: float, options: CompareOptions
-) -> tuple[str, list[str]]:
-    """Return (name of the run, without its seed; flags for the capacities that it is trained
-    for)."""
+    comparison: Comparison,
+    drops: StaticDrops,
+    base: BaseModel,
+    method: str,
+    skip: float,
+    options: CompareOptions,
+) -> tuple[str, tuple[str, ...]]:
+    """Return (name of the run, without its seed; its flags); no name for what is not trained."""
+    if method in STATIC:
+        if STATIC[method][1] != "trained":
+            return "", ()
+        start = options.output / "fitted" / f"{method}-{skip:.4f}"
+        if not options.no_training:
+            drops.write_start(method, skip, start, base)
+        return f"{method}-{skip:.4f}", ("--init_routers", str(start), "--distill", "0.5")
+    if method not in RECIPES:
+        return "", ()
+    layers = ("--layers", options.layers)
     if method in _FOR_ONE_SKIP:
         capacity = 1 - comparison.share(skip)
-        return f"{method}-{capacity:.4f}", ["--capacity", f"{capacity:.6f}"]
+        asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
+        return f"{method}-{capacity:.4f}", (*layers, *RECIPES[method], *asked)
     low = 1 - comparison.share(max(options.shares))
     middle = 1 - comparison.share(statistics.mean(options.shares))
-    name = _TRAINED_AS.get(method, method)
-    return name, ["--capacity", f"{middle:.6f}", "--capacity_low", f"{low:.6f}"]
+    asked = ("--capacity", f"{middle:.6f}", "--capacity_low", f"{low:.6f}")
+    return _TRAINED_AS.get(method, method), (*layers, *RECIPES[method], *asked)
 
 
-def _train(options: CompareOptions, run: Path, flags: Sequence[str]) -> None:
+def _train(options: CompareOptions, training: Training) -> None:
     """Train one set of routers in a process of its own."""
     command = [sys.executable, "-m", "megaskip", "train", "--model", options.model]
     for entry in options.data:
         command += ["--data", entry]
-    command += ["--seq_length", str(options.seq_length), "--layers", options.layers]
+    command += ["--seq_length", str(options.seq_length)]
     command += ["--max_steps", str(options.steps), "--micro_batch_size", str(_ROWS_A_STEP)]
     command += ["--no-progress"]
     # What is measured here is carved off the same text, and must not be trained on.
     held_out = 16 if options.eval_data else options.documents
     command += ["--calibration_rows", str(options.calibration_rows), "--held_out", str(held_out)]
-    command += ["--dtype", "float32", "--save_every", "0", "--output_dir", str(run), *flags]
+    command += ["--dtype", "float32", "--save_every", "0", "--output_dir", str(training.folder)]
+    command += training.flags
     command += ["--resume", "auto"]  # one that was interrupted while it calibrated
     command += ["--cache_dir", options.cache_dir] if options.cache_dir else []
     logger.info("%s", " ".join(command))

@@ -17,9 +17,11 @@ from megaskip.config.commands.compare import BASELINES
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
-from megaskip.study.comparison import Comparison, contrasts
+from megaskip.study.comparison import Comparison
+from megaskip.study.over_seeds import contrasts
 from megaskip.study.pareto import draw, draw_layers, markdown
 from megaskip.study.scoring import spread_documents
+from megaskip.study.static_drops import StaticDrops
 
 DOCUMENTS = 24
 ROOT = Path(__file__).parents[2]
@@ -159,3 +161,63 @@ def test_documents_come_from_all_over_the_held_out_text() -> None:
 
 def test_as_many_documents_are_measured_as_are_asked(comparison: Comparison) -> None:
     assert len(comparison.measure(comparison.everything).text.nll) == DOCUMENTS
+
+
+@pytest.fixture
+def drops(comparison: Comparison) -> StaticDrops:
+    return StaticDrops(comparison, most=0.5, rank=16, order_rows=32)
+
+
+def test_a_greedy_drop_loses_no_more_than_one_by_cosine_on_the_text_it_was_chosen_on(
+    comparison: Comparison, drops: StaticDrops
+) -> None:
+    losses = {}
+    for kind in ("cosine", "greedy"):
+        layers = drops.order(kind, with_maps=False)[:2]
+        drops.put(with_maps=False)
+        routers = comparison.routers
+        with routers.disabled(), routers.override(dict.fromkeys(layers, 0.0)):
+            losses[kind] = comparison.engine.evaluate(
+                comparison.some_calibration(32), routed=True
+            ).loss
+    assert losses["greedy"] <= losses["cosine"] + 1e-6
+
+
+def test_maps_in_closed_form_lose_less_than_zeros(
+    comparison: Comparison, drops: StaticDrops
+) -> None:
+    dense = comparison.measure(comparison.everything)
+    losses = {
+        method: comparison.measure(drops.policy(method, 0.375)).text.loss()
+        for method in ("static", "static_fitted")
+    }
+    assert dense.text.loss() < losses["static_fitted"] < losses["static"]
+
+
+def test_trained_maps_start_where_the_closed_form_ends(
+    comparison: Comparison, drops: StaticDrops, tmp_path: Path
+) -> None:
+    base = resolve_source(ModelConfig(model="demo")).describe()
+    folder = drops.write_start("greedy_trained", 0.25, tmp_path / "start", base)
+    fitted = comparison.measure(drops.policy("greedy_fitted", 0.25)).text
+    taken = comparison.measure(drops.take(folder)).text
+    np.testing.assert_allclose(taken.nll, fitted.nll, rtol=1e-5)
+    np.testing.assert_array_equal(taken.kept, fitted.kept)
+
+
+def test_continuations_of_the_dense_model_agree_with_themselves(comparison: Comparison) -> None:
+    comparison.add_continuations(4, tokens=12)
+    try:
+        dense = comparison.measure(comparison.everything)
+        (order,) = comparison.orders([0])["static"]
+        dropped = comparison.measure(comparison.policy(order, 0.5))
+    finally:
+        comparison._continuations = None
+    assert dense.agreement is not None
+    assert dropped.agreement is not None
+    assert (dense.agreement.same == 1).all()
+    assert dropped.agreement.same.mean() < 1
+    assert dropped.agreement.likelihood.mean() < dense.agreement.likelihood.mean()
+    point = comparison.point("static", 0.5, [dropped], dense)
+    assert point.same == pytest.approx(dropped.agreement.same.mean())
+    assert sum(gap.value > 0 for gap in point.domains.values()) == 1

@@ -8,6 +8,7 @@ from megaskip.config.checks import at_least
 from megaskip.config.options import Checked, option
 
 BASELINES = ("static", "random", "uniform")
+DROPS = ("greedy", "static_fitted", "greedy_fitted", "static_trained", "greedy_trained")
 TRAINED = (
     "published",
     "separate",
@@ -20,8 +21,9 @@ TRAINED = (
     "smooth",
     "affine",
     "mlp",
+    "compensated",
 )
-METHODS = (*BASELINES, *TRAINED)
+METHODS = (*BASELINES, *DROPS, *TRAINED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,7 @@ class CompareOptions(Checked):
         (*BASELINES, "published", "ours"), separator=",", choices=METHODS, metavar="NAME,..."
     )
     """What is compared."""
-    ours: str = option("ours", choices=TRAINED, metavar="NAME")
+    ours: str = option("ours", choices=(*TRAINED, *DROPS), metavar="NAME")
     """The method that the others are set against."""
     layers: str = option("half", metavar="SPEC")
     """As --layers of `megaskip train`."""
@@ -58,6 +60,14 @@ class CompareOptions(Checked):
     """Longest sample in tokens."""
     calibration_rows: int = 512
     """Rows on which thresholds are found."""
+    compensation_rank: int = 64
+    """Rank of the maps in dropped layers' places."""
+    order_rows: int = 128
+    """Calibration rows on which a greedy order is measured."""
+    continuations: int = 0
+    """Prompts whose 64 greedy tokens are compared with the dense model's."""
+    parallel: int = 1
+    """Trainings that run at the same time."""
     cache_dir: str | None = option(None, metavar="FOLDER")
     """As --cache_dir of `megaskip train`."""
     no_training: bool = False
@@ -66,7 +76,7 @@ class CompareOptions(Checked):
     """Folder to write."""
 
     def _problems(self) -> Iterator[str]:
-        for name in ("documents", "pairs", "steps", "calibration_rows"):
+        for name in ("documents", "pairs", "steps", "calibration_rows", "order_rows", "parallel"):
             yield from at_least(name, getattr(self, name), 1)
         for name in ("data", "skip", "seeds", "methods"):
             if not getattr(self, name):

@@ -1,0 +1,118 @@
+"""Layers dropped for every text, compared like everything else: in which order, and with which maps
+in their places."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megaskip.calibration.drop_order import greedy_drop_order
+from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.static_drop import static_routers
+from megaskip.checkpoint.base import BaseModel
+from megaskip.checkpoint.routers import (
+    CONFIG,
+    load_router_tensors,
+    read_router_config,
+    save_routers,
+)
+from megaskip.config import RouterConfig
+from megaskip.routing import RouterSet
+from megaskip.study.baselines import Policy, skipping
+from megaskip.study.comparison import Comparison
+
+STATIC = {
+    "static": ("cosine", "none"),
+    "greedy": ("greedy", "none"),
+    "static_fitted": ("cosine", "fitted"),
+    "greedy_fitted": ("greedy", "fitted"),
+    "static_trained": ("cosine", "trained"),
+    "greedy_trained": ("greedy", "trained"),
+}
+"""Methods: (order of the layers, maps in their places)."""
+
+
+class StaticDrops:
+    """The static methods of one comparison. What is fitted and ordered is computed once."""
+
+    def __init__(self, comparison: Comparison, *, most: float, rank: int, order_rows: int) -> None:
+        """`most` is the largest share of all attention that is skipped, `rank` that of the maps,
+        `order_rows` the calibration rows on which a greedy order is measured."""
+        self._comparison = comparison
+        self._count = self.layers_for(most)
+        self._order_batches = comparison.some_calibration(order_rows)
+        self._config = RouterConfig(
+            layers=comparison.layers, compensation="low_rank", compensation_rank=rank
+        )
+        self._maps: dict[str, Tensor] | None = None
+        self._orders: dict[tuple[str, bool], list[int]] = {}
+
+    def layers_for(self, skip: float) -> int:
+        """Return the whole number of layers nearest to the share `skip` of all attention."""
+        return max(int(skip * self._comparison.depth + 0.5), 1)
+
+    def order(self, kind: str, *, with_maps: bool) -> list[int]:
+        """Return layers, the first to go first, by cosine or by measured loss (greedy)."""
+        key = (kind, with_maps and kind == "greedy")
+        if key not in self._orders:
+            if kind == "cosine":
+                similarity = self._comparison.similarity()
+                ranked = sorted(self._comparison.layers, key=lambda layer: -similarity[layer])
+                self._orders[key] = ranked
+            else:
+                self.put(with_maps=with_maps)
+                _, steps = greedy_drop_order(
+                    self._comparison.engine, self._order_batches, self._count
+                )
+                self._orders[key] = [step.layer for step in steps]
+        return self._orders[key]
+
+    def put(self, *, with_maps: bool) -> None:
+        """Put routers on the model that have the maps in closed form, or no maps."""
+        if not with_maps:
+            self._comparison.attach(RouterConfig(layers=self._comparison.layers))
+            return
+        self._comparison.attach(self._config)
+        routers = self._comparison.routers
+        if self._maps is None:
+            fit_compensation(self._comparison.engine, self._comparison.calibration)
+            self._maps = {name: tensor.clone() for name, tensor in routers.state_dict().items()}
+        routers.load_state_dict(self._maps)
+
+    def policy(self, method: str, skip: float) -> Policy:
+        """Return a policy that drops for every text, with what it needs put on the model; not for
+        what is trained."""
+        kind, maps = STATIC[method]
+        ranked = self.order(kind, with_maps=maps != "none")
+        self.put(with_maps=maps != "none")
+        layers, depth = self._comparison.layers, self._comparison.depth
+        return skipping(lambda document, count: ranked, layers, skip * depth)
+
+    def write_start(self, method: str, skip: float, folder: Path, base: BaseModel) -> Path:
+        """Write the router folder from which a trained method starts, unless it is there."""
+        if not (folder / CONFIG).is_file():
+            kind, _ = STATIC[method]
+            dropped = self.order(kind, with_maps=True)[: self.layers_for(skip)]
+            self.put(with_maps=True)
+            save_routers(folder, static_routers(self._comparison.routers, dropped), base=base)
+        return folder
+
+    def take(self, routers: Path) -> Policy:
+        """Put the trained maps of a router folder on the model; return the policy that drops its
+        layers."""
+        config, layers, _ = read_router_config(routers)
+        stored = RouterSet(config, layers, self._comparison.routers.hidden_size)
+        self._comparison.attach(self._config)
+        weights = load_router_tensors(routers, stored)
+        self._comparison.routers.load_state_dict(weights, strict=False)
+        return dropping(layers, self._comparison.layers)
+
+
+def dropping(dropped: tuple[int, ...], layers: tuple[int, ...]) -> Policy:
+    """Return the policy that drops the layers `dropped` of the routed `layers` for every text."""
+
+    def policy(documents: object) -> Mapping[int, Tensor]:
+        return {layer: torch.tensor(float(layer not in dropped)) for layer in layers}
+
+    return policy
