@@ -44,6 +44,8 @@ SMALLEST = {
     "export-static": ["--run", "run", "--count", "1", "--output", "out"],
     "import-routers": ["--source", "in", "--output", "out"],
     "compare": ["--model", "demo", "--data", "demo", "--output", "out"],
+    "fit": ["--model", "demo", "--data", "demo", "--output", "out"],
+    "drop": ["--model", "demo", "--data", "demo", "--output", "out"],
 }
 
 
