@@ -3,7 +3,7 @@
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megaskip.checkpoint.routers import CONFIG
@@ -103,5 +103,5 @@ def _base_flags(options: DropOptions) -> list[str]:
     return [*_flags(values), *repeated, *trusted]
 
 
-def _flags(values: dict[str, object]) -> list[str]:
+def _flags(values: Mapping[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items() if value is not None]

@@ -132,7 +132,11 @@ try:
     load_tokenizer(Path(megaskip.__file__).parent / "demo" / "backbone")
 except MegaskipError as error:
     print(error)
-for module in ("megaskip.parallel.zero3", "megaskip.evaluation.evaluate", "megaskip.reporting.heatmap"):
+for module in (
+    "megaskip.parallel.zero3",
+    "megaskip.evaluation.evaluate",
+    "megaskip.reporting.heatmap",
+):
     try:
         importlib.import_module(module)
     except MegaskipError as error:

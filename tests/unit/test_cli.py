@@ -23,6 +23,7 @@ from megaskip.config.commands.compare import BASELINES, METHODS
 from megaskip.config.options import Checked, exactly_one, flags_of
 from megaskip.errors import ConfigError
 from megaskip.study.recipes import RECIPES
+from megaskip.study.static_drops import STATIC
 
 ROOT = Path(__file__).parents[2]
 STUBS = {
@@ -182,7 +183,7 @@ def test_a_plan_is_a_training_that_is_not_run() -> None:
 
 
 def test_methods_that_can_be_named_are_those_that_there_are() -> None:
-    assert set(METHODS) == {*BASELINES, *RECIPES}
+    assert set(METHODS) == {*BASELINES, *STATIC, *RECIPES}
 
 
 # -- parse_options
