@@ -21,9 +21,9 @@ from megaskip.config import (
     RunConfig,
 )
 from megaskip.config.commands.fit import DropPlan, FitOptions, TextAndModel
+from megaskip.config.paths import require_new
 from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
-from megaskip.export.folder import require_new
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.build import build_engine

@@ -20,9 +20,8 @@ from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import OptimConfig, ParallelConfig, RouterConfig, RunConfig
 from megaskip.config.commands.calibrate import CalibrateOptions
-from megaskip.config.paths import why_unwritable
+from megaskip.config.paths import require_new, why_unwritable
 from megaskip.errors import ConfigError
-from megaskip.export.folder import require_new
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.loading.source import resolve_source

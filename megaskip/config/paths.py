@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from megaskip.errors import ConfigError
+
 
 def why_unwritable(folder: Path) -> str | None:
     """Return why a folder, or the nearest one above it that exists, cannot be written; None if it
@@ -15,6 +17,12 @@ def why_unwritable(folder: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def require_new(output: Path) -> None:
+    """Raise ConfigError when there is something at --output."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output} exists and is not empty; name a new folder")
 
 
 def output_file_problems(flag: str, file: Path, suffix: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ from megaskip.checkpoint.routers import (
 from megaskip.checkpoint.weight_index import INDEX, SINGLE, weight_map_of
 from megaskip.config import RouterConfig
 from megaskip.config.commands.convert import MODES
+from megaskip.config.paths import require_new
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import write_card
@@ -156,12 +157,6 @@ def own_config(
 def base_name(recorded: str, base: Path) -> str:
     """Return the base's hub id, or the name of its folder."""
     return recorded if is_hub_id(recorded) else base.resolve().name
-
-
-def require_new(output: Path) -> None:
-    """Raise ConfigError when there is something at --output."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output} exists and is not empty; name a new folder")
 
 
 def _require_droppable(config: RouterConfig, mode: str, kv: str) -> None:

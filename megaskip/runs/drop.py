@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config.commands.fit import DropOptions
+from megaskip.config.paths import require_new
 from megaskip.errors import MegaskipError
-from megaskip.export.folder import require_new
 from megaskip.log import get_logger, set_up_logging
 
 logger = get_logger(__name__)
