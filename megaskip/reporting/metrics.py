@@ -10,10 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from megaskip.extras import extra
-from megaskip.reporting.heatmap import capacity_heatmap
 
 with extra("train"):
     from torch.utils.tensorboard import SummaryWriter
+
+    from megaskip.reporting.heatmap import capacity_heatmap
 
 FILE = "metrics.jsonl"
 
