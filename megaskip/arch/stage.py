@@ -164,12 +164,12 @@ class DecoderStage(nn.Module):
         """
         call = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
         if self.layer_range.is_first:
-            return self.decoder(input_ids=inputs, **call)[0]  # type: ignore[no-any-return]
+            return self.decoder(input_ids=inputs, **call)[0]
         # What arrived enters above the last layer that is elsewhere: a base model may scale what it
         # takes for embeddings (granite does).
         below = self.decoder.layers[self.layer_range.first - 1]
         below.pass_on = lambda hidden_states: inputs
         try:
-            return self.decoder(inputs_embeds=inputs, **call)[0]  # type: ignore[no-any-return]
+            return self.decoder(inputs_embeds=inputs, **call)[0]
         finally:
             below.pass_on = None

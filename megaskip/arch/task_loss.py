@@ -99,9 +99,7 @@ class HeadLoss(nn.Module):
         targets = labels[:, 1:]
         supervised = targets != IGNORED
         states = predicting_states(hidden_states, labels)
-        return self(  # type: ignore[no-any-return]
-            states, targets[supervised], teacher, share, each=each
-        )
+        return self(states, targets[supervised], teacher, share, each=each)
 
     def forward(
         self,
@@ -119,7 +117,7 @@ class HeadLoss(nn.Module):
         """
         if each:
             return self._each(hidden_states, targets)
-        return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
+        return _ChunkedCrossEntropy.apply(
             hidden_states,
             self.linear.weight,
             self.linear.bias,
@@ -184,7 +182,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * grad.to(hidden_grad.dtype),
@@ -234,7 +232,7 @@ def verify_task_loss(loss: TaskLoss) -> None:
 
     Under ZeRO-3 collective: every rank calls it.
     """
-    model = loss.model
+    model: Any = loss.model
     device = next(model.parameters()).device
     ids = torch.arange(1, 9, device=device).unsqueeze(0)
     own = loss(ids, None, torch.arange(8, device=device).unsqueeze(0), ids)

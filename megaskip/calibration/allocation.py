@@ -149,7 +149,7 @@ def _static_drop(
     most, 0 for the others. Collective."""
     routers = engine.routers
     logits = [torch.zeros(len(routers.layers), 0, dtype=torch.float64)]
-    similarity = UpdateSimilarity(engine.module.model, routers.config.target, routers.layers)
+    similarity = UpdateSimilarity(engine.model, routers.config.target, routers.layers)
     with routers.disabled(), similarity.watching():
         for batch in batches:
             similarity.set_batch(batch.token_mask if batch is not None else None)

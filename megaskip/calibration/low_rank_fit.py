@@ -118,4 +118,6 @@ class LowRankFit:
         scaled = factor / rest[:, None]
         inner = factor.t() @ scaled
         inner.diagonal().add_(1)  # Woodbury
-        return right / rest[:, None] - scaled @ torch.linalg.solve(inner, scaled.t() @ right)
+        solved = torch.linalg.solve(inner, scaled.t() @ right)
+        solution: Tensor = right / rest[:, None] - scaled @ solved
+        return solution

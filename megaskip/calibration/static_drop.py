@@ -145,7 +145,7 @@ def mean_similarity(engine: Engine, batches: Sequence[Any]) -> dict[int, float]:
     """Return by routed layer the mean cosine of what its target reads and what comes of it, over
     the real tokens of all ranks' `batches`. Collective; without pipeline stages."""
     routers = engine.routers
-    seen = UpdateSimilarity(engine.module.model, routers.config.target, routers.layers)
+    seen = UpdateSimilarity(engine.model, routers.config.target, routers.layers)
     with routers.disabled(), seen.watching():
         for batch in batches:
             seen.set_batch(batch.token_mask if batch is not None else None)

@@ -127,8 +127,9 @@ def _layer_of(cache: Any, layer: int) -> Any:
             f"megaskip: past_key_values is a {type(cache).__name__}, expected a cache of "
             "transformers with one layer for each of the model's; pass a DynamicCache"
         )
+    make_layer: Any = cache.layer_class_to_replicate
     while len(cache.layers) <= layer:
-        cache.layers.append(cache.layer_class_to_replicate())
+        cache.layers.append(make_layer())
     return cache.layers[layer]
 
 

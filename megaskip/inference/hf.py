@@ -19,7 +19,7 @@ class MegaskipConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     @classmethod
-    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return the config in a folder, of the class made for its family."""
         if "base_model_type" in cls.__dict__:
             return super().from_pretrained(path, **kwargs)

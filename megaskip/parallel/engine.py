@@ -122,6 +122,11 @@ class Engine:
             check()
             yield batch, self._forward(self._on_device(batch))
 
+    @property
+    def model(self) -> nn.Module:
+        """Return the Hugging Face model; without pipeline stages."""
+        return self.module.get_submodule("model")
+
     def own_decisions(self) -> dict[int, RoutingDecision]:
         """Return the last forward pass's decisions that this rank made."""
         return self.routers.decisions()

@@ -42,7 +42,7 @@ class FullEngine:
         loss = torch.zeros((), dtype=torch.float64, device=self._topology.device)
         for batch in batches:
             task = self._loss(batch) / whole.supervised
-            task.backward()  # type: ignore[no-untyped-call]
+            task.backward()
             loss += task.detach()
         sum_over_ranks(loss)
         grad_norm = reduce_gradients(

@@ -49,9 +49,9 @@ class HeartbeatMonitor:
     def __enter__(self) -> "HeartbeatMonitor":
         if self._topology.world_size == 1:
             return self
-        self._store = dist.PrefixStore(
-            "megaskip_watch", dist.distributed_c10d._get_default_store().clone()
-        )
+        default = dist.distributed_c10d._get_default_store()
+        # torch's stubs lack it.
+        self._store = dist.PrefixStore("megaskip_watch", default.clone())  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=self._silence))
         rank = self._topology.rank
         self._store.set(

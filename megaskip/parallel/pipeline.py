@@ -183,7 +183,8 @@ class PipelineEngine(Engine):
         if stage.head is not None:
             loss = stage.head.of_batch(hidden_states, batch.labels, teacher, self._distill)
             return [loss]
-        return [hidden_states, carried_keep(routers)] if self._learns else [hidden_states]
+        decided = carried_keep(routers) if self._learns else None
+        return [hidden_states] if decided is None else [hidden_states, decided]
 
     def _losses(self, loss: Tensor, whole: GlobalBatch, micro_batches: int) -> list[Tensor]:
         task = loss / whole.supervised

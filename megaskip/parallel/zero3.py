@@ -10,8 +10,6 @@ import ctypes.util
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from megaskip.arch import find_decoder
 from megaskip.arch.task_loss import HeadLoss, TaskLoss
 from megaskip.extras import extra
@@ -45,7 +43,7 @@ def _return_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
 
-def shard(loss: TaskLoss, ds_config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+def shard(loss: TaskLoss, ds_config: Mapping[str, Any]) -> tuple[TaskLoss, Any]:
     """Put ZeRO-3's hooks on a partitioned model; returns (module to call, handle of its hooks).
     Collective."""
     layer_types = {type(layer) for layer in find_decoder(loss.model).layers}

@@ -64,7 +64,7 @@ class Comparison:
         `config.data.held_out` the documents to measure on."""
         self._config, self._topology = config, topology
         self._engine = build_engine(config, topology, source, None)
-        self.model: Any = self._engine.module.model
+        self.model: Any = self._engine.model
         self.depth = len(find_decoder(self.model).layers)
         self.layers = resolve_layers(config.router.layers, self.depth)
         self._costs = CostModel(self.model, self.routers)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.config.checks import at_least
-from megaskip.config.commands.source import DTYPES
 from megaskip.config.options import Checked, option
 from megaskip.config.router import COMPENSATIONS
+from megaskip.config.run import DTYPES
 
 TARGETS = ("attn", "mlp", "block")
 ORDERS = ("greedy", "cosine")

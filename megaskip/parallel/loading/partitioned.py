@@ -42,7 +42,7 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
         _exact_arange(),
         deepspeed.zero.Init(config_dict_or_path=_with_dtype(ds_config, source.dtype)),
     ):
-        model = build_model(source, source.dtype)
+        model: Any = build_model(source, source.dtype)
     # Construction without initialisation leaves tied embeddings apart.
     model.tie_weights()
     _fill_partitions(model, shards)
@@ -106,7 +106,7 @@ def _exact_arange() -> Iterator[None]:
         make: Callable[..., Tensor], target_fp_dtype: torch.dtype | None, target_device: Any
     ) -> Callable[..., Tensor]:
         is_arange = make is partition_parameters._orig_torch_arange
-        return wrap(make, None if is_arange else target_fp_dtype, target_device)  # type: ignore[no-any-return]
+        return wrap(make, None if is_arange else target_fp_dtype, target_device)
 
     partition_parameters.zero_wrapper_for_fp_tensor_constructor = keep_arange
     try:

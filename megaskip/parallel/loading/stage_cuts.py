@@ -96,9 +96,9 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
 
 def _active_weights(layer: nn.Module, config: Any) -> float:
     """Return the weights that a token meets: of fused experts, as many as it is sent to."""
-    chosen = getattr(config, "num_experts_per_tok", None)
+    chosen: Any = getattr(config, "num_experts_per_tok", None)
     total = 0.0
     for parameter in layer.parameters():
-        is_experts = parameter.dim() == 3 and chosen
+        is_experts = parameter.dim() == 3 and chosen is not None
         total += parameter.numel() * (chosen / parameter.shape[0] if is_experts else 1)
     return total

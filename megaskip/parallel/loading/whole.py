@@ -17,7 +17,7 @@ def load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
     """Return the model with all of its weights on `device`, or where they were put without one.
     Every rank calls it by itself."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=source.hf_config,
             dtype=source.dtype,
