@@ -49,10 +49,10 @@ class RouterConfig:
     batch."""
     capacity_low: float | None = None
     """Train one set of routers for every capacity from this to 1: each step asks for another one,
-    some for less. Then tools/calibrate.py finds the thresholds [off: for --capacity alone]."""
+    some for less. Then `megaskip calibrate` finds the thresholds [off: for --capacity alone]."""
     threshold: Threshold = 0.5
-    """A unit runs when its score (a sigmoid) is at least this; tools/calibrate.py --allocate finds
-    one for each routed layer."""
+    """A unit runs when its score (a sigmoid) is at least this; `megaskip calibrate --allocate`
+    finds one for each routed layer."""
     pool: str = field(default="prompt", metadata={"choices": POOLS})
     """Tokens that a sequence's decision looks at: "prompt" (causal: the same in training, scoring
     and generation) or "all" (every real token, as published)."""

@@ -149,6 +149,20 @@ def test_a_launcher_may_put_its_rank_before_the_command(
         assert capsys.readouterr().out.startswith("usage: megaskip train")
 
 
+def test_torchrun_takes_no_flag_for_several_of_its_own() -> None:
+    """It refuses those before the script sees them, where Python is older than 3.12."""
+    from torch.distributed.run import get_args_parser
+
+    its_own = get_args_parser()._option_string_actions
+    refused = {
+        name
+        for command in ("train", "evaluate", "calibrate", "doctor")
+        for name in flags_of(options_of(command))
+        if sum(other.startswith(f"--{name}") for other in its_own) > 1
+    }
+    assert refused == {"run"}  # docs/cli.md says what to do
+
+
 @pytest.mark.parametrize("command", SMALLEST)
 def test_missing_flags_are_all_named(command: str) -> None:
     with pytest.raises(ConfigError) as caught:

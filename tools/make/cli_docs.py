@@ -27,7 +27,8 @@ _INTRO = """\
 Under `deepspeed` and `torchrun` start the file in the second column, or the module:
 `torchrun -m megaskip COMMAND`, `deepspeed --module megaskip COMMAND`. A flag that is on by default
 is switched off by `--no-flag`. All problems of a command line are told at once, and end it with
-status 2.
+status 2. With Python 3.11 `torchrun` takes `--run` for one of its own flags; put `--` before the
+file: `torchrun --nproc_per_node 2 -- tools/calibrate.py --run RUN --capacity 0.5`.
 
 | command | file | what it does |
 |---|---|---|
