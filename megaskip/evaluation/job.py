@@ -61,14 +61,14 @@ def evaluate_on_ranks(options: EvaluateOptions, topology: Topology) -> EvalRepor
     on_first_rank(topology, lambda: tasks.update(find_tasks(settings)))
     lm = _lm(options, topology)
     if not topology.is_first:
-        lm.team.serve()
+        lm.rank_pool.serve()
         return None
     try:
         report = evaluate_lm(lm, tasks, settings, paired=not options.unpaired)
     except MegaskipError as error:
-        lm.team.dismiss(error)
+        lm.rank_pool.dismiss(error)
         raise
-    lm.team.dismiss()
+    lm.rank_pool.dismiss()
     return report
 
 

@@ -75,7 +75,7 @@ class MegaskipLM(HFLM):
         self._last_call: list[Cost] = []
         self._generated: list[Cost] = []
         self._dense_context = contextlib.ExitStack()
-        self.team = RankPool(
+        self.rank_pool = RankPool(
             self.runner,
             {"scoring": self._score, "generating": self._generate, "dense": self._set_dense},
         )
@@ -83,11 +83,11 @@ class MegaskipLM(HFLM):
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Hold a context in which all ranks answer as the unrouted base."""
-        self.team.run("dense", [True] * self.runner.shares)
+        self.rank_pool.run("dense", [True] * self.runner.shares)
         try:
             yield
         finally:
-            self.team.run("dense", [False] * self.runner.shares)
+            self.rank_pool.run("dense", [False] * self.runner.shares)
 
     def _set_dense(self, is_dense: bool) -> None:
         if is_dense and self.runner.routers is not None:
@@ -142,7 +142,7 @@ class MegaskipLM(HFLM):
             order += chunks(numbers, self.batch_size)
         batches = [[requests[number].args for number in chunk] for chunk in order]
         answers: dict[int, tuple[str, Cost]] = {}
-        answered = self.team.run("generating", batches, sizes=[len(chunk) for chunk in order])
+        answered = self.rank_pool.run("generating", batches, sizes=[len(chunk) for chunk in order])
         for numbers, of_batch in zip(order, answered, strict=True):
             answers |= dict(zip(numbers, of_batch, strict=True))
         self._last_call = [answers[number][1] for number in range(len(requests))]
@@ -179,7 +179,7 @@ class MegaskipLM(HFLM):
         batches = list(chunks(sorted(texts.values(), key=lambda t: t.order), self.batch_size))
         sizes = [sum(len(text.asked) for text in batch) for batch in batches]
         answers: dict[int, ScoredAnswer] = {}
-        for of_batch in self.team.run("scoring", batches, sizes=sizes):
+        for of_batch in self.rank_pool.run("scoring", batches, sizes=sizes):
             answers |= of_batch
         self._last_call = [answers[number][1] for number in range(len(requests))]
         return [answers[number][0] for number in range(len(requests))]

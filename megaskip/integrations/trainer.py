@@ -41,6 +41,9 @@ def route_tune(
 
     registered = dict(trainer.model.named_children()).get(PREFIX)
     routers = attach_routers(trainer.model, config) if registered is None else registered
+    trained = routers.trained_parameters()
+    for name, parameter in routers.named_parameters():
+        parameter.requires_grad_(name in trained)
     tuning = RouterTuning(trainer.model, routers, _base_of(trainer.model))
     base: type = type(trainer)
     trainer.__class__ = routed_class(base)

@@ -84,7 +84,7 @@ class RouterTuning:
             penalty = self.routers.penalty(self._total_units)
         else:
             penalty = self.routers.penalty() / (self._micro_batches * replicas)
-        if not penalty.requires_grad:
+        if not penalty.requires_grad and self.routers.config.budget != "static":
             raise ConfigError(
                 "the trainer's last forward pass of this batch was without gradient, so routers "
                 "cannot learn from it: leave out label_smoothing_factor and compute_loss_func"

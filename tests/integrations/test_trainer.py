@@ -130,7 +130,7 @@ def own_training(
     """What megaskip's engine does on these batches: numbers by step, routers, calibrated share."""
     model = demo_model()
     routers = attach_routers(model, config, register=False)
-    run = RunConfig(optim=OptimConfig(lr=RATE, max_grad_norm=1.0))
+    run = RunConfig(optim=OptimConfig(lr=RATE, compensation_lr=RATE, max_grad_norm=1.0))
     engine = Engine(TaskLoss(model, chunk_tokens=64), routers, run, read_topology({}))
     numbers = []
     for step, micro_batches in enumerate(steps):
@@ -159,16 +159,25 @@ def require_same(trainer: Any, expected: list[dict[str, float]]) -> None:
 
 @pytest.mark.parametrize("make", [hf_trainer, sft_trainer])
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_token"])
-@pytest.mark.parametrize("budget", ["global", "layer"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": "global"},
+        {"budget": "layer"},
+        {"compensation": "low_rank", "compensation_rank": 4},
+        {"budget": "static", "compensation": "bias"},
+    ],
+    ids=["global", "layer", "compensated", "static"],
+)
 def test_losses_and_routers_are_those_of_megaskips_own_trainer(
     make: Any,
     granularity: str,
-    budget: str,
+    options: dict[str, Any],
     batches: list[list[Batch]],
     tokenizer: Any,
     tmp_path: Path,
 ) -> None:
-    config = RouterConfig(granularity=granularity, budget=budget, capacity=0.5)
+    config = RouterConfig(granularity=granularity, capacity=0.5, **options)
     expected, routers, _ = own_training(batches, config)
     trainer = make(tmp_path, batches, tokenizer)
     trained = route_tune(trainer, config)
@@ -176,7 +185,7 @@ def test_losses_and_routers_are_those_of_megaskips_own_trainer(
     require_same(trainer, expected)
     for name, weight in routers.state_dict().items():
         assert torch.allclose(trained.state_dict()[name], weight, atol=2e-5), name
-    if budget == "global":
+    if config.budget == "global":
         assert trained.settled_config().threshold == pytest.approx(
             routers.settled_config().threshold, abs=1e-4
         )
