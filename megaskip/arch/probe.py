@@ -18,6 +18,7 @@ from megaskip.arch.decoder import find_decoder
 from megaskip.arch.detach import unroute
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_layer
+from megaskip.routing.executor import Kwargs, Run
 
 _TOKENS = 8
 _INPUT_SCALE = 0.1
@@ -68,15 +69,13 @@ class _ProbeGate:
     def decide(self, hidden_states: Tensor) -> None:
         """Decide nothing."""
 
-    def run_attention(
-        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
-    ) -> Any:
+    def run_attention(self, run: Run, hidden_states: Tensor, kwargs: Kwargs) -> Any:
         """Run unless the number is zero."""
         if not self.keep["attn"]:
             return torch.zeros_like(hidden_states), None
         return run(hidden_states, **kwargs)
 
-    def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
+    def run_mlp(self, run: Run, hidden_states: Tensor, *, is_tuple: bool) -> Any:
         """Run unless the number is zero."""
         if self.keep["mlp"]:
             return run(hidden_states)
@@ -87,7 +86,7 @@ class _ProbeGate:
         """Multiply by the number set for the site."""
         return update * self.keep[site] if self.keep[site] else update
 
-    def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+    def passes_by(self, hidden_states: Tensor, kwargs: Kwargs) -> bool:
         """Return False: the probe looks at what runs."""
         return False
 
@@ -168,7 +167,7 @@ def _arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...]
     family needs."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
         seen.append((args, kwargs))
 
     handle = layer.register_forward_pre_hook(note, with_kwargs=True)

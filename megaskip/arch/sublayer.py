@@ -6,13 +6,13 @@ switches activation checkpointing off in silence in transformers 5.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from megaskip.arch.sites import Sites
 from megaskip.errors import UnsupportedModelError
+from megaskip.routing.executor import Kwargs, Run
 
 
 class SublayerGate(Protocol):
@@ -28,13 +28,11 @@ class SublayerGate(Protocol):
         """Decide from the layer's normalised input [B, T, D]."""
         ...
 
-    def run_attention(
-        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
-    ) -> Any:
+    def run_attention(self, run: Run, hidden_states: Tensor, kwargs: Kwargs) -> Any:
         """Run the attention on what is kept."""
         ...
 
-    def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
+    def run_mlp(self, run: Run, hidden_states: Tensor, *, is_tuple: bool) -> Any:
         """Run the MLP on what is kept."""
         ...
 
@@ -42,7 +40,7 @@ class SublayerGate(Protocol):
         """Multiply the update [B, T, D] of the site ("attn" or "mlp") by the decision."""
         ...
 
-    def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+    def passes_by(self, hidden_states: Tensor, kwargs: Kwargs) -> bool:
         """Return whether no row runs the layer, which is known beforehand and then noted."""
         ...
 

@@ -6,6 +6,8 @@ in modules that are left out. The file imports torch and transformers only.
 
 import ast
 import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from megaskip._version import __version__
@@ -38,10 +40,15 @@ _MODULES = {
     "dropped": (*_MODELS, "routing/decision", "inference/kept", "inference/dropped"),
 }
 """The modules of an export by its kind, in an order in which each finds what it needs."""
+_ROOTS = {
+    "routed": ("MegaskipConfig", "MegaskipForCausalLM", "MegaskipModel"),
+    "dropped": ("MegaskipConfig", "DroppedForCausalLM", "DroppedDecoder"),
+}
+"""What transformers asks the file for; a definition that these do not need is left out."""
 _BLANK_LINES = re.compile(r"\n{3,}")
 _BLANK_AFTER_CLASS = re.compile(r"^(class .*:\n)\n", re.MULTILINE)
 _DUMMY_BODY = re.compile(r":\n +\.\.\.$", re.MULTILINE)
-_HEADER = f'''"""Inference of routed models (Router-Tuning, arXiv 2410.13184) in transformers.
+_HEADER = f'''"""Inference of models that skip (Router-Tuning, arXiv 2410.13184) in transformers.
 
 Joined by megaskip {__version__} from its modules, where all is documented; needs torch and
 transformers only. Apache-2.0.
@@ -53,34 +60,52 @@ def bundled_code(kind: str) -> str:
     """Return the text of the code file for models that are "routed", or have sublayers
     "dropped"."""
     package = Path(__file__).parent.parent
-    imports: set[tuple[str, str]] = set()
-    owners: dict[str, str] = {}
-    bodies = []
-    for name in _MODULES[kind]:
-        source = (package / f"{name}.py").read_text(encoding="utf-8")
-        tree = ast.parse(source)
-        for defined in _defined_names(tree):
-            # Two modules with one private name would silently share it here.
-            assert defined not in owners, f"{defined} is in {owners[defined]} and in {name}"
-            owners[defined] = name
-        imports |= _foreign_imports(tree)
+    sources = {name: (package / f"{name}.py").read_text("utf-8") for name in _MODULES[kind]}
+    trees = {name: ast.parse(source) for name, source in sources.items()}
+    used = _used_names(trees, _ROOTS[kind])
+    sections = []
+    for name, tree in trees.items():
         about = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
-        bodies.append(f"# -- megaskip/{name}.py: {about}\n{_body(source, tree)}")
-    return "\n\n".join([f"{_HEADER}\n{_import_lines(imports)}", *bodies]) + "\n"
+        sections.append(f"# -- megaskip/{name}.py: {about}\n{_body(sources[name], tree, used)}")
+    return "\n\n".join([f"{_HEADER}\n{_imports(trees.values(), used)}", *sections]) + "\n"
 
 
-def _body(source: str, tree: ast.Module) -> str:
-    """Return the text of a module without its imports and documentation: what runs, and why."""
-    left_out = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    numbers = {
-        number
-        for node in [*left_out, *_documentation(tree)]
-        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
+def _used_names(trees: Mapping[str, ast.Module], roots: Sequence[str]) -> set[str]:
+    """Return the names that `roots` need, directly or through others; `trees` are by module."""
+    statements: dict[str, ast.stmt] = {}
+    for module, tree in trees.items():
+        for statement in tree.body:
+            for name in _defined_names(statement):
+                # Two modules with one private name would silently share it here.
+                assert name not in statements, f"{name} of {module}.py is in another module, too"
+                statements[name] = statement
+    used: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name not in used:
+            used.add(name)
+            nodes = ast.walk(statements[name]) if name in statements else ()
+            waiting += [node.id for node in nodes if isinstance(node, ast.Name)]
+    return used
+
+
+def _body(source: str, tree: ast.Module, used: set[str]) -> str:
+    """Return the text of a module without its imports and documentation and without definitions
+    that are not `used`: what runs, and why."""
+    left_out = [*_documentation(tree)]
+    left_out += [node for node in tree.body if not used.intersection(_defined_names(node))]
+    numbers = {number for node in left_out for number in _line_numbers(node)}
     lines = enumerate(source.splitlines(), start=1)
     text = "\n".join(line for number, line in lines if number not in numbers).strip()
     text = _BLANK_LINES.sub("\n\n", _DUMMY_BODY.sub(": ...", text))
     return _BLANK_AFTER_CLASS.sub(r"\1", text)
+
+
+def _line_numbers(node: ast.stmt) -> range:
+    decorators = getattr(node, "decorator_list", [])
+    first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+    return range(first, (node.end_lineno or node.lineno) + 1)
 
 
 def _documentation(tree: ast.Module) -> list[ast.stmt]:
@@ -97,35 +122,27 @@ def _documentation(tree: ast.Module) -> list[ast.stmt]:
     ]
 
 
-def _foreign_imports(tree: ast.Module) -> set[tuple[str, str]]:
-    """Return (module, name) of each import that is not the package's own; no module for whole
-    ones."""
-    pairs = set()
-    for node in tree.body:
+def _imports(trees: Iterable[ast.Module], used: set[str]) -> str:
+    """Return the text of the imports that are `used` and not the package's own, one line for each
+    module."""
+    plain: set[str] = set()
+    selective: defaultdict[str, set[str]] = defaultdict(set)
+    for node in (statement for tree in trees for statement in tree.body):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        names = {ast.unparse(a) for a in node.names if (a.asname or a.name.split(".")[0]) in used}
         if isinstance(node, ast.Import):
-            pairs |= {("", ast.unparse(alias)) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("megaskip"):
-            pairs |= {(node.module or "", ast.unparse(alias)) for alias in node.names}
-    return pairs
+            plain |= names
+        elif names and node.module and not node.module.startswith("megaskip"):
+            selective[node.module] |= names
+    lines = [f"import {name}" for name in sorted(plain)]
+    for module in sorted(selective):
+        lines.append(f"from {module} import {', '.join(sorted(selective[module]))}")
+    return "\n".join(lines)
 
 
-def _import_lines(imports: set[tuple[str, str]]) -> str:
-    """Return the text of imports, one line for each module."""
-    plain = [f"import {name}" for module, name in sorted(imports) if not module]
-    selective = [
-        f"from {module} import {', '.join(sorted(name for of, name in imports if of == module))}"
-        for module in sorted({module for module, _ in imports if module})
-    ]
-    return "\n".join(plain + selective)
-
-
-def _defined_names(tree: ast.Module) -> list[str]:
-    names = []
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.append(node.name)
-        elif isinstance(node, ast.Assign):
-            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            names.append(node.target.id)
-    return names
+def _defined_names(node: ast.stmt) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]

@@ -4,7 +4,6 @@ Shapes: B rows, T tokens of this call, D hidden.
 """
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from megaskip.inference.kept import (
 )
 from megaskip.inference.packed import attend_among_kept
 from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.executor import Kwargs, Run
 from megaskip.routing.kept_units import run_rows, run_units
 
 
@@ -44,12 +44,7 @@ class InferenceExecutor:
         return self._drop
 
     def attention(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        kwargs: dict[str, Any],
-        decision: RoutingDecision,
-        layer: int,
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Any:
         """Run attention on what is kept; keys and values go to the cache in `kwargs`, if any."""
         cache = kwargs.get("past_key_values")
@@ -73,18 +68,13 @@ class InferenceExecutor:
         return ran
 
     def mlp(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        decision: RoutingDecision,
-        *,
-        is_tuple: bool,
+        self, run: Run, hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
     ) -> Any:
         """Run the MLP on the rows, or the tokens, that are kept."""
         return run_units(run, hidden_states, decision, is_tuple=is_tuple)
 
     def passes_by(
-        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+        self, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> bool:
         """Return whether no row has run this layer or will; its cache then counts the tokens."""
         cache = kwargs.get("past_key_values")
@@ -95,12 +85,7 @@ class InferenceExecutor:
         return True
 
     def _among_kept(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        kwargs: dict[str, Any],
-        decision: RoutingDecision,
-        layer: int,
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Any:
         """Run attention among kept tokens, which are all that the cache holds."""
         cache = kwargs.get("past_key_values")

@@ -6,6 +6,7 @@ heads, L slots, D head size.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ class KeptLayer:
     keys: Any
     values: Any
     is_initialized: bool
+    _skip_forget: Callable[[], None]
+    _skip_batch: Callable[[], int]
+    _skip_pick: Callable[[Tensor], None]
+    _skip_crop: Callable[[int], None]
 
     def get_seq_length(self) -> int:
         """Return the length of the text so far."""
@@ -57,18 +62,6 @@ class KeptLayer:
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of `indices`, numbers or a mask."""
         self._skip_pick(torch.arange(self._skip_batch())[indices.cpu()])
-
-    def _skip_forget(self) -> None:
-        raise NotImplementedError
-
-    def _skip_batch(self) -> int:
-        raise NotImplementedError
-
-    def _skip_pick(self, index: Tensor) -> None:
-        raise NotImplementedError
-
-    def _skip_crop(self, tokens: int) -> None:
-        raise NotImplementedError
 
 
 class KeptRows(KeptLayer):

@@ -4,22 +4,18 @@ Shapes: B rows, T tokens of this call, q kept tokens of the row that keeps most,
 cache, D hidden.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaskip.inference.kept import KeptTokens
+from megaskip.routing.executor import Kwargs, Run
 from megaskip.routing.kept_units import put_back
 
 
 def attend_among_kept(
-    run: Callable[..., Any],
-    hidden_states: Tensor,
-    kwargs: dict[str, Any],
-    kept: Tensor,
-    held: KeptTokens | None,
+    run: Run, hidden_states: Tensor, kwargs: Kwargs, kept: Tensor, held: KeptTokens | None
 ) -> Any:
     """Run attention on the tokens of `kept` bool [B, T], which see each other alone.
 
@@ -108,7 +104,7 @@ def _numbers(slots: Tensor) -> Tensor:
     return torch.arange(slots.shape[1], device=slots.device)
 
 
-def _as_added(mask: Tensor, run: Callable[..., Any], like: Tensor) -> Tensor:
+def _as_added(mask: Tensor, run: Run, like: Tensor) -> Tensor:
     """Return a boolean mask as numbers where the attention adds its mask to the scores."""
     config = getattr(getattr(run, "__self__", None), "config", None)
     if mask.dtype != torch.bool or getattr(config, "_attn_implementation", None) != "eager":
@@ -117,7 +113,7 @@ def _as_added(mask: Tensor, run: Callable[..., Any], like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, lowest)
 
 
-def _picked(kwargs: dict[str, Any], index: Tensor, shape: torch.Size) -> dict[str, Any]:
+def _picked(kwargs: Kwargs, index: Tensor, shape: torch.Size) -> dict[str, Any]:
     """Return the attention's arguments for the tokens of `index` [B, q] of [B, T]."""
     return {name: _token_part(value, index, shape) for name, value in kwargs.items()}
 

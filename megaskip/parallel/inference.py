@@ -193,7 +193,7 @@ class _Backbone:
     ) -> InferenceModel:
         """Return the model with the routers that were attached to it."""
         routers.to(self._device)
-        routers.executor = InferenceExecutor(unit=config.unit, kv=kv)
+        routers.state.executor = InferenceExecutor(unit=config.unit, kv=kv)
         return self._finished(routers, f"{description}, {config.granularity}")
 
     def _finished(self, routers: Routers | None, description: str) -> InferenceModel:

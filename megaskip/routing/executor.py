@@ -11,6 +11,11 @@ from torch import Tensor
 
 from megaskip.routing.decision import RoutingDecision
 
+Run = Callable[..., Any]
+"""The forward of a sublayer's own class."""
+Kwargs = dict[str, Any]
+"""What a decoder layer passes to its attention by keyword: masks, positions, the cache."""
+
 
 class Executor(Protocol):
     """Runs a sublayer on what the decision keeps."""
@@ -20,31 +25,21 @@ class Executor(Protocol):
     multiplication carries the routers' gradient, so only inference goes without."""
 
     def attention(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        kwargs: dict[str, Any],
-        decision: RoutingDecision,
-        layer: int,
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Any:
         """Return attention's output tuple; entry 0 is [B, T, D], zero where nothing was
         computed."""
         ...
 
     def mlp(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        decision: RoutingDecision,
-        *,
-        is_tuple: bool,
+        self, run: Run, hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
     ) -> Any:
         """Return the MLP's output [B, T, D] (or a tuple that starts with it), zero where not
         computed."""
         ...
 
     def passes_by(
-        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+        self, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> bool:
         """Return whether a whole layer can be left out, given its arguments; takes note of it."""
         ...

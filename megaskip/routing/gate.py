@@ -3,43 +3,35 @@
 Shapes: B rows, T tokens, D hidden, U units of decision in a row.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.executor import Kwargs, Run
 from megaskip.routing.router import Router
 from megaskip.routing.state import RoutingState
 from megaskip.routing.thresholds import Thresholds
 
 
 class Gate:
-    """Decides for one layer, with its router. A plain object, so that no state-dict key of the
-    model changes."""
+    """Decides for one layer, with its router; for executors that leave zeros where they skip.
+
+    A plain object, so that no state-dict key of the model changes.
+    """
 
     def __init__(
-        self,
-        layer: int,
-        router: Router,
-        thresholds: Thresholds,
-        state: RoutingState,
-        *,
-        target: str,
-        unit: str,
+        self, layer: int, target: str, router: Router, thresholds: Thresholds, state: RoutingState
     ) -> None:
         self.layer = layer
         self.decision: RoutingDecision | None = None
         self.skips = frozenset({"attn", "mlp"} if target == "block" else {target})
         self.writes = frozenset({target})
-        self.observe: Callable[[Tensor, Tensor], object] | None = None
-        """Told what a sublayer reads and the update it returns, [B, T, D] each, at each pass of
-        training executors; for a compensation to be fitted."""
-        self._router, self._thresholds, self._state, self._unit = router, thresholds, state, unit
+        self._router, self._thresholds, self._state = router, thresholds, state
         self._compensation_input: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"decision": None, "observe": None, "_compensation_input": None}
+        return self.__dict__ | {"decision": None, "_compensation_input": None}
 
     def decide(self, hidden_states: Tensor) -> None:
         """Decide from the layer's normalised input [B, T, D], for the update sites that follow in
@@ -50,32 +42,23 @@ class Gate:
         if "mlp" not in self.writes:
             self._note_input(hidden_states)
 
-    def run_attention(
-        self, run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]
-    ) -> Any:
+    def run_attention(self, run: Run, hidden_states: Tensor, kwargs: Kwargs) -> Any:
         """Run the attention on what is kept; returns its output tuple, not yet multiplied."""
         executor = self._state.executor
         return executor.attention(run, hidden_states, kwargs, self._decided(), self.layer)
 
-    def run_mlp(self, run: Callable[..., Any], hidden_states: Tensor, *, is_tuple: bool) -> Any:
+    def run_mlp(self, run: Run, hidden_states: Tensor, *, is_tuple: bool) -> Any:
         """Run the MLP on what is kept; returns its output, not yet multiplied."""
         if "mlp" in self.writes:
             self._note_input(hidden_states)
         return self._state.executor.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
 
     def apply(self, update: Tensor, site: str) -> Tensor:
-        """Return the update [B, T, D] of what is kept and the compensation of what is skipped, in
-        the update's dtype."""
-        read = self._take_input()
-        if self._state.executor.leaves_zeros:
-            return self._compensated(update, read)
-        if read is not None and self.observe is not None:
-            self.observe(read, update)
-        keep = self._multiplier(update)
-        kept = update * keep
-        return kept if read is None else kept + self._compensation(read) * (1 - keep)
+        """Return the update [B, T, D], which is zero where units are skipped, with the compensation
+        there."""
+        return self._compensated(update, self._take_input())
 
-    def passes_by(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+    def passes_by(self, hidden_states: Tensor, kwargs: Kwargs) -> bool:
         """Return whether a cached decision lets no row run the layer; then the cache has noted the
         tokens."""
         executor, cached = self._state.executor, self._state.cached.get(self.layer)
@@ -87,17 +70,9 @@ class Gate:
         return True
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """Return x + keep * (output - x) + (1 - keep) * compensation, written so that it is exact
-        at keep 0 and 1; all [B, T, D]."""
-        read = self._take_input()
-        if self._state.executor.leaves_zeros:  # x + 0 + 0 where it is skipped
-            return self._compensated(output, read)
-        keep = self._multiplier(output)
-        if read is None:
-            return output * keep + hidden_states * (1 - keep)
-        if self.observe is not None:
-            self.observe(read, output - hidden_states)
-        return output * keep + (hidden_states + self._compensation(read)) * (1 - keep)
+        """Return the layer's output [B, T, D], its input x + 0 + 0 where units are skipped, with
+        the compensation there."""
+        return self._compensated(output, self._take_input())
 
     # -- compensation
 
@@ -134,11 +109,8 @@ class Gate:
 
     # -- decisions
 
-    def _multiplier(self, like: Tensor) -> Tensor:
-        return self._decided().per_token().unsqueeze(-1).to(like.dtype)
-
     def _decide(self, hidden_states: Tensor) -> RoutingDecision:
-        pooling = self._state.pooling_for(hidden_states, self._unit)
+        pooling = self._state.pooling_for(hidden_states)
         # Under a device_map the routers may be on another device than the layer.
         logit = self._router(pooling.features(hidden_states)).to(hidden_states.device)
         keep = self._thresholds.keep(logit, self.layer)

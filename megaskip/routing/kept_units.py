@@ -3,18 +3,16 @@
 Shapes: B rows, T tokens, D hidden.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaskip.routing.decision import RoutingDecision, SelectedRows
+from megaskip.routing.executor import Kwargs, Run
 
 
-def run_rows(
-    run: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any], rows: SelectedRows
-) -> Any:
+def run_rows(run: Run, hidden_states: Tensor, kwargs: Kwargs, rows: SelectedRows) -> Any:
     """Run attention on some rows of [B, T, D]; returns its output tuple, zero in the others."""
     if rows.all:
         return run(hidden_states, **kwargs)
@@ -28,9 +26,7 @@ def run_rows(
     )
 
 
-def run_units(
-    run: Callable[..., Any], hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
-) -> Any:
+def run_units(run: Run, hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool) -> Any:
     """Run an MLP on the rows that are kept, or on the tokens, as one row [1, n, D].
 
     Returns its output [B, T, D] (or a tuple that starts with it), zero in the others.

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from megaskip.config import RouterConfig
 from megaskip.routing.budget import Measured, layer_hinge
 from megaskip.routing.compensation import is_compensation
 from megaskip.routing.counts import Counts
+from megaskip.routing.executor import Executor
 from megaskip.routing.routers import Routers
 from megaskip.routing.steering import Steering
 from megaskip.routing.thresholds import score_of
 from megaskip.routing.training_executor import DenseExecutor
+from megaskip.routing.training_gate import TrainingGate
 
 
 class RouterSet(Routers):
@@ -26,6 +28,8 @@ class RouterSet(Routers):
     Registered on a model as `skip_routers`, or kept beside one that DeepSpeed shards. What belongs
     to one forward pass is in `state`, what moves the thresholds in `steering`.
     """
+
+    gates: Mapping[int, TrainingGate]
 
     def __init__(
         self,
@@ -42,10 +46,20 @@ class RouterSet(Routers):
             hidden_size,
             executor=DenseExecutor(),
             thresholds=steering,
+            gate=TrainingGate,
             device=device,
         )
         self.steering = steering
         """The same object as `thresholds`."""
+
+    @property
+    def executor(self) -> Executor:
+        """Return what runs the sublayers, given a decision; one of training or of inference."""
+        return self.state.executor
+
+    @executor.setter
+    def executor(self, executor: Executor) -> None:
+        self.state.executor = executor
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return what learns, by name: with budget="static" the compensations alone."""

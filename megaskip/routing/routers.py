@@ -35,6 +35,7 @@ class Routers(nn.Module):
         *,
         executor: Executor,
         thresholds: Thresholds | None = None,
+        gate: type[Gate] = Gate,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -42,24 +43,18 @@ class Routers(nn.Module):
         self.layers = tuple(layers)
         self.hidden_size = hidden_size
         self.thresholds = thresholds or Thresholds(config, layers)
-        self.state = RoutingState(executor)
-        self.gates: dict[int, Gate] = {}
-        target, unit = config.target, config.unit
+        self.state = RoutingState(executor, config.unit)
+        gates = {}
         for layer in self.layers:
             router = make_router(config, hidden_size, device=device)
-            self.add_module(str(layer), nn.ModuleDict({target: router}))
-            self.gates[layer] = Gate(
-                layer, router, self.thresholds, self.state, target=target, unit=unit
-            )
+            self.add_module(str(layer), nn.ModuleDict({config.target: router}))
+            gates[layer] = gate(layer, config.target, router, self.thresholds, self.state)
+        self.gates: Mapping[int, Gate] = gates
 
     @property
     def executor(self) -> Executor:
         """Return what runs the sublayers, given a decision."""
         return self.state.executor
-
-    @executor.setter
-    def executor(self, executor: Executor) -> None:
-        self.state.executor = executor
 
     def router(self, layer: int) -> Router:
         """Return the router of a layer."""

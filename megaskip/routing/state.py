@@ -19,15 +19,17 @@ from megaskip.routing.pooling import Pooling
 class RoutingState:
     """One forward pass of a model: its executor, pooling, overrides and decisions."""
 
-    def __init__(self, executor: Executor) -> None:
-        self.__setstate__({"executor": executor, "overrides": {}})
+    def __init__(self, executor: Executor, unit: str) -> None:
+        self.__setstate__({"executor": executor, "unit": unit, "overrides": {}})
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has made no forward pass: neither decisions with gradient nor locks can be copied.
-        return {"executor": self.executor, "overrides": self.overrides}
+        return {"executor": self.executor, "unit": self.unit, "overrides": self.overrides}
 
     def __setstate__(self, copied: dict[str, Any]) -> None:
         self.executor: Executor = copied["executor"]
+        self.unit: str = copied["unit"]
+        """What a decision covers: sequence or token."""
         self.overrides: Mapping[int, Tensor | float] = copied["overrides"]
         self.lock = threading.RLock()
         """Lets one thread at a time through the model, for decisions of a forward pass lie here."""
@@ -57,7 +59,7 @@ class RoutingState:
         described, self._described = self._described, False
         return described
 
-    def pooling_for(self, hidden_states: Tensor, unit: str) -> Pooling:
+    def pooling_for(self, hidden_states: Tensor) -> Pooling:
         """Return the pooling of this pass, or one that takes every token of [B, T, D] for real.
 
         Raises ValueError when the pass was described with another shape.
@@ -66,7 +68,7 @@ class RoutingState:
         pooling = self.pooling
         if pooling is None:
             everything = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
-            return Pooling.of(unit, everything)
+            return Pooling.of(self.unit, everything)
         if pooling.shape != (batch, tokens):
             raise ValueError(
                 f"set_batch() was given masks of {pooling.shape} (rows, tokens), but the layers "

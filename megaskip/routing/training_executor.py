@@ -4,12 +4,12 @@ Under ZeRO-3 every decoder layer is one leaf that all ranks enter, so what happe
 by rank. Shapes: B rows, T tokens, D hidden.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.executor import Kwargs, Run
 from megaskip.routing.kept_units import run_rows, run_units
 
 
@@ -19,29 +19,19 @@ class DenseExecutor:
     leaves_zeros = False
 
     def attention(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        kwargs: dict[str, Any],
-        decision: RoutingDecision,
-        layer: int,
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Any:
         """Run attention on all rows."""
         return run(hidden_states, **kwargs)
 
     def mlp(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        decision: RoutingDecision,
-        *,
-        is_tuple: bool,
+        self, run: Run, hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
     ) -> Any:
         """Run the MLP on all tokens."""
         return run(hidden_states)
 
     def passes_by(
-        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+        self, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> bool:
         """Return False: everything runs."""
         return False
@@ -58,29 +48,19 @@ class SparseExecutor:
     leaves_zeros = False
 
     def attention(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        kwargs: dict[str, Any],
-        decision: RoutingDecision,
-        layer: int,
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Any:
         """Run attention on the rows that keep something."""
         return run_rows(run, hidden_states, kwargs, decision.rows)
 
     def mlp(
-        self,
-        run: Callable[..., Any],
-        hidden_states: Tensor,
-        decision: RoutingDecision,
-        *,
-        is_tuple: bool,
+        self, run: Run, hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool
     ) -> Any:
         """Run the MLP on the rows, or the tokens, that are kept."""
         return run_units(run, hidden_states, decision, is_tuple=is_tuple)
 
     def passes_by(
-        self, hidden_states: Tensor, kwargs: dict[str, Any], decision: RoutingDecision, layer: int
+        self, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> bool:
         """Return False: the layer is entered, for its router to read."""
         return False

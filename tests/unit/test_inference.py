@@ -344,7 +344,7 @@ def test_unknown_cache_layers_hold_everything_and_say_so(granularity: str, kv: s
     cache = Cache(layer_class_to_replicate=OtherLayer)
     with torch.no_grad(), pytest.warns(UserWarning, match="OtherLayer cannot hold a part"):
         found = model(ids, past_key_values=cache).logits
-    model.skip_routers.executor = InferenceExecutor(unit=granularity.split("_")[1])
+    model.skip_routers.state.executor = InferenceExecutor(unit=granularity.split("_")[1])
     with torch.no_grad():
         torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
     assert {type(layer) for layer in cache.layers} == {OtherLayer}

@@ -60,24 +60,24 @@ def test_infinite_thresholds_have_a_score() -> None:
 
 
 def test_a_pass_is_described_once() -> None:
-    state = RoutingState(DenseExecutor())
+    state = RoutingState(DenseExecutor(), "token")
     pooling = Pooling.of("token", torch.ones(2, 5, dtype=torch.bool))
     state.begin(pooling, described=True)
     assert state.take_description() and not state.take_description()
-    assert state.pooling_for(torch.zeros(2, 5, 8), "token") is pooling
+    assert state.pooling_for(torch.zeros(2, 5, 8)) is pooling
     with pytest.raises(ValueError, match=r"masks of \(2, 5\).*see \(3, 5\)"):
-        state.pooling_for(torch.zeros(3, 5, 8), "token")
+        state.pooling_for(torch.zeros(3, 5, 8))
 
 
 @pytest.mark.parametrize(("unit", "units"), [("sequence", 1), ("token", 5)])
 def test_a_pass_that_nobody_described_takes_every_token_for_real(unit: str, units: int) -> None:
-    state = RoutingState(DenseExecutor())
-    pooling = state.pooling_for(torch.zeros(2, 5, 8), unit)
+    state = RoutingState(DenseExecutor(), unit)
+    pooling = state.pooling_for(torch.zeros(2, 5, 8))
     assert pooling.unit_mask.tolist() == [[True] * units] * 2 and pooling.shape == (2, 5)
 
 
 def test_the_first_decision_of_a_pass_stays_until_the_next_pass() -> None:
-    state = RoutingState(DenseExecutor())
+    state = RoutingState(DenseExecutor(), "token")
     first = decision(torch.ones(1, 1))
     state.record(2, first)
     state.record(2, decision(torch.zeros(1, 1)))  # as in the recomputation of the backward pass
@@ -88,7 +88,7 @@ def test_the_first_decision_of_a_pass_stays_until_the_next_pass() -> None:
 
 
 def test_an_overridden_decision_keeps_its_gradient() -> None:
-    state = RoutingState(DenseExecutor())
+    state = RoutingState(DenseExecutor(), "token")
     keep = torch.tensor([[1.0, 0.0]], requires_grad=True)
     with state.override({2: 0.0}):
         found = state.overridden(2, keep)
