@@ -39,21 +39,22 @@ EXCEPTIONS = {
     "zaya": FamilyException(reason="its MLP returns (output, router state)", mlp_is_tuple=True),
 }
 
-_ATTENTION = ("self_attn",)
-_MLP = ("mlp", "block_sparse_moe", "feed_forward")
+SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp", "block_sparse_moe", "feed_forward")}
+"""Names that a layer may have for its sublayers, as modules and in files, which may be older than
+the modules (mixtral)."""
 
 
 def find_sites(layer: nn.Module, model_type: str) -> Sites:
     """Return the sites of a decoder layer; raises UnsupportedModelError when it has no such
     children."""
     children = dict(layer.named_children())
-    attention = next((name for name in _ATTENTION if name in children), None)
-    mlp = next((name for name in _MLP if name in children), None)
+    attention = next((name for name in SUBLAYERS["attn"] if name in children), None)
+    mlp = next((name for name in SUBLAYERS["mlp"] if name in children), None)
     if attention is None or mlp is None:
         raise UnsupportedModelError(
             f"{model_type}: {type(layer).__name__} has the children {', '.join(children)}; "
-            f"expected {_ATTENTION[0]} and one of {', '.join(_MLP)}. Name another layer with "
-            "--layers if this one is special"
+            f"expected {SUBLAYERS['attn'][0]} and one of {', '.join(SUBLAYERS['mlp'])}. Name "
+            "another layer with --layers if this one is special"
         )
     exception = EXCEPTIONS.get(model_type)
     return Sites(

@@ -20,8 +20,6 @@ from megaskip.routing import PREFIX, RouterSet, make_router
 WEIGHTS = "routers.safetensors"
 CONFIG = "router_config.json"
 FORMAT = 1
-_ADDED = {"capacity_low", "calibrated", "router", "compensation", "compensation_rank"}
-"""Fields that folders from before them lack; their defaults are what those folders meant."""
 
 
 def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None = None) -> Path:
@@ -67,7 +65,7 @@ def write_router_files(folder: Path, routers: RouterSet, base: BaseModel | None)
     content: dict[str, Any] = {
         "format": FORMAT,
         "method": "router-tuning",
-        **dataclasses.asdict(routers.settled_config()),
+        **routers.settled_config().to_dict(),
         "layers": list(routers.layers),
         "base_model": base.to_json() if base else None,
     }
@@ -82,12 +80,8 @@ def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseM
         raise CheckpointError(
             f"{file}: format {content.get('format')!r}; this version of megaskip reads {FORMAT}"
         )
-    names = [field.name for field in dataclasses.fields(RouterConfig)]
-    missing = [name for name in names if name not in content and name not in _ADDED]
-    if missing:
-        raise CheckpointError(f"{file} lacks {', '.join(missing)}")
     try:
-        config = RouterConfig(**{name: content[name] for name in names if name in content})
+        config = RouterConfig.from_dict(content)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
     base = content.get("base_model")
@@ -97,7 +91,7 @@ def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseM
 def update_router_config(path: Path, config: RouterConfig) -> None:
     """Rewrite the settings in a router folder's configuration; its weights stay as they are."""
     content = read_json(path / CONFIG)
-    settings = {**dataclasses.asdict(config), "layers": content["layers"]}
+    settings = {**config.to_dict(), "layers": content["layers"]}
     draft = path / f".{CONFIG}.tmp"
     write_json(draft, content | settings)
     draft.replace(path / CONFIG)

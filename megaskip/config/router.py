@@ -3,8 +3,9 @@ elsewhere."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megaskip.config.checks import at_least, one_of, within
 from megaskip.errors import ConfigError
@@ -23,6 +24,10 @@ COMPENSATIONS = ("none", "bias", "low_rank")
 ROUTERS = ("linear", "affine", "mlp")
 KV_CHOICES = ("keep", "drop")
 """Whether tokens that skip an attention are attended to by later ones, in inference."""
+
+
+_ADDED = {"capacity_low", "calibrated", "router", "compensation", "compensation_rank"}
+"""Settings that files from before them lack; their defaults are what those files meant."""
 
 
 Threshold = float | tuple[float, ...]
@@ -97,6 +102,24 @@ class RouterConfig:
             f"capacity {capacity:g} is not calibrated (calibrated: {listed}); add it with "
             f"tools/calibrate.py --capacity {capacity:g}, or choose one of these"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as they are stored in JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "RouterConfig":
+        """Return stored settings; what else `stored` holds is left alone.
+
+        Raises ConfigError when a setting is missing that had to be stored, or is wrong.
+        """
+        names = [item.name for item in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in stored and name not in _ADDED]
+        if missing:
+            raise ConfigError(f"lacks {', '.join(missing)}")
+        settings = {name: stored[name] for name in names if name in stored}
+        layers = settings["layers"]
+        return cls(**settings | {"layers": tuple(layers) if isinstance(layers, list) else layers})
 
     @property
     def target(self) -> str:

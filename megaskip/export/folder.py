@@ -3,11 +3,9 @@
 Nothing of the base is rewritten: its shards keep their bytes, and an index names one more file.
 """
 
-import errno
-import json
-import os
+import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,23 @@ from transformers import AutoTokenizer
 
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_folder, is_hub_id
-from megaskip.checkpoint.header import read_header
 from megaskip.checkpoint.routers import (
     CONFIG,
     WEIGHTS,
     read_router_config,
     read_router_weights,
 )
-from megaskip.checkpoint.weight_index import INDEX, SINGLE, weight_map_of
+from megaskip.checkpoint.weight_index import INDEX, SINGLE
 from megaskip.config import RouterConfig
 from megaskip.config.commands.convert import MODES
 from megaskip.config.paths import require_new
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import ConfigError
+from megaskip.export.base_weights import put_base_weights, require_safetensors
 from megaskip.export.bundle import CODE, bundled_code
-from megaskip.export.card import write_card
+from megaskip.export.card import routing_rows, use_text, write_card
 from megaskip.routing import PREFIX
 
 ROUTER_SHARD = "skip_routers.safetensors"
-RENAMED_SINGLE = "base.safetensors"
-"""transformers takes a model.safetensors for the whole model, whatever an index says."""
 _NOT_CARRIED = {"config.json", "README.md", INDEX, SINGLE}
 _TOKENIZER = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -93,15 +89,35 @@ def export_folder(
         else:
             named = {f"{PREFIX}.{name}": tensor for name, tensor in tensors.items()}
             write_tensors(folder / ROUTER_SHARD, named)
-            _put_weights(folder, base, list(named), done, progress)
+            weights = put_base_weights(
+                folder,
+                base,
+                require_safetensors(base),
+                link=mode == "overlay",
+                beside=dict.fromkeys(named, ROUTER_SHARD),
+                progress=progress,
+            )
+            done.linked, done.notes = weights.linked, weights.notes
             put_rest(folder, base, tokenizer)
             write_json(folder / "config.json", routed_config(base_config, config, layers, kv))
             _let_use_cache(folder / "generation_config.json")
             (folder / CODE).write_text(bundled_code("routed"), encoding="utf-8")
         family = str(base_config.get("model_type"))
         made_from = base_name(name, base)
-        rows = {"base model": f"{made_from} ({family}), frozen, unchanged", **(facts or {})}
-        write_card(folder, config, layers, base, made_from, mode=mode, kv=kv, facts=rows)
+        rows = {
+            **routing_rows(config, layers, kv),
+            "base model": f"{made_from} ({family}), frozen, unchanged",
+            **(facts or {}),
+        }
+        write_card(
+            folder,
+            base,
+            made_from,
+            title="routed",
+            summary="A model that learnt which layers it can skip.",
+            rows=rows,
+            use=use_text("adapter" if mode == "adapter" else "routed", made_from),
+        )
     done.written = size_of(output) - done.linked
     return done
 
@@ -115,19 +131,11 @@ def routed_config(
     base: dict[str, Any], config: RouterConfig, layers: tuple[int, ...], kv: str
 ) -> dict[str, Any]:
     """Return the config.json of a routed model from that of its base."""
-    names = ("granularity", "capacity", "threshold", "pool", "prompt_tokens", "budget")
-    routing = {name: getattr(config, name) for name in names}
-    if config.router != "linear":
-        routing["router"] = config.router
-    if config.compensation != "none":
-        routing["compensation"] = config.compensation
-        routing["compensation_rank"] = config.compensation_rank
-    if config.calibrated:
-        routing["calibrated"] = [list(pair) for pair in config.calibrated]
-    routing |= {"penalty_weight": config.penalty_weight, "layers": list(layers), "kv": kv}
+    # What training swept over, no inference asks for.
+    settings = dataclasses.replace(config, layers=layers, capacity_low=None).to_dict()
     # Training leaves use_cache off; decisions are kept in the cache.
     cached = {"use_cache": True} if base.get("use_cache") is False else {}
-    return {**own_config(base), **cached, "routing": routing}
+    return {**own_config(base), **cached, "routing": {**settings, "kv": kv}}
 
 
 def _let_use_cache(path: Path) -> None:
@@ -136,7 +144,10 @@ def _let_use_cache(path: Path) -> None:
 
 
 def own_config(
-    base: dict[str, Any], *, causal_lm: str = "MegaskipForCausalLM", decoder: str = "MegaskipModel"
+    base: Mapping[str, Any],
+    *,
+    causal_lm: str = "MegaskipForCausalLM",
+    decoder: str = "MegaskipModel",
 ) -> dict[str, Any]:
     """Return the base's config.json with the names that lead to the folder's own code: of its
     causal LM and of its decoder."""
@@ -189,39 +200,7 @@ def _hidden_size(content: dict[str, Any]) -> int:
     return int(content.get("text_config", content)["hidden_size"])
 
 
-# -- weights
-
-
-def _put_weights(
-    folder: Path, base: Path, added: list[str], done: Exported, progress: Callable[[int], object]
-) -> None:
-    """Link or copy the base's shards and write the index that names them and the routers."""
-    weight_map = {
-        tensor: RENAMED_SINGLE if file == SINGLE else file
-        for tensor, file in require_safetensors(base).items()
-    }
-    for name in sorted(set(weight_map.values())):
-        source = base / (SINGLE if name == RENAMED_SINGLE else name)
-        if not source.is_file():
-            raise CheckpointError(f"--base {base}: its index names {name}, which is not there")
-        read_header(source)  # raises when the file is cut off
-        link_or_copy(source, folder / name, done)
-        progress(source.stat().st_size)
-    total = sum((folder / name).stat().st_size for name in {*weight_map.values(), ROUTER_SHARD})
-    whole = weight_map | dict.fromkeys(added, ROUTER_SHARD)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(whole.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def require_safetensors(base: Path) -> dict[str, str]:
-    """Return the file name of each stored tensor of a base; raises CheckpointError without any."""
-    weight_map = weight_map_of(base)
-    if not weight_map:
-        raise CheckpointError(
-            f"--base {base} holds no safetensors ({SINGLE} or {INDEX}); load it with transformers "
-            "and save_pretrained it once"
-        )
-    return weight_map
+# -- what is not weights
 
 
 def put_rest(folder: Path, base: Path, tokenizer: Any | None = None) -> None:
@@ -255,22 +234,6 @@ def _tokenizer_of(base: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return None
-
-
-def link_or_copy(source: Path, target: Path, done: Exported) -> None:
-    """Hard-link a file for an overlay where the file system allows it, else copy it."""
-    source = source.resolve()  # the hub's cache holds links to its blobs
-    if done.mode == "overlay":
-        try:
-            os.link(source, target)
-            done.linked += source.stat().st_size
-            return
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-            note = f"copied, for {error.strerror} when linking across folders"
-            done.notes += [] if note in done.notes else [note]
-    shutil.copyfile(source, target)
 
 
 def _put_adapter(folder: Path, routers: Path) -> None:

@@ -9,14 +9,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megaskip.arch.sites import SUBLAYERS
 from megaskip.checkpoint.header import METADATA, read_header
 from megaskip.errors import UnsupportedModelError
 
 _BLOCK = 8 << 20
 _ALIGNMENT = 8
 _IN_LAYER = re.compile(r"(?P<stack>(?:.+?\.)?layers)\.(?P<layer>\d+)\.(?P<child>[^.]+)\..+")
-_SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp", "block_sparse_moe", "feed_forward")}
-"""Names of sublayers in files, which may be older than those of the modules (mixtral)."""
 
 
 def names_of_dropped(
@@ -44,11 +43,11 @@ def names_of_dropped(
     chosen: set[str] = set()
     for target, layers in dropped.items():
         for layer in layers:
-            mine = set().union(*(stored.get((layer, child), ()) for child in _SUBLAYERS[target]))
+            mine = set().union(*(stored.get((layer, child), ()) for child in SUBLAYERS[target]))
             if not mine:
                 children = sorted(child for number, child in stored if number == layer)
                 raise UnsupportedModelError(
-                    f"layer {layer} has no tensors of {' or '.join(_SUBLAYERS[target])} in the "
+                    f"layer {layer} has no tensors of {' or '.join(SUBLAYERS[target])} in the "
                     f"base's files (it has {', '.join(children) or 'none at all'}), so its "
                     f"{target} cannot be dropped"
                 )

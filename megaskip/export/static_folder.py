@@ -3,62 +3,44 @@
 What the routers learnt about single inputs is lost; what is left is a smaller model for all.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
-from megaskip._version import __version__
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.sites import find_sites
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import save_routers
-from megaskip.checkpoint.weight_index import INDEX
 from megaskip.config import ModelConfig, RouterConfig
 from megaskip.config.commands.export_static import FORMATS
-from megaskip.errors import CheckpointError, ConfigError, UnsupportedModelError
+from megaskip.errors import ConfigError, UnsupportedModelError
+from megaskip.export.base_weights import put_base_weights, require_safetensors
 from megaskip.export.bundle import CODE, bundled_code
-from megaskip.export.card import card_metadata
+from megaskip.export.card import use_text, write_card
 from megaskip.export.decilm import NORMS, decilm_config, require_decilm, write_decilm_code
 from megaskip.export.folder import (
     Exported,
     base_name,
-    link_or_copy,
     own_config,
     put_rest,
     require_new,
-    require_safetensors,
     size_of,
 )
-from megaskip.export.shards import bytes_of, copy_without, names_of_dropped
+from megaskip.export.shards import names_of_dropped
 from megaskip.export.static import WORDS, describe_dropped
 from megaskip.export.verify import Verified, verify_folder
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.whole import skeleton
 from megaskip.routing import RouterSet
 
-_USE = {
-    "hf": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
-```
-
-Needs torch and transformers; `modeling_megaskip.py` is all of the code.""",
-    "decilm": """```bash
-vllm serve "this folder" --trust-remote-code
-```
-
-Needs a server that runs DeciLM ("nemotron-nas") models, as vLLM does; `configuration_decilm.py` is
-its config class. transformers alone has no such model.""",
-}
+_SUMMARY = (
+    "A model without some of its sublayers, chosen with routers (Router-Tuning, arXiv 2410.13184)."
+)
 
 
 @dataclass(kw_only=True)
@@ -69,55 +51,24 @@ class StaticExport(Exported):
     """Bytes of the base's tensors that are gone."""
 
 
-def export_static(
-    base: Path,
-    output: Path,
-    dropped: Mapping[str, Sequence[int]],
-    *,
-    form: str = "hf",
-    name: str = "",
-    tokenizer: Any | None = None,
-    facts: Mapping[str, Any] | None = None,
-    progress: Callable[[int], object] = lambda size: None,
-) -> StaticExport:
-    """Write `output` from a base model's folder without the `dropped` sublayers, whole or not at
-    all.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticBase:
+    """A base model that can be exported without some of its sublayers, in the form asked for."""
 
-    `dropped` has the layers by attn or mlp, as `sublayers` returns it; `form` is "hf" for
-    transformers or "decilm" for servers; `name` is the base's hub id, if known; `tokenizer` takes
-    the place of the base's; `facts` are rows of the model card; `progress` is told the bytes of
-    each shard that is done. Shards that lose nothing are hard links. Raises CheckpointError,
+    source: ModelSource
+    form: str
+    """hf for transformers, decilm for servers."""
+    content: Mapping[str, Any]
+    """Its config.json as it is written."""
+    weight_map: Mapping[str, str]
+    """File of each stored tensor."""
+
+
+def require_exportable(base: Path, output: Path, form: str) -> StaticBase:
+    """Return the base model in a folder, once it is known that `form` can express it.
+
+    What can be refused before anything is measured or loaded is refused here, with CheckpointError,
     ConfigError or UnsupportedModelError.
-    """
-    content, source, weight_map = require_exportable(base, output, form)
-    _require_droppable(source, dropped)
-    if form == "hf":
-        names = {"causal_lm": "DroppedForCausalLM", "decoder": "DroppedDecoder"}
-        config = {**own_config(content, **names), "dropped": dict(dropped)}
-    else:
-        config = decilm_config(source.hf_config, content, dropped)
-    gone = names_of_dropped(weight_map, dropped, None if form == "hf" else NORMS)
-    done = StaticExport(folder=output, mode="overlay")
-    with new_folder(output) as folder:
-        _put_weights(folder, base, weight_map, gone, done, progress)
-        put_rest(folder, base, tokenizer)
-        write_json(folder / "config.json", config)
-        if form == "hf":
-            (folder / CODE).write_text(bundled_code("dropped"), encoding="utf-8")
-        else:
-            write_decilm_code(folder)
-        rows = {"dropped": describe_dropped(dropped), **(facts or {})}
-        _write_card(folder, base, base_name(name, base), form, rows)
-    done.written = size_of(output) - done.linked
-    return done
-
-
-def require_exportable(
-    base: Path, output: Path, form: str
-) -> tuple[dict[str, Any], ModelSource, dict[str, str]]:
-    """Return (config.json, source, file of each tensor) of a base that `form` can express.
-
-    What can be refused before anything is measured or loaded is refused here.
     """
     if form not in FORMATS:
         raise ConfigError(f"--format {form!r} is not one of {', '.join(FORMATS)}")
@@ -132,7 +83,63 @@ def require_exportable(
     weight_map = require_safetensors(base)
     if form == "decilm":
         require_decilm(source.hf_config, weight_map)
-    return content, source, weight_map
+    return StaticBase(source=source, form=form, content=content, weight_map=weight_map)
+
+
+def export_static(
+    base: StaticBase,
+    output: Path,
+    dropped: Mapping[str, Sequence[int]],
+    *,
+    name: str = "",
+    tokenizer: Any | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: Callable[[int], object] = lambda size: None,
+) -> StaticExport:
+    """Write `output` from a base model without the `dropped` sublayers, whole or not at all.
+
+    `dropped` has the layers by attn or mlp, as `sublayers` returns it; `name` is the base's hub id,
+    if known; `tokenizer` takes the place of the base's; `facts` are rows of the model card;
+    `progress` is told the bytes of each shard that is done. Shards that lose nothing are hard
+    links. Raises CheckpointError, ConfigError or UnsupportedModelError.
+    """
+    _require_droppable(base.source, dropped)
+    gone = names_of_dropped(base.weight_map, dropped, None if base.form == "hf" else NORMS)
+    done = StaticExport(folder=output, mode="overlay")
+    base_folder = base.source.folder
+    with new_folder(output) as folder:
+        weights = put_base_weights(
+            folder, base_folder, base.weight_map, without=gone, progress=progress
+        )
+        done.linked, done.removed, done.notes = weights.linked, weights.removed, weights.notes
+        put_rest(folder, base_folder, tokenizer)
+        _put_config(folder, base, dropped)
+        made_from = base_name(name, base_folder)
+        rows = {"base model": f"{made_from}, frozen", "dropped": describe_dropped(dropped)}
+        write_card(
+            folder,
+            base_folder,
+            made_from,
+            title="with sublayers dropped",
+            summary=_SUMMARY,
+            rows={**rows, **(facts or {})},
+            use=use_text(base.form, made_from),
+        )
+    done.written = size_of(output) - done.linked
+    return done
+
+
+def _put_config(folder: Path, base: StaticBase, dropped: Mapping[str, Sequence[int]]) -> None:
+    """Write config.json and the code that reads it."""
+    if base.form == "hf":
+        names = {"causal_lm": "DroppedForCausalLM", "decoder": "DroppedDecoder"}
+        config = {**own_config(base.content, **names), "dropped": dict(dropped)}
+        write_json(folder / "config.json", config)
+        (folder / CODE).write_text(bundled_code("dropped"), encoding="utf-8")
+    else:
+        config = decilm_config(base.source.hf_config, base.content, dropped)
+        write_json(folder / "config.json", config)
+        write_decilm_code(folder)
 
 
 def verify_static(folder: Path, base: Path, target: str, layers: Sequence[int]) -> Verified:
@@ -171,44 +178,3 @@ def _require_zero_update(layer: nn.Module, model_type: str, target: str) -> None
             f"{model_type}: {updates[target]} behind the {WORDS[target]} has a bias, so a dropped "
             "sublayer would still add something"
         )
-
-
-def _put_weights(
-    folder: Path,
-    base: Path,
-    weight_map: Mapping[str, str],
-    gone: set[str],
-    done: StaticExport,
-    progress: Callable[[int], object],
-) -> None:
-    """Link the shards that lose nothing, rewrite the others, and write their index, if any."""
-    total = 0
-    for file in sorted(set(weight_map.values())):
-        shard = base / file
-        if not shard.is_file():
-            raise CheckpointError(f"--base {base}: its index names {file}, which is not there")
-        names = {name for name, holder in weight_map.items() if holder == file}
-        size, lost = bytes_of(shard, names), bytes_of(shard, names & gone)
-        if lost:
-            copy_without(shard, folder / shard.name, gone)
-        else:
-            link_or_copy(shard, folder / shard.name, done)
-        total += size - lost
-        done.removed += lost
-        progress(shard.stat().st_size)
-    if (base / INDEX).is_file():
-        stays = {name: file for name, file in sorted(weight_map.items()) if name not in gone}
-        index = {"metadata": {"total_size": total}, "weight_map": stays}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_card(folder: Path, base: Path, name: str, form: str, rows: Mapping[str, Any]) -> None:
-    head = yaml.safe_dump(card_metadata(base, name), sort_keys=False)
-    facts = {"base model": f"{name}, frozen", **rows, "megaskip": __version__}
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    text = (
-        f"---\n{head}---\n\n# {Path(name).name}, with sublayers dropped\n\nA model without some "
-        f"of its sublayers, chosen with routers (Router-Tuning, arXiv 2410.13184).\n\n| | |\n"
-        f"|---|---|\n{table}\n\n{_USE[form]}\n"
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from megaskip.export.static_folder import (
 )
 from megaskip.export.verify import Verified
 from megaskip.log import quiet_libraries
-from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.source import ModelSource, source_in
 from megaskip.parallel.loading.whole import load_whole
 from megaskip.reporting.summary import human_bytes, table
 from megaskip.runs.source import TrainedRouters, chosen_tokenizer, find_routers, open_text, read_as
@@ -83,19 +82,19 @@ def drop_and_export(
     if described is not None:
         described.require(describe_folder(base), "the router folder")
     tokenizer = chosen_tokenizer(options.tokenizer, options.source, base)
-    require_exportable(base, options.output, options.format)
-    listed, unmeasured = _listed_layers(options.layers, base), dict.fromkeys(routed, math.nan)
+    exportable = require_exportable(base, options.output, options.format)
+    depth = exportable.source.text_config.num_hidden_layers
+    listed, unmeasured = _listed_layers(options.layers, depth), dict.fromkeys(routed, math.nan)
     if listed is not None:
         choose_dropped(unmeasured, layers=listed)
-    capacity, text = _measured(options, routers) or (unmeasured, "not measured")
+    capacity, text = _measured(options, routers, exportable.source) or (unmeasured, "not measured")
     layers = choose_dropped(capacity, below=options.below, count=options.count, layers=listed)
     dropped = sublayers(config.target, layers)
     begun = time.monotonic()
     done = export_static(
-        base,
+        exportable,
         options.output,
         dropped,
-        form=options.format,
         name=described.name if described is not None else "",
         tokenizer=tokenizer,
         facts={"capacity per layer": _capacity_text(capacity, ()), "measured on": text},
@@ -113,16 +112,16 @@ def drop_and_export(
     )
 
 
-def _listed_layers(text: str | None, base: Path) -> tuple[int, ...] | None:
+def _listed_layers(text: str | None, depth: int) -> tuple[int, ...] | None:
     """Return the layers of --layers; a single number is that layer."""
     if text is None:
         return None
     # A comma makes a list of a number, which alone would be a count.
-    return resolve_layers(f"{text},", describe_folder(base).num_layers)
+    return resolve_layers(f"{text},", depth)
 
 
 def _measured(
-    options: ExportStaticOptions, routers: TrainedRouters
+    options: ExportStaticOptions, routers: TrainedRouters, source: ModelSource
 ) -> tuple[dict[int, float], str] | None:
     """Return (capacity by routed layer, the text it was measured on), when it is asked for."""
     if options.layers is not None and not options.text.data:
@@ -134,7 +133,7 @@ def _measured(
     batches = [batch for batch in loader.calibration(options.rows) if batch is not None]
     rows = sum(len(batch.input_ids) for batch in batches)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_whole(resolve_source(settings), device).eval()
+    model = load_whole(source_in(source.folder, source.hf_config, settings), device).eval()
     shares = measure_capacity(model, load_routers(model, routers.folder), batches)
     return shares, f"{rows} rows of {', '.join(data.data)}"
 

@@ -30,12 +30,10 @@ class RoutedModel(AdaptedModel):
         """Attach the routers that the config's `routing` describes."""
         if getattr(config, "routing", None) is None:
             raise ValueError("config.json has no routing")
-        routing = dict(config.routing)
-        kv = routing.pop("kv", "keep")
+        kv = config.routing.get("kv", "keep")
         if kv not in KV_CHOICES:
             raise ValueError(f"config.routing: kv is {kv!r}, expected one of {KV_CHOICES}")
-        layers = tuple(routing.pop("layers"))
-        settings = RouterConfig(layers=layers, **routing)
+        settings, layers = RouterConfig.from_dict(config.routing), tuple(config.routing["layers"])
         parts = find_decoder(self)  # type: ignore[arg-type]
         executor = InferenceExecutor(unit=settings.unit, kv=kv)
         routers = Routers(settings, layers, parts.hidden_size, executor=executor)

@@ -157,13 +157,11 @@ def _exported(
     own = {name: value for name, value in content.items() if name not in foreign}
     hf_config = CONFIG_MAPPING[family].from_dict(own)
     loaded = _Backbone(source_in(folder, hf_config, backbone), place)
-    settings = dict(routing)
-    kv, layers = settings.pop("kv", "keep"), tuple(settings.pop("layers"))
-    config = RouterConfig(layers=layers, **settings)
+    config = RouterConfig.from_dict(routing)
     attached = attach_routers(loaded.model, config, register=False)
     stored = read_tensors(folder / f"{PREFIX}.safetensors")
     attached.load_state_dict({n.removeprefix(f"{PREFIX}."): t for n, t in stored.items()})
-    return loaded.routed(attached, kv, str(folder), config)
+    return loaded.routed(attached, routing.get("kv", "keep"), str(folder), config)
 
 
 class _Backbone:

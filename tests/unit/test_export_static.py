@@ -28,7 +28,12 @@ from megaskip.errors import CheckpointError, ConfigError, DataError, Unsupported
 from megaskip.export.decilm import ffn_mult, intermediate_size_of
 from megaskip.export.shards import copy_without, names_of_dropped
 from megaskip.export.static import choose_dropped, measure_capacity, sublayers
-from megaskip.export.static_folder import export_static, verify_static
+from megaskip.export.static_folder import (
+    StaticExport,
+    export_static,
+    require_exportable,
+    verify_static,
+)
 
 DEMO = Path(__file__).parents[2] / "megaskip/demo/backbone"
 LAYERS = (1, 3, 4)  # layer 1 is the first of gemma2's that attends to everything
@@ -50,8 +55,13 @@ def static(
     """Return (exported folder, its base as a model whose `target` is forced off in LAYERS)."""
     model = tiny_model(family, **options)
     model.save_pretrained(folder / "base", max_shard_size="60KB")
-    export_static(folder / "base", folder / "out", sublayers(target, LAYERS), form=form)
+    dropped_from(folder, sublayers(target, LAYERS), form)
     return folder / "out", forced_off(model, target)
+
+
+def dropped_from(folder: Path, dropped: Any, form: str = "hf", **options: Any) -> StaticExport:
+    base = require_exportable(folder / "base", folder / "out", form)
+    return export_static(base, folder / "out", dropped, **options)
 
 
 def forced_off(model: Any, target: str) -> Any:
@@ -199,9 +209,7 @@ def test_untouched_shards_are_links_and_the_base_stays_as_it_is(tmp_path: Path) 
     model.save_pretrained(tmp_path / "base", max_shard_size="60KB")
     before = digest(tmp_path / "base")
     sizes: list[int] = []
-    done = export_static(
-        tmp_path / "base", tmp_path / "out", sublayers("attn", [3]), progress=sizes.append
-    )
+    done = dropped_from(tmp_path, sublayers("attn", [3]), progress=sizes.append)
     assert digest(tmp_path / "base") == before
     shards = sorted((tmp_path / "base").glob("*.safetensors"))
     assert len(shards) > 2
@@ -222,7 +230,7 @@ def test_untouched_shards_are_links_and_the_base_stays_as_it_is(tmp_path: Path) 
 
 def test_single_file_is_rewritten(tmp_path: Path) -> None:
     tiny_model(dtype="bfloat16").save_pretrained(tmp_path / "base")
-    export_static(tmp_path / "base", tmp_path / "out", sublayers("mlp", [2, 5]))
+    dropped_from(tmp_path, sublayers("mlp", [2, 5]))
     assert not list((tmp_path / "out").glob("*.index.json"))
     with (
         safe_open(tmp_path / "base/model.safetensors", framework="pt") as base,
@@ -266,7 +274,7 @@ def test_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     shard = sorted((tmp_path / "base").glob("*.safetensors"))[-1]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"names {shard.name}, which is not there"):
-        export_static(tmp_path / "base", tmp_path / "out", sublayers("attn", [3]))
+        dropped_from(tmp_path, sublayers("attn", [3]))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -384,9 +392,9 @@ def test_folder_refuses_what_cannot_be_dropped(
 ) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
     with pytest.raises(error, match=message):
-        export_static(tmp_path / "base", tmp_path / "out", dropped)
+        dropped_from(tmp_path, dropped)
     with pytest.raises(ConfigError, match="not one of hf, decilm"):
-        export_static(tmp_path / "base", tmp_path / "out", {"attn": [3]}, form="gguf")
+        dropped_from(tmp_path, {"attn": [3]}, "gguf")
 
 
 def test_tensors_that_are_not_clear_are_refused() -> None:
