@@ -47,26 +47,7 @@ def parse_options(
     flags = {name: flag for name, flag in flags_of(settings).items() if name not in fixed}
     parser = _make_parser(settings, flags, prog, description, usage, config_file)
     problems: list[str] = []
-    try:
-        namespace, unknown = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error.argument_name or 'command line'}: {error.message}") from None
-    given = {name: text for name, text in vars(namespace).items() if text is not None}
-    file = given.pop(_CONFIG_FILE, None) if config_file else None
-    problems += _unknown_arguments(unknown, flags)
-    values: dict[str, Any] = {}
-    if file is not None:
-        from megaskip.config.yaml_file import read_yaml
-
-        values |= read_yaml(file, flags, problems)
-    for name, text in given.items():
-        with _collected(problems):
-            values[name] = _value(flags[name], text)
-    problems += [
-        f"--{name} is required: {flag.doc}"
-        for name, flag in flags.items()
-        if flag.is_required and name not in values and name not in given
-    ]
+    values = _values(parser, argv, flags, problems)
     made = _make(options, {**values, **fixed}, problems)
     if problems:
         raise ConfigError(*problems)
@@ -160,6 +141,37 @@ def _add_flag(group: Any, flag: Flag, negatable: bool) -> None:
         group.add_argument(name, action=action, metavar=flag.metavar, help=text)
 
 
+def _values(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    flags: Mapping[str, Flag],
+    problems: list[str],
+) -> dict[str, Any]:
+    """Return {flag: value} of the command line and its --config file; what is wrong with them goes
+    to `problems`."""
+    try:
+        namespace, unknown = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name or 'command line'}: {error.message}") from None
+    given = {name: text for name, text in vars(namespace).items() if text is not None}
+    file = None if _CONFIG_FILE in flags else given.pop(_CONFIG_FILE, None)
+    problems += _unknown_arguments(unknown, flags)
+    values: dict[str, Any] = {}
+    if file is not None:
+        from megaskip.config.yaml_file import read_yaml
+
+        values |= read_yaml(file, flags, problems)
+    for name, text in given.items():
+        with _collected(problems):
+            values[name] = _value(flags[name], text)
+    problems += [
+        f"--{name} is required: {flag.doc}"
+        for name, flag in flags.items()
+        if flag.is_required and name not in values and name not in given
+    ]
+    return values
+
+
 def _value(flag: Flag, text: Any) -> Any:
     """Return what the texts of a flag mean; raises ConfigError."""
     if flag.kind is bool:
@@ -167,7 +179,7 @@ def _value(flag: Flag, text: Any) -> Any:
     if not flag.is_tuple:
         return _single(flag, text)
     texts = text if flag.separator is None else [t for t in text.split(flag.separator) if t.strip()]
-    return tuple(_single(flag, one) for one in texts)
+    return tuple(_single(flag, value) for value in texts)
 
 
 def _single(flag: Flag, text: str) -> Any:

@@ -65,7 +65,7 @@ class DataConfig(Checked):
     tokenize_workers: int = 1
     """Processes that tokenise."""
     max_samples: int | None = None
-    """Use only so many samples of the mix."""
+    """Use at most this many samples of the mix."""
     prompt_tokens: int = option(32, is_flag=False, follows="prompt_tokens")
     """Follows RouterConfig.prompt_tokens."""
     seed: int = option(0, is_flag=False, follows="seed")
@@ -171,7 +171,7 @@ class ParallelConfig(Checked):
     """Keep only the inputs of routed layers and compute them again in the backward pass: less
     memory."""
     loss_chunk_tokens: int = 1024
-    """Logits are held for so many tokens at a time."""
+    """Logits are computed for this many tokens at a time, which bounds their memory."""
     dist_timeout: int = 600
     """Seconds after which a collective that does not answer ends the run."""
     heartbeat_timeout: int = 30
@@ -198,12 +198,12 @@ class ParallelConfig(Checked):
         if self.pipeline_partition is None:
             return
         try:
-            found = self.boundaries() or ()
+            first_layers = self.boundaries() or ()
         except ValueError:
             yield f"--pipeline_partition {self.pipeline_partition!r} is not a list such as 12,18,25"
             return
-        if len(found) != self.pipeline_stages - 1 or any(
-            a >= b for a, b in zip((0, *found), found, strict=False)
+        if len(first_layers) != self.pipeline_stages - 1 or any(
+            a >= b for a, b in zip((0, *first_layers), first_layers, strict=False)
         ):
             yield (
                 f"--pipeline_partition {self.pipeline_partition} must be the first layers of all "
@@ -233,7 +233,7 @@ class CheckpointConfig(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig(Checked):
-    """What one sees while it runs."""
+    """What is logged and shown while a run goes on."""
 
     log_every: int = 10
     """Steps between lines of TensorBoard histograms and the log."""

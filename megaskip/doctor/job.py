@@ -115,7 +115,8 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _free(gpu: Mapping[str, Any]) -> str:
-    return f"{human_bytes(gpu['free_bytes'])} free of {human_bytes(gpu['total_bytes'])}"
+    free = "unknown" if gpu["free_bytes"] is None else human_bytes(gpu["free_bytes"])
+    return f"{free} free of {human_bytes(gpu['total_bytes'])}"
 
 
 def _collective_rows(collectives: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

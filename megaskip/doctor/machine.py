@@ -47,13 +47,13 @@ _BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 def software() -> dict[str, str]:
     """Return the versions of Python and the libraries; "not installed" for those that are not."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("megaskip", *LIBRARIES):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def processor() -> dict[str, Any]:
@@ -70,17 +70,20 @@ def processor() -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Return name, capability and bytes of each GPU that torch sees."""
+    """Return name, capability and bytes of each GPU that torch sees; bytes are None where another
+    process keeps the GPU to itself."""
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
+        free: int | None = None
+        with contextlib.suppress(RuntimeError):
+            free, _ = torch.cuda.mem_get_info(index)
         devices.append(
             {
                 "name": properties.name,
                 "compute_capability": f"{properties.major}.{properties.minor}",
                 "free_bytes": free,
-                "total_bytes": total,
+                "total_bytes": properties.total_memory,
             }
         )
     return devices
