@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.errors import UnsupportedModelError
-
-IGNORED = -100
+from megaskip.labels import IGNORED
 
 
 class TaskLoss(nn.Module):
@@ -132,9 +131,9 @@ class HeadLoss(nn.Module):
     def _each(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         losses = [hidden_states.new_zeros(0, dtype=torch.float32)]
         for start in range(0, len(targets), self._chunk_tokens):
-            part = slice(start, start + self._chunk_tokens)
-            logits = self._transform(self.linear(hidden_states[part]).float())
-            losses.append(nn.functional.cross_entropy(logits, targets[part], reduction="none"))
+            chunk = slice(start, start + self._chunk_tokens)
+            logits = self._transform(self.linear(hidden_states[chunk]).float())
+            losses.append(nn.functional.cross_entropy(logits, targets[chunk], reduction="none"))
         return torch.cat(losses)
 
 
@@ -162,19 +161,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden_states) if learns_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if learns_weight else None
         for start in range(0, hidden_states.shape[0], chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            hidden = hidden_states[part]
+            chunk = slice(start, start + chunk_tokens)
+            hidden = hidden_states[chunk]
             logits = nn.functional.linear(hidden, weight, bias)
-            wanted = targets[part]
+            expected = targets[chunk]
             if teacher is not None:
-                said = nn.functional.linear(teacher[part], weight, bias)
-                wanted = _mixed(wanted, transform(said.float()), share)
+                teacher_logits = nn.functional.linear(teacher[chunk], weight, bias)
+                expected = _mixed(expected, transform(teacher_logits.float()), share)
             loss, logits_grad = _loss_and_gradient(
-                logits, wanted, transform, learns_hidden or learns_weight
+                logits, expected, transform, learns_hidden or learns_weight
             )
             total += loss
             if hidden_grad is not None:
-                hidden_grad[part] = logits_grad @ weight
+                hidden_grad[chunk] = logits_grad @ weight
             if weight_grad is not None:
                 weight_grad += (logits_grad.t() @ hidden).float()
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -191,10 +190,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _mixed(targets: Tensor, said: Tensor, share: float) -> Tensor:
-    """Return targets as probabilities [n, V]: `share` of them as the logits `said` [n, V] have
-    it."""
-    mixed = said.softmax(-1) * share
+def _mixed(targets: Tensor, teacher_logits: Tensor, share: float) -> Tensor:
+    """Return targets as probabilities [n, V], `share` of them those of `teacher_logits` [n, V]."""
+    mixed = teacher_logits.softmax(-1) * share
     return mixed.scatter_add_(1, targets[:, None], torch.full_like(mixed[:, :1], 1 - share))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megaskip.data import Batch
-from megaskip.data.row import IGNORED
+from megaskip.labels import IGNORED
 from megaskip.parallel.engine import Engine
 
 

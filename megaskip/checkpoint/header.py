@@ -18,27 +18,27 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     Raises CheckpointError when the file is cut off or is none.
     """
     try:
-        found = file.stat().st_size
+        actual = file.stat().st_size
         with open(file, "rb") as reader:
             size = int.from_bytes(reader.read(8), "little")
-            text = reader.read(min(size, found))
+            text = reader.read(min(size, actual))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
     if len(text) < size:
-        raise _cut_off(file, found, "its header alone", 8 + size)
+        raise _cut_off(file, actual, "its header alone", 8 + size)
     try:
         header = json.loads(text)
         entries = [entry for name, entry in header.items() if name != METADATA]
         end = max((entry["data_offsets"][1] for entry in entries), default=0)
     except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: its header cannot be read ({error})") from None
-    if found < 8 + size + end:
-        raise _cut_off(file, found, "what its header lists", 8 + size + end)
+    if actual < 8 + size + end:
+        raise _cut_off(file, actual, "what its header lists", 8 + size + end)
     return header, 8 + size
 
 
-def _cut_off(file: Path, found: int, what: str, expected: int) -> CheckpointError:
+def _cut_off(file: Path, actual: int, what: str, expected: int) -> CheckpointError:
     return CheckpointError(
-        f"{file} is damaged: it has {found:,} bytes and {what} takes {expected:,}; copy or "
+        f"{file} is damaged: it has {actual:,} bytes and {what} takes {expected:,}; copy or "
         "download it again"
     )

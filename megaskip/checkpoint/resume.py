@@ -69,8 +69,8 @@ def save_checkpoint(
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("step_*") if (path / COMPLETE).is_file()]
-    numbered = [path for path in found if path.name.removeprefix("step_").isdecimal()]
+    complete = [path for path in output_dir.glob("step_*") if (path / COMPLETE).is_file()]
+    numbered = [path for path in complete if path.name.removeprefix("step_").isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
 
 
@@ -127,15 +127,15 @@ def require_same_routers(path: Path, routers: RouterSet) -> None:
     _require_equal(path, "--layers", layers, routers.layers)
     for field in dataclasses.fields(stored):
         if field.name not in _MOVED:
-            values = (getattr(one, field.name) for one in (stored, routers.config))
+            values = (getattr(config, field.name) for config in (stored, routers.config))
             _require_equal(path, f"--{field.name}", *values)
 
 
-def _require_equal(path: Path, flag: str, there: object, now: object) -> None:
-    if there != now:
+def _require_equal(path: Path, flag: str, stored: object, current: object) -> None:
+    if stored != current:
         raise CheckpointError(
-            f"--resume {path}: {flag} differs from the run that wrote it ({there} there, {now} "
-            "now); use the same, or start a new run in another --output_dir"
+            f"--resume {path}: {flag} differs from the run that wrote it ({stored} there, "
+            f"{current} now); use the same, or start a new run in another --output_dir"
         )
 
 

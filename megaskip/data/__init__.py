@@ -6,14 +6,13 @@ Promise: equal input gives equal batches on every rank and after any resume; no 
 from megaskip.data.collate import Batch, collate
 from megaskip.data.dataset import TokenizedData, build_dataset
 from megaskip.data.pack import pack
-from megaskip.data.row import IGNORED, AnyRow, PackedRow, Row
+from megaskip.data.row import AnyRow, PackedRow, Row
 from megaskip.data.sampler import GlobalBatchOrder, shard
 from megaskip.data.stats import DataStats, SourceStats
 from megaskip.data.store import StoredRows
 from megaskip.data.streaming import StreamingRows
 
 __all__ = [
-    "IGNORED",
     "AnyRow",
     "Batch",
     "DataStats",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megaskip.data.row import IGNORED, AnyRow
+from megaskip.data.row import AnyRow
+from megaskip.labels import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -1,11 +1,11 @@
 """Rows of the known data formats, turned into one normal form. Knows no files or tokenizers."""
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megaskip.config.checks import closest, did_you_mean
 from megaskip.data.fields import Fields, Place
 from megaskip.errors import DataError
 
@@ -64,10 +64,9 @@ def detect_format(row: Fields) -> str:
             return name
     known = "; ".join(f"{name} ({', '.join(sorted(FORMATS[name][0]))})" for name in FORMATS)
     hints = [
-        f"did you mean {close[0]!r} instead of {key!r}?"
+        f"did you mean {near!r} instead of {key!r}?"
         for key in row.raw
-        if (close := difflib.get_close_matches(key.lower(), _all_keys(), n=1, cutoff=0.75))
-        and close[0] != key.lower()
+        if (near := closest(key.lower(), _all_keys(), cutoff=0.75)) not in (None, key.lower())
     ]
     names = ", ".join(map(repr, row.raw))
     raise DataError(
@@ -172,9 +171,7 @@ def _chat(row: Fields, turns: list[Message]) -> Sample:
 def _role(turn: Fields, key: str, name: str) -> str:
     if name.lower() in ROLES:
         return ROLES[name.lower()]
-    close = difflib.get_close_matches(name.lower(), ROLES, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    turn.wrong(key, name, f"one of {', '.join(ROLES)}{hint}")
+    turn.wrong(key, name, f"one of {', '.join(ROLES)}{did_you_mean(name.lower(), ROLES)}")
 
 
 def _content(turn: Fields) -> str:

@@ -6,7 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORED = -100
+from megaskip.labels import IGNORED
+
 """Label of a token without loss, as in transformers."""
 
 

@@ -1,6 +1,5 @@
 """Where rows come from: files, folders and the hub, each row with its place. Knows no formats."""
 
-import difflib
 import json
 import math
 import re
@@ -10,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megaskip.config.checks import closest
 from megaskip.data.fields import Place
 from megaskip.errors import DataError
 from megaskip.extras import extra
@@ -125,9 +125,9 @@ def _nearby(path: Path) -> str:
         existing = next(p for p in folder.parents if p.is_dir())
         return f"; the folder {folder} does not exist (but {existing.resolve()} does)"
     names = [p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() in SUFFIXES]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {str(folder / close[0])!r}?"
+    near = closest(path.name, names, cutoff=0.6)
+    if near is not None:
+        return f"; did you mean {str(folder / near)!r}?"
     shown = ", ".join(sorted(names)[:8]) or "no data files"
     return f" in {folder.resolve()}, which holds {shown}"
 

@@ -31,5 +31,5 @@ class DeciLMConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         blocks = self.block_configs or []
         self.block_configs = [
-            Block({part: Block(fields) for part, fields in block.items()}) for block in blocks
+            Block({name: Block(fields) for name, fields in block.items()}) for block in blocks
         ]

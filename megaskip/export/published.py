@@ -27,7 +27,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportReport:
-    """What was found in published files, and how it was read."""
+    """What published files hold, and how it was read."""
 
     folder: Path
     """The router folder that was written."""
@@ -79,12 +79,12 @@ def import_published(
     if not source.exists():
         raise CheckpointError(f"--source {source}: no such file or folder; download it first")
     names, tensors = read_tensors_named(source, _ROUTER)
-    found = _find_routers(source, names, tensors)
+    stored = _find_routers(source, names, tensors)
     beside = source if source.is_dir() else source.parent
     recorded = PublishedConfig(config or beside / "config.json")
-    hidden_size = _check_fit(source, found, recorded)
-    weights = {layer: router.checked_weight(hidden_size) for layer, router in found.items()}
-    routers = RouterSet(_settle(recorded, found, granularity), tuple(weights), hidden_size)
+    hidden_size = _check_fit(source, stored, recorded)
+    weights = {layer: router.checked_weight(hidden_size) for layer, router in stored.items()}
+    routers = RouterSet(_settle(recorded, stored, granularity), tuple(weights), hidden_size)
     with torch.no_grad():
         for layer, weight in weights.items():
             routers.router(layer).weight.copy_(weight)
@@ -95,11 +95,11 @@ def import_published(
         config=routers.config,
         layers=routers.layers,
         hidden_size=hidden_size,
-        example=f"{next(iter(found.values())).name}.weight",
-        dtypes=tuple(sorted({_dtype_name(router) for router in found.values()})),
-        ignored=len(names) - sum(1 + (router.bias is not None) for router in found.values()),
+        example=f"{next(iter(stored.values())).name}.weight",
+        dtypes=tuple(sorted({_dtype_name(router) for router in stored.values()})),
+        ignored=len(names) - sum(1 + (router.bias is not None) for router in stored.values()),
         base=base,
-        assumptions=(*_notes(found, weights), *recorded.notes),
+        assumptions=(*_notes(stored, weights), *recorded.notes),
     )
 
 
@@ -107,12 +107,12 @@ def import_published(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
+class _StoredRouter:
     """A router as it is stored."""
 
     name: str
     file: Path
-    place: str | None
+    sublayer: str | None
     """The sublayer that it lies in, when it is not the layer itself."""
     weight: Tensor
     bias: Tensor | None
@@ -141,9 +141,9 @@ class _Found:
 
 def _find_routers(
     source: Path, names: list[str], tensors: Mapping[str, tuple[Path, Tensor]]
-) -> dict[int, _Found]:
+) -> dict[int, _StoredRouter]:
     """Return the routers by layer, ascending; raises CheckpointError when there are none."""
-    found: dict[int, _Found] = {}
+    stored: dict[int, _StoredRouter] = {}
     for module in sorted({name.rpartition(".")[0] for name in tensors}):
         match = _ROUTER.fullmatch(f"{module}.weight")
         assert match is not None, f"{module} was read but is no router"
@@ -154,15 +154,17 @@ def _find_routers(
         if match[2] == "mlp" and weight.dim() == 2 and weight.shape[0] > 1:
             continue
         layer, (_, bias) = int(match[1]), tensors.get(f"{module}.bias", (file, None))
-        if layer in found:
+        if layer in stored:
             raise CheckpointError(
-                f"{source}: layer {layer} has two routers, {found[layer].name} and {module}; a "
+                f"{source}: layer {layer} has two routers, {stored[layer].name} and {module}; a "
                 "router folder holds one for each layer"
             )
-        found[layer] = _Found(name=module, file=file, place=match[2], weight=weight, bias=bias)
-    if not found:
+        stored[layer] = _StoredRouter(
+            name=module, file=file, sublayer=match[2], weight=weight, bias=bias
+        )
+    if not stored:
         raise CheckpointError(_no_routers(source, names))
-    return dict(sorted(found.items()))
+    return dict(sorted(stored.items()))
 
 
 def _no_routers(source: Path, names: list[str]) -> str:
@@ -175,10 +177,10 @@ def _no_routers(source: Path, names: list[str]) -> str:
     )
 
 
-def _check_fit(source: Path, found: Mapping[int, _Found], recorded: PublishedConfig) -> int:
+def _check_fit(source: Path, stored: Mapping[int, _StoredRouter], recorded: PublishedConfig) -> int:
     """Return the hidden size; raises CheckpointError when routers and config.json contradict each
     other."""
-    num_layers, layers = recorded.integer("num_hidden_layers"), set(found)
+    num_layers, layers = recorded.integer("num_hidden_layers"), set(stored)
     if num_layers is not None and max(layers) >= num_layers:
         raise CheckpointError(
             f"{source}: a router for layer {max(layers)}, but {recorded.file} has layers 0 to "
@@ -192,18 +194,18 @@ def _check_fit(source: Path, found: Mapping[int, _Found], recorded: PublishedCon
             f"{describe_layers(flagged) or 'none'}: missing {missing or 'none'}, unexpected "
             f"{extra or 'none'}; complete the files, or pass the right one with --config"
         )
-    return recorded.integer("hidden_size") or next(iter(found.values())).weight.numel()
+    return recorded.integer("hidden_size") or next(iter(stored.values())).weight.numel()
 
 
-def _notes(found: Mapping[int, _Found], weights: Mapping[int, Tensor]) -> Iterator[str]:
+def _notes(stored: Mapping[int, _StoredRouter], weights: Mapping[int, Tensor]) -> Iterator[str]:
     """Yield what is worth knowing about the weights."""
-    biased = [layer for layer, router in found.items() if router.bias is not None]
+    biased = [layer for layer, router in stored.items() if router.bias is not None]
     if biased:
         yield f"biases of layers {describe_layers(biased)} are zero and were dropped"
     zero = [layer for layer, weight in weights.items() if not weight.any()]
     if zero:
         yield f"routers of layers {describe_layers(zero)} are all zeros, as before training"
-    if any(router.weight.dtype == torch.bfloat16 for router in found.values()):
+    if any(router.weight.dtype == torch.bfloat16 for router in stored.values()):
         # sigmoid(z) rounds to 0.5 in bfloat16 for z above -2**-8.
         yield (
             "decisions are taken in float32; published code that takes them in bfloat16 also "
@@ -211,28 +213,28 @@ def _notes(found: Mapping[int, _Found], weights: Mapping[int, Tensor]) -> Iterat
         )
 
 
-def _dtype_name(router: _Found) -> str:
+def _dtype_name(router: _StoredRouter) -> str:
     return str(router.weight.dtype).removeprefix("torch.")
 
 
 def _settle(
-    recorded: PublishedConfig, found: Mapping[int, _Found], granularity: str | None
+    recorded: PublishedConfig, stored: Mapping[int, _StoredRouter], granularity: str | None
 ) -> RouterConfig:
     """Return the configuration of the routers, with the published pool and budget."""
     chosen = recorded.granularity(granularity)
-    for router in found.values():
-        if router.place is not None and chosen.startswith(
-            {"self_attn": "mlp", "mlp": "attn"}[router.place]
+    for router in stored.values():
+        if router.sublayer is not None and chosen.startswith(
+            {"self_attn": "mlp", "mlp": "attn"}[router.sublayer]
         ):
             raise CheckpointError(
-                f"{router.file}: {router.name} lies in {router.place}, but the granularity is "
+                f"{router.file}: {router.name} lies in {router.sublayer}, but the granularity is "
                 f"{chosen}; say what it skips with --granularity"
             )
     try:
         return RouterConfig(
             granularity=chosen,
-            layers=tuple(found),
-            capacity=recorded.capacity(tuple(found)),
+            layers=tuple(stored),
+            capacity=recorded.capacity(tuple(stored)),
             threshold=recorded.threshold(),
             pool="all",
             budget="layer",

@@ -49,7 +49,7 @@ class PublishedConfig:
             return None
         if value is False:
             return set()
-        if not isinstance(value, list) or not all(isinstance(one, bool) for one in value):
+        if not isinstance(value, list) or not all(isinstance(flag, bool) for flag in value):
             raise self._wrong(name, value, "true, or a list with true or false for each layer")
         if num_layers is not None and len(value) != num_layers:
             raise CheckpointError(

@@ -31,9 +31,9 @@ def names_of_dropped(
     stored: dict[tuple[int, str], set[str]] = {}
     stacks = set()
     for name in names:
-        if found := _IN_LAYER.fullmatch(name):
-            stored.setdefault((int(found["layer"]), found["child"]), set()).add(name)
-            stacks.add(found["stack"])
+        if match := _IN_LAYER.fullmatch(name):
+            stored.setdefault((int(match["layer"]), match["child"]), set()).add(name)
+            stacks.add(match["stack"])
     if len(stacks) != 1:
         raise UnsupportedModelError(
             f"the base's files hold {len(stacks)} stacks of layers "

@@ -33,11 +33,11 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dty
 model.eval()
 assert "megaskip" not in sys.modules, "the folder imports megaskip"
 with torch.no_grad():
-    found = {"logits": model(ids).logits.contiguous()}
+    answer = {"logits": model(ids).logits.contiguous()}
 # Beside the logits: where every router keeps, routers that were never read make no difference.
 state = model.state_dict().items()
-found |= {name: tensor for name, tensor in state if name.startswith("skip_routers.")}
-save_file(found, target)
+answer |= {name: tensor for name, tensor in state if name.startswith("skip_routers.")}
+save_file(answer, target)
 """
 
 
@@ -93,15 +93,15 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
             raise CheckpointError(
                 f"{folder} does not load in a fresh process: {lines[-1] if lines else 'no output'}"
             )
-        found = load_file(target)
+        loaded = load_file(target)
     routing = read_json(folder / "config.json").get("routing")
     trained = _trained(base, routers, ids, "keep" if routing is None else routing["kv"])
     expected = trained.pop("logits")
     if routing is None:
         trained = {}
-    wrong = [name for name in trained if not _same(found.get(name), trained[name])]
+    wrong = [name for name in trained if not _same(loaded.get(name), trained[name])]
     return Verified(
-        difference=float((found["logits"] - expected).abs().max()),
+        difference=float((loaded["logits"] - expected).abs().max()),
         scale=float(expected.abs().max()),
         tokens=expected.shape[1],
         wrong_routers=tuple(wrong),
@@ -121,8 +121,8 @@ def _trained(base: Path, routers: Path, ids: str, kv: str) -> dict[str, torch.Te
     return {"logits": logits} | {f"{PREFIX}.{k}": v for k, v in attached.state_dict().items()}
 
 
-def _same(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
-    return found is not None and torch.equal(found, expected)
+def _same(loaded: torch.Tensor | None, expected: torch.Tensor) -> bool:
+    return loaded is not None and torch.equal(loaded, expected)
 
 
 def _probe_ids(base: Path, text: str) -> str:

@@ -54,8 +54,8 @@ def read_tensors_named(
     names: dict[str, Path] = {}
     tensors: dict[str, tuple[Path, Tensor]] = {}
     for file in files:
-        there, read = _read_file(file, wanted)
-        for name in there:
+        stored, read = _read_file(file, wanted)
+        for name in stored:
             if name in names:
                 raise CheckpointError(
                     f"{source}: {name} is in {names[name].name} and in {file.name}; name one file "

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaskip.data.row import IGNORED
 from megaskip.errors import DataError
+from megaskip.labels import IGNORED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

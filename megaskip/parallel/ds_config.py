@@ -1,8 +1,6 @@
 """The DeepSpeed JSON: it owns sharding, and nothing that RunConfig owns. No silent overrides."""
 
-import difflib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +223,8 @@ def _pipeline_conflicts(path: str, content: dict[str, Any], parallel: ParallelCo
 def _unsupported(path: str, content: dict[str, Any]) -> list[str]:
     known = (*_PASSED_ON, *_SECTIONS, *_CHECKED)
     problems = [
-        f"--ds_config {path} sets {key}, which has no effect here{_meant(key, known)}; remove it"
+        f"--ds_config {path} sets {key}, which has no effect here; remove it"
+        f"{did_you_mean(key, known)}"
         for key in content
         if key not in known
     ]
@@ -235,8 +234,3 @@ def _unsupported(path: str, content: dict[str, Any]) -> list[str]:
             "remove the section"
         )
     return problems
-
-
-def _meant(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

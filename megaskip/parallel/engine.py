@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megaskip.config import RunConfig
 from megaskip.data import Batch
-from megaskip.data.row import IGNORED
+from megaskip.labels import IGNORED
 from megaskip.parallel.optimizer import make_adamw, reduce_gradients, set_learning_rate
 from megaskip.parallel.results import EvalResult, EvalSums, GlobalBatch, StepResult, StepSums
 from megaskip.parallel.topology import Topology

@@ -25,7 +25,7 @@ def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
     parameters = sum(p.numel() for p in shape.parameters())
     estimates = []
     for number, layers in enumerate(cuts):
-        # 1F1B: so many micro-batches have gone forward here and wait for their backward pass.
+        # 1F1B: these micro-batches have gone forward here and wait for their backward pass.
         in_flight = min(len(cuts) - number, config.optim.gradient_accumulation_steps)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = build_model(source, source.dtype)
@@ -73,7 +73,7 @@ def _micro_step(
         keep = carried_keep(routers)
         left += [keep] if keep is not None and stage.head is None else []
         if keep is not None:
-            torch.autograd.backward(left, [torch.ones_like(one) for one in left])
+            torch.autograd.backward(left, [torch.ones_like(output) for output in left])
         return activations, max(live.peak - activations, 0)
 
 

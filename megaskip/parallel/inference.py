@@ -71,7 +71,7 @@ class Placement:
 
     @property
     def is_spread(self) -> bool:
-        """Return whether a rank holds a part of the weights only."""
+        """Return whether a rank holds only some of the weights."""
         return self.ds_content is not None or self.topology.num_stages > 1
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Placement:
 
 
 def load_for_inference(
-    name: str, place: Placement, *, dtype: str = "auto", base: str | None = None
+    name: str, placement: Placement, *, dtype: str = "auto", base: str | None = None
 ) -> InferenceModel:
     """Return the model of an exported, a run, a router or a plain HF folder.
 
@@ -92,7 +92,7 @@ def load_for_inference(
     folder, backbone = Path(name), ModelConfig(dtype=dtype)
     routers = folder if (folder / CONFIG).is_file() else folder / "routers"
     if (routers / CONFIG).is_file() and not (folder / "config.json").is_file():
-        return _with_router_folder(routers, base, backbone, place)
+        return _with_router_folder(routers, base, backbone, placement)
     if name != DEMO and not is_hub_id(name) and not (folder / "config.json").is_file():
         raise ConfigError(
             f"--model {folder}: found neither config.json (exported) nor {CONFIG} (routers) there"
@@ -102,12 +102,12 @@ def load_for_inference(
     content = read_json(folder / "config.json")
     require_whole_shards(folder)
     if str(content.get("model_type")).startswith(MODEL_TYPE):
-        return _exported(folder, content, backbone, place)
-    return _Backbone(resolve_source(backbone, folder), place).dense(f"{name}, dense")
+        return _exported(folder, content, backbone, placement)
+    return _Backbone(resolve_source(backbone, folder), placement).dense(f"{name}, dense")
 
 
 def _with_router_folder(
-    routers: Path, base: str | None, backbone: ModelConfig, place: Placement
+    routers: Path, base: str | None, backbone: ModelConfig, placement: Placement
 ) -> InferenceModel:
     config, _, described = read_router_config(routers)
     named = base or (described.name if described is not None else "")
@@ -119,28 +119,28 @@ def _with_router_folder(
     require_whole_shards(source.folder)
     if described is not None:
         described.require(source.describe(), "the router folder")
-    loaded = _Backbone(source, place)
+    loaded = _Backbone(source, placement)
     # Beside weights that are spread, on those that are not.
-    attached = load_routers(loaded.model, routers, register=not place.is_spread)
+    attached = load_routers(loaded.model, routers, register=not placement.is_spread)
     return loaded.routed(attached, "keep", f"{routers} on {named}", config)
 
 
 def _exported(
-    folder: Path, content: dict[str, Any], backbone: ModelConfig, place: Placement
+    folder: Path, content: dict[str, Any], backbone: ModelConfig, placement: Placement
 ) -> InferenceModel:
     routing = content.get("routing")
-    if not place.is_spread:
+    if not placement.is_spread:
         kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
         # The package's own code, the same that the folder carries.
         made: Any = DroppedForCausalLM if routing is None else MegaskipForCausalLM
         try:
             model = made.from_pretrained(
-                folder, dtype=kind or "auto", **read_onto(place.topology.device)
+                folder, dtype=kind or "auto", **read_onto(placement.topology.device)
             )
         except OSError as error:
             raise CheckpointError(f"--model {error}") from None
-        log_if_slow(model.dtype, place.topology.device)
-        model.to(place.topology.device).eval().requires_grad_(False)
+        log_if_slow(model.dtype, placement.topology.device)
+        model.to(placement.topology.device).eval().requires_grad_(False)
         routers = model.get_submodule(PREFIX) if routing is not None else None
         what = "sublayers dropped" if routing is None else routing["granularity"]
         return InferenceModel(
@@ -156,7 +156,7 @@ def _exported(
     foreign = ("routing", "dropped", "base_model_type", "auto_map", "model_type", "architectures")
     own = {name: value for name, value in content.items() if name not in foreign}
     hf_config = CONFIG_MAPPING[family].from_dict(own)
-    loaded = _Backbone(source_in(folder, hf_config, backbone), place)
+    loaded = _Backbone(source_in(folder, hf_config, backbone), placement)
     config = RouterConfig.from_dict(routing)
     attached = attach_routers(loaded.model, config, register=False)
     stored = read_tensors(folder / f"{PREFIX}.safetensors")
@@ -167,17 +167,17 @@ def _exported(
 class _Backbone:
     """A base model, placed; then with routers or without."""
 
-    def __init__(self, source: ModelSource, place: Placement) -> None:
-        self._folder, self._device = source.folder, place.topology.device
+    def __init__(self, source: ModelSource, placement: Placement) -> None:
+        self._folder, self._device = source.folder, placement.topology.device
         self._staged: StagedModel | None = None
         self.model: Any
         log_if_slow(source.dtype, self._device)
-        if place.topology.num_stages > 1:
-            self._staged = load_staged(source, place.topology)
+        if placement.topology.num_stages > 1:
+            self._staged = load_staged(source, placement.topology)
             self.model = self._staged.model
-        elif place.ds_content is not None:
+        elif placement.ds_content is not None:
             chunk_tokens = ParallelConfig().loss_chunk_tokens
-            loss, _ = shard_backbone(source, place.ds_content, chunk_tokens)
+            loss, _ = shard_backbone(source, placement.ds_content, chunk_tokens)
             self.model = loss.model.eval()
         else:
             self.model = load_whole(source, self._device).eval().requires_grad_(False)

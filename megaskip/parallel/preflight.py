@@ -32,7 +32,7 @@ _HEADER_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What one rank found on its node."""
+    """What a rank sees on its node."""
 
     rank: int
     node: str
@@ -51,7 +51,7 @@ class Report:
     model: str
 
     @property
-    def place(self) -> str:
+    def label(self) -> str:
         """Return the rank and its node, for messages."""
         return f"rank {self.rank} on node {self.node}"
 
@@ -87,11 +87,11 @@ def preflight(
     everyone: list[Any] = [None] * topology.world_size
     dist.all_gather_object(everyone, mine)
     weights = _weight_bytes(model_folder)
-    parts = topology.num_stages
-    if parts == 1 and config.parallel.ds_config is not None:
-        parts = topology.world_size
+    shares = topology.num_stages
+    if shares == 1 and config.parallel.ds_config is not None:
+        shares = topology.world_size
     # What lives on disk needs no memory that could be told beforehand.
-    problems = find_problems(everyone, 0 if offload == "nvme" else weights // parts)
+    problems = find_problems(everyone, 0 if offload == "nvme" else weights // shares)
     if problems:
         raise RankError("before loading weights: " + "\n  ".join(problems))
     return [(node, _node_line(reports)) for node, reports in _by_node(everyone).items()]
@@ -101,48 +101,48 @@ def find_problems(reports: Sequence[Report], weights_per_rank: int) -> list[str]
     """Return what differs between ranks or is too little, one line each, naming the node."""
     problems = []
     for name in reports[0].versions:
-        problems += _odd_ones(reports, name, functools.partial(_version, name))
-    problems += _odd_ones(reports, "the settings (flags, --config)", lambda one: one.config)
-    problems += _odd_ones(reports, "the training data", lambda one: one.data)
-    problems += _odd_ones(reports, "the model's files", lambda one: one.model)
-    problems += _odd_ones(reports, "the device", lambda one: one.device)
-    for node, ones in _by_node(reports).items():
-        share = len(ones) if ones[0].shares_memory else 1
-        free = min(one.free_memory for one in ones)
-        needed = int(_SPARE * weights_per_rank * share)
+        problems += _minority(reports, name, functools.partial(_version, name))
+    problems += _minority(reports, "the settings (flags, --config)", lambda report: report.config)
+    problems += _minority(reports, "the training data", lambda report: report.data)
+    problems += _minority(reports, "the model's files", lambda report: report.model)
+    problems += _minority(reports, "the device", lambda report: report.device)
+    for node, of_node in _by_node(reports).items():
+        ranks = len(of_node) if of_node[0].shares_memory else 1
+        free = min(report.free_memory for report in of_node)
+        needed = int(_SPARE * weights_per_rank * ranks)
         if free < needed:
             problems.append(
                 f"node {node}: {_gib(free)} of memory free, the weights of its ranks need "
                 f"{_gib(needed)}; use more ranks, or --ds_config with ZeRO-3"
             )
-        if ones[0].rank == 0 and ones[0].free_disk < _CHECKPOINT_BYTES:
+        if of_node[0].rank == 0 and of_node[0].free_disk < _CHECKPOINT_BYTES:
             problems.append(
-                f"node {node}: {_gib(ones[0].free_disk)} of disk free for --output_dir, "
+                f"node {node}: {_gib(of_node[0].free_disk)} of disk free for --output_dir, "
                 f"checkpoints need {_gib(_CHECKPOINT_BYTES)}"
             )
     return problems
 
 
-def _odd_ones(
+def _minority(
     reports: Sequence[Report], what: str, value: Callable[[Report], Hashable]
 ) -> list[str]:
     """Return one line if not all ranks have the same value, naming those in the minority."""
-    counts = Counter(value(one) for one in reports)
+    counts = Counter(value(report) for report in reports)
     if len(counts) == 1:
         return []
     usual = counts.most_common(1)[0][0]
-    odd = [f"{one.place} has {value(one)}" for one in reports if value(one) != usual]
+    odd = [f"{report.label} has {value(report)}" for report in reports if value(report) != usual]
     return [f"{what} must be the same everywhere: {'; '.join(odd)}, the others have {usual}"]
 
 
-def _version(name: str, one: Report) -> str | None:
-    return one.versions.get(name)
+def _version(name: str, report: Report) -> str | None:
+    return report.versions.get(name)
 
 
 def _by_node(reports: Sequence[Report]) -> dict[str, list[Report]]:
     nodes: dict[str, list[Report]] = {}
-    for one in reports:
-        nodes.setdefault(one.node, []).append(one)
+    for report in reports:
+        nodes.setdefault(report.node, []).append(report)
     return nodes
 
 
@@ -151,7 +151,7 @@ def _node_line(reports: Sequence[Report]) -> str:
     ranks = f"{first.rank}-{reports[-1].rank}" if len(reports) > 1 else f"{first.rank}"
     devices = f"{first.visible_devices} x {first.device}" if first.visible_devices else first.device
     disk = "not seen here" if first.free_disk < 0 else f"{_gib(first.free_disk)} free"
-    memory = _gib(min(one.free_memory for one in reports))
+    memory = _gib(min(report.free_memory for report in reports))
     return f"ranks {ranks}, {devices}, memory {memory} free, run folder {disk}"
 
 

@@ -9,7 +9,12 @@ _KNOTS = 6
 _BELOW = 0.4
 """The smallest capacity trained for, as a share of the smallest that will be asked for: routers are
 at their worst at the end of what they saw (docs/lab.md, "Beyond the capacities that are asked")."""
-_GOLDEN = 0.6180339887498949
+
+
+def golden_fraction(number: int) -> float:
+    """Return a number of the golden-ratio sequence in [0, 1), which covers it evenly at any
+    length."""
+    return number * 0.6180339887498949 % 1.0
 
 
 class AnyBudget(Budget):
@@ -35,7 +40,7 @@ class AnyBudget(Budget):
         self._move(self.position - before)
         self._steps += 1
         low = self._low if progress is None else ramped(self._low, progress)
-        self._aim(1 - (1 - low) * (self._steps * _GOLDEN % 1.0))
+        self._aim(1 - (1 - low) * (golden_fraction(self._steps)))
 
     def settled_offset(self) -> float:
         """Return where the threshold of the asked capacity is, in logits."""

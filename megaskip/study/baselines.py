@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-_GOLDEN = 0.6180339887498949
+from megaskip.routing.any_budget import golden_fraction
 
 Order = Callable[[int, int], Sequence[int]]
 """(document, how many layers it skips) -> layers; it skips the first ones of them. Documents are
@@ -56,7 +56,7 @@ def skipping(order: Order, layers: Sequence[int], count: float) -> Policy:
         keep = {layer: torch.ones(len(documents), 1) for layer in layers}
         for row, document in enumerate(documents):
             whole = math.floor(count)
-            take = whole + (document * _GOLDEN % 1.0 < count - whole)
+            take = whole + (golden_fraction(document) < count - whole)
             for layer in order(document, take)[:take]:
                 keep[layer][row] = 0.0
         return keep

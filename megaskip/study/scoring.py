@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from megaskip.data import Batch
 from megaskip.data.collate import collate
-from megaskip.data.row import IGNORED, Row
+from megaskip.data.row import Row
 from megaskip.errors import DataError
+from megaskip.labels import IGNORED
 from megaskip.routing import RouterSet
 from megaskip.study.baselines import Policy
 

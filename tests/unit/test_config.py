@@ -157,7 +157,7 @@ def test_shipped_deepspeed_files_are_accepted_and_resolved(path: Path) -> None:
             {"zero_optimization": {"stage": 3, "offload_param": None}},
             "zero_optimization.offload_param must be an object, found None",
         ),
-        ({"comms_loger": {}}, "no effect here (did you mean comms_logger?)"),
+        ({"comms_loger": {}}, "no effect here; remove it; did you mean 'comms_logger'?"),
         ({"activation_checkpointing": {}}, "sets activation_checkpointing, which has no effect"),
     ],
 )

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "megaskip"
 LEVEL = {
     "errors": 0,
     "extras": 0,
+    "labels": 0,
     "log": 0,
     "_version": 0,
     "config": 1,

@@ -72,18 +72,18 @@ def layer_costs(model: nn.Module, lowest: int, *, recompute: bool) -> list[float
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:
-    """Return the cuts of `costs` into contiguous, non-empty parts with the least largest sum."""
+    """Return the cuts of `costs` into contiguous, non-empty groups with the least largest sum."""
     count = len(costs)
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    # best[s][stop]: (largest part, first cut) of the first `stop` layers in s + 1 parts.
+    # best[s][stop]: (largest sum, last cut) of the first `stop` layers in s + 1 groups.
     best = [[(sums[stop], 0) for stop in range(count + 1)]]
-    for parts in range(1, stages):
+    for groups in range(1, stages):
         row = [(float("inf"), 0)] * (count + 1)
-        for stop in range(parts + 1, count + 1):
+        for stop in range(groups + 1, count + 1):
             row[stop] = min(
-                (max(best[-1][cut][0], sums[stop] - sums[cut]), cut) for cut in range(parts, stop)
+                (max(best[-1][cut][0], sums[stop] - sums[cut]), cut) for cut in range(groups, stop)
             )
         best.append(row)
     cuts: list[int] = []
