@@ -12,4 +12,5 @@ fi
 # Small tensors gain nothing from threads, so files share the cores; ranks share them by themselves.
 export OMP_NUM_THREADS=1
 python -m pytest -n auto --dist loadfile tests/unit tests/golden tests/integrations tests/packaging
-exec python -m pytest tests/dist
+python -m pytest tests/dist
+exec python -m pytest -n 2 tests/docs  # every command of the documents, at a small size

@@ -68,9 +68,15 @@ class Ranks:
 
 
 def start(
-    argv: Sequence[str], ranks: int, folder: Path, environment: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    ranks: int,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    where: Path = ROOT,
 ) -> Ranks:
-    """Start `ranks` processes that run the script `argv`, as torchrun would; output to `folder`.
+    """Start `ranks` processes that run the script `argv` in `where`, as torchrun would; output to
+    `folder`.
 
     They are forks of a process that has imported what they need: that takes seconds, once.
     """
@@ -82,7 +88,8 @@ def start(
         place = {**ALIKE, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = folder / f"rank{rank}.log"
         process = forkserver().Process(
-            target=run_script, args=(list(argv), {**place, **(environment or {})}, log)
+            target=run_script,
+            args=(list(argv), {**place, **(environment or {})}, log, where),
         )
         process.start()
         processes.append(Rank(process))
@@ -131,14 +138,16 @@ def forkserver() -> Any:
     return context
 
 
-def run_script(argv: list[str], environment: Mapping[str, str], log: Path) -> None:
+def run_script(argv: list[str], environment: Mapping[str, str], log: Path, where: Path) -> None:
     """Run a script in this process, a fork, as if Python had been started with it."""
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(where)
     with open(log, "wb") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     sys.argv = argv
+    if Path(argv[0]).name != "__main__.py":  # as Python does for a script
+        sys.path.insert(0, str(Path(argv[0]).resolve().parent))
     runpy.run_path(argv[0], run_name="__main__")
 
 

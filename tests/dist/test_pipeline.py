@@ -12,7 +12,9 @@ from spawn import run_worker
 
 PARTS = 8
 """Micro-batches of a step, over all replicas."""
-GRANULARITIES = [f"{t}_{u}" for t, u in itertools.product(("attn", "mlp", "block"), ("sequence", "token"))]
+GRANULARITIES = [
+    f"{t}_{u}" for t, u in itertools.product(("attn", "mlp", "block"), ("sequence", "token"))
+]
 
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"flags": ["--granularity", name]} for name in GRANULARITIES},
