@@ -28,18 +28,12 @@ def names_of_dropped(
     `extra` names one further child of the layer that goes with each. Raises UnsupportedModelError
     when the files do not say clearly which tensors these are.
     """
+    names = list(names)
+    stack_of_layers(names)
     stored: dict[tuple[int, str], set[str]] = {}
-    stacks = set()
     for name in names:
         if match := _IN_LAYER.fullmatch(name):
             stored.setdefault((int(match["layer"]), match["child"]), set()).add(name)
-            stacks.add(match["stack"])
-    if len(stacks) != 1:
-        raise UnsupportedModelError(
-            f"the base's files hold {len(stacks)} stacks of layers "
-            f"({', '.join(sorted(stacks)) or 'no name like layers.3.self_attn'}), expected one; "
-            "export the text decoder alone"
-        )
     chosen: set[str] = set()
     for target, layers in dropped.items():
         for layer in layers:
@@ -53,6 +47,21 @@ def names_of_dropped(
                 )
             chosen |= mine | stored.get((layer, (extra or {}).get(target, "")), set())
     return chosen
+
+
+def stack_of_layers(names: Iterable[str]) -> str:
+    """Return what the names of layers begin with in files, such as "model.layers".
+
+    Raises UnsupportedModelError unless there is one stack of layers.
+    """
+    stacks = {match["stack"] for name in names if (match := _IN_LAYER.fullmatch(name))}
+    if len(stacks) != 1:
+        raise UnsupportedModelError(
+            f"the base's files hold {len(stacks)} stacks of layers "
+            f"({', '.join(sorted(stacks)) or 'no name like layers.3.self_attn'}), expected one; "
+            "export the text decoder alone"
+        )
+    return stacks.pop()
 
 
 def copy_without(source: Path, target: Path, left_out: Collection[str]) -> None:

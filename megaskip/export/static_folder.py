@@ -1,19 +1,21 @@
 """A model's folder without the sublayers that are dropped for good, for servers that cannot route.
 
-What the routers learnt about single inputs is lost; what is left is a smaller model for all.
+What the routers learnt about single inputs is lost; what is left is a smaller model for all, with
+compensations in the place of what is gone, if there are any.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.sites import find_sites
-from megaskip.checkpoint.atomic import new_folder, read_json, write_json
+from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import save_routers
 from megaskip.config import ModelConfig, RouterConfig
@@ -31,8 +33,9 @@ from megaskip.export.folder import (
     require_new,
     size_of,
 )
-from megaskip.export.shards import names_of_dropped
+from megaskip.export.shards import names_of_dropped, stack_of_layers
 from megaskip.export.static import WORDS, describe_dropped
+from megaskip.export.static_maps import SHARD, StaticMaps, norms_behind, stored_maps
 from megaskip.export.verify import Verified, verify_folder
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.whole import skeleton
@@ -40,6 +43,13 @@ from megaskip.routing import RouterSet
 
 _SUMMARY = (
     "A model without some of its sublayers, chosen with routers (Router-Tuning, arXiv 2410.13184)."
+)
+
+
+NO_MAPS_IN_DECILM = (
+    "--format decilm cannot hold compensations: its one field for a map in the place of a "
+    "sublayer, replace_with_linear, stands for a full matrix of hidden size x hidden size. Use "
+    "--format hf, or leave them out with --without_compensation, which costs what they won back"
 )
 
 
@@ -91,6 +101,7 @@ def export_static(
     output: Path,
     dropped: Mapping[str, Sequence[int]],
     *,
+    maps: StaticMaps | None = None,
     name: str = "",
     tokenizer: Any | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -98,22 +109,37 @@ def export_static(
 ) -> StaticExport:
     """Write `output` from a base model without the `dropped` sublayers, whole or not at all.
 
-    `dropped` has the layers by attn or mlp, as `sublayers` returns it; `name` is the base's hub id,
-    if known; `tokenizer` takes the place of the base's; `facts` are rows of the model card;
-    `progress` is told the bytes of each shard that is done. Shards that lose nothing are hard
-    links. Raises CheckpointError, ConfigError or UnsupportedModelError.
+    `dropped` has the layers by attn or mlp, as `sublayers` returns it; `maps` are what stands in
+    their place (hf alone); `name` is the base's hub id, if known; `tokenizer` takes the place of
+    the base's; `facts` are rows of the model card; `progress` is told the bytes of each shard that
+    is done. Shards that lose nothing are hard links. Raises CheckpointError, ConfigError or
+    UnsupportedModelError.
     """
-    _require_droppable(base.source, dropped)
-    gone = names_of_dropped(base.weight_map, dropped, None if base.form == "hf" else NORMS)
+    if maps is not None and base.form == "decilm":
+        raise ConfigError(NO_MAPS_IN_DECILM)
+    _require_droppable(base.source, dropped, "" if maps is None else maps.site)
+    added: dict[str, Tensor] = {}
+    norms = {} if base.form == "hf" else NORMS
+    if maps is not None:
+        added = stored_maps(maps, base.source, stack_of_layers(base.weight_map))
+        norms = norms_behind(maps, base.source)
+    gone = names_of_dropped(base.weight_map, dropped, norms)
     done = StaticExport(folder=output, mode="overlay")
     base_folder = base.source.folder
     with new_folder(output) as folder:
+        if added:
+            write_tensors(folder / SHARD, added)
         weights = put_base_weights(
-            folder, base_folder, base.weight_map, without=gone, progress=progress
+            folder,
+            base_folder,
+            base.weight_map,
+            without=gone,
+            beside=dict.fromkeys(added, SHARD),
+            progress=progress,
         )
         done.linked, done.removed, done.notes = weights.linked, weights.removed, weights.notes
         put_rest(folder, base_folder, tokenizer)
-        _put_config(folder, base, dropped)
+        _put_config(folder, base, dropped, maps)
         made_from = base_name(name, base_folder)
         rows = {"base model": f"{made_from}, frozen", "dropped": describe_dropped(dropped)}
         write_card(
@@ -122,18 +148,32 @@ def export_static(
             made_from,
             title="with sublayers dropped",
             summary=_SUMMARY,
-            rows={**rows, **(facts or {})},
+            rows={**rows, **_map_rows(maps), **(facts or {})},
             use=use_text(base.form, made_from),
         )
     done.written = size_of(output) - done.linked
     return done
 
 
-def _put_config(folder: Path, base: StaticBase, dropped: Mapping[str, Sequence[int]]) -> None:
+def _map_rows(maps: StaticMaps | None) -> dict[str, str]:
+    """Return the card's rows on what stands in the place of what was dropped."""
+    if maps is None:
+        return {}
+    return {"compensation in their place": f"{maps.describe()}, in `{SHARD}`"}
+
+
+def _put_config(
+    folder: Path,
+    base: StaticBase,
+    dropped: Mapping[str, Sequence[int]],
+    maps: StaticMaps | None,
+) -> None:
     """Write config.json and the code that reads it."""
     if base.form == "hf":
         names = {"causal_lm": "DroppedForCausalLM", "decoder": "DroppedDecoder"}
         config = {**own_config(base.content, **names), "dropped": dict(dropped)}
+        if maps is not None:
+            config["compensation"] = maps.to_config()
         write_json(folder / "config.json", config)
         (folder / CODE).write_text(bundled_code("dropped"), encoding="utf-8")
     else:
@@ -142,20 +182,33 @@ def _put_config(folder: Path, base: StaticBase, dropped: Mapping[str, Sequence[i
         write_decilm_code(folder)
 
 
-def verify_static(folder: Path, base: Path, target: str, layers: Sequence[int]) -> Verified:
+def verify_static(
+    folder: Path, base: Path, target: str, layers: Sequence[int], maps: StaticMaps | None = None
+) -> Verified:
     """Compare the logits of `folder`, in a fresh process, with those of its base whose `target` is
-    forced off in `layers`.
+    forced off in `layers`, with `maps` as the compensations.
 
     Routers that have not learnt score 0.5; under a threshold above that they skip everything.
     """
     never = RouterConfig(granularity=f"{target}_sequence", layers=tuple(layers), threshold=0.9)
+    if maps is not None:
+        never = dataclasses.replace(never, compensation=maps.kind, compensation_rank=maps.rank)
     with tempfile.TemporaryDirectory() as scratch:
         routers = RouterSet(never, layers, describe_folder(base).hidden_size)
+        for layer, tensors in ({} if maps is None else maps.tensors).items():
+            compensation = routers.router(layer).compensation
+            assert compensation is not None
+            compensation.load_state_dict(dict(tensors))
         return verify_folder(folder, base, save_routers(Path(scratch) / "never", routers))
 
 
-def _require_droppable(source: ModelSource, dropped: Mapping[str, Sequence[int]]) -> None:
-    """Raise unless each dropped sublayer is there, and zeros in its place stay zero."""
+def _require_droppable(
+    source: ModelSource, dropped: Mapping[str, Sequence[int]], mapped: str
+) -> None:
+    """Raise unless each dropped sublayer is there, and zeros in its place stay zero.
+
+    `mapped` is the sublayer in whose place a map stands, attn or mlp; "" without maps.
+    """
     parts = find_decoder(skeleton(source))
     last = len(parts.layers) - 1
     if not any(dropped.values()) or dropped.keys() - WORDS.keys():
@@ -165,7 +218,8 @@ def _require_droppable(source: ModelSource, dropped: Mapping[str, Sequence[int]]
             raise ConfigError(
                 f"layer {index} cannot be dropped: expected one of layers 1 to {last}"
             )
-        _require_zero_update(parts.layers[index], parts.model_type, target)
+        if target != mapped:
+            _require_zero_update(parts.layers[index], parts.model_type, target)
 
 
 def _require_zero_update(layer: nn.Module, model_type: str, target: str) -> None:

@@ -8,24 +8,29 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from megaskip.arch.trainable import describe_layers
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import load_routers, read_router_config
-from megaskip.config import resolve_layers
+from megaskip.config import RouterConfig, resolve_layers
 from megaskip.config.commands.export_static import ExportStaticOptions
-from megaskip.errors import CheckpointError
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.static import choose_dropped, describe_dropped, measure_capacity, sublayers
 from megaskip.export.static_folder import (
+    NO_MAPS_IN_DECILM,
     StaticExport,
     export_static,
     require_exportable,
     verify_static,
 )
+from megaskip.export.static_maps import StaticMaps, read_static_maps
 from megaskip.export.verify import Verified
-from megaskip.log import quiet_libraries
+from megaskip.log import get_logger, quiet_libraries
 from megaskip.parallel.loading.source import ModelSource, source_in
 from megaskip.parallel.loading.whole import load_whole
 from megaskip.reporting.summary import human_bytes, table
 from megaskip.runs.source import TrainedRouters, chosen_tokenizer, find_routers, open_text, read_as
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,8 @@ class StaticOutcome:
     """Measured capacity by routed layer; not a number where it was not measured."""
     text: str
     """What it was measured on."""
+    maps: StaticMaps | None = None
+    """What stands in the place of what is dropped; None for nothing."""
     verified: Verified | None = None
     """The comparison with the base whose sublayers are off; None where it was not asked for."""
 
@@ -83,33 +90,70 @@ def drop_and_export(
         described.require(describe_folder(base), "the router folder")
     tokenizer = chosen_tokenizer(options.tokenizer, options.source, base)
     exportable = require_exportable(base, options.output, options.format)
-    depth = exportable.source.text_config.num_hidden_layers
-    listed, unmeasured = _listed_layers(options.layers, depth), dict.fromkeys(routed, math.nan)
-    if listed is not None:
-        choose_dropped(unmeasured, layers=listed)
-    capacity, text = _measured(options, routers, exportable.source) or (unmeasured, "not measured")
-    layers = choose_dropped(capacity, below=options.below, count=options.count, layers=listed)
+    layers, capacity, text = _choose(options, routers, config, routed, exportable.source)
     dropped = sublayers(config.target, layers)
+    hidden_size = describe_folder(base).hidden_size
+    maps = read_static_maps(routers.folder, config, routed, hidden_size, layers)
+    if maps is not None and options.without_compensation:
+        logger.warning(
+            "--without_compensation leaves out what stands in the place of dropped sublayers (%s); "
+            "what that costs is not measured",
+            maps.describe(),
+        )
+        maps = None
+    if maps is not None and options.format == "decilm":
+        raise ConfigError(NO_MAPS_IN_DECILM)
     begun = time.monotonic()
     done = export_static(
         exportable,
         options.output,
         dropped,
+        maps=maps,
         name=described.name if described is not None else "",
         tokenizer=tokenizer,
         facts={"capacity per layer": _capacity_text(capacity, ()), "measured on": text},
         progress=progress,
     )
     seconds = time.monotonic() - begun
-    verified = verify_static(done.folder, base, config.target, layers) if options.verify else None
+    verified = None
+    if options.verify:
+        verified = verify_static(done.folder, base, config.target, layers, maps)
     return StaticOutcome(
         done=done,
         seconds=seconds,
         dropped=dropped,
         capacity=capacity,
         text=text,
+        maps=maps,
         verified=verified,
     )
+
+
+def _choose(
+    options: ExportStaticOptions,
+    routers: TrainedRouters,
+    config: RouterConfig,
+    routed: tuple[int, ...],
+    source: ModelSource,
+) -> tuple[tuple[int, ...], dict[int, float], str]:
+    """Return (layers to drop, capacity by routed layer, the text it was measured on)."""
+    if config.budget == "static":
+        ways = {"--below": options.below, "--count": options.count, "--layers": options.layers}
+        given = [flag for flag, value in ways.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"{given[0]} chooses among layers that sometimes run, and these routers were "
+                f"trained with --budget static: none of their layers {describe_layers(routed)} "
+                "ever runs, and all are dropped; leave it out"
+            )
+        return routed, dict.fromkeys(routed, 0.0), "not measured: --budget static runs none"
+    listed = _listed_layers(options.layers, source.text_config.num_hidden_layers)
+    unmeasured = dict.fromkeys(routed, math.nan)
+    if listed is not None or options.below is options.count is None:
+        choose_dropped(unmeasured, below=options.below, count=options.count, layers=listed)
+    capacity, text = _measured(options, routers, source) or (unmeasured, "not measured")
+    layers = choose_dropped(capacity, below=options.below, count=options.count, layers=listed)
+    return layers, capacity, text
 
 
 def _listed_layers(text: str | None, depth: int) -> tuple[int, ...] | None:
@@ -142,8 +186,13 @@ def _summary(outcome: StaticOutcome) -> list[tuple[str, str]]:
     """Return the rows of the closing table."""
     done = outcome.done
     gone = {layer for layers in outcome.dropped.values() for layer in layers}
+    maps = outcome.maps
+    instead = (
+        [] if maps is None else [("in their place", f"a compensation each, {maps.describe()}")]
+    )
     return [
         ("dropped", describe_dropped(outcome.dropped)),
+        *instead,
         ("capacity per layer", _capacity_text(outcome.capacity, gone)),
         ("measured on", outcome.text),
         ("dropped weights", human_bytes(done.removed)),

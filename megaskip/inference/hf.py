@@ -53,8 +53,7 @@ class AdaptedModel:
         """Change the model as its config says; raises ValueError when it says nothing."""
         raise NotImplementedError
 
-    @classmethod
-    def _skip_require(cls, path: Any, missing: Any) -> None:
+    def _skip_require(self, path: Any, missing: Any) -> None:
         """Raise OSError when names that are `missing` in the stored weights must be there."""
 
     @classmethod
@@ -65,7 +64,7 @@ class AdaptedModel:
             loaded, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, config=config, output_loading_info=True, **kwargs
             )
-            cls._skip_require(path, info["missing_keys"])
+            loaded._skip_require(path, info["missing_keys"])
             return (loaded, info) if asked else loaded
         if config is None:
             config = MegaskipConfig.from_pretrained(path)

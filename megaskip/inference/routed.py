@@ -43,8 +43,7 @@ class RoutedModel(AdaptedModel):
         self.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
         self.register_forward_hook(_release, always_call=True)  # type: ignore[attr-defined]
 
-    @classmethod
-    def _skip_require(cls, path: Any, missing: Any) -> None:
+    def _skip_require(self, path: Any, missing: Any) -> None:
         """Raise OSError when the stored weights lack routers: fresh ones skip nothing."""
         lacking = sorted(name for name in missing if name.startswith(f"{PREFIX}."))
         if lacking:

@@ -26,16 +26,22 @@ class ExportStaticOptions(Checked):
     count: int | None = None
     """Drop this many sublayers, those that run least."""
     layers: str | None = option(None, metavar="SPEC")
-    """Drop these, e.g. 4,5; measured only if --data is given."""
+    """Drop these, e.g. 4,5; measured only if --data is given. None of --below, --count and --layers
+    is needed for routers of --budget static: their layers never run."""
     format: str = option("hf", choices=FORMATS)
     """hf loads with transformers; decilm in vLLM (llama and mistral bases)."""
+    without_compensation: bool = False
+    """Leave out the maps that routers have for what they skip: nothing then stands where sublayers
+    were (what decilm needs)."""
     output: Path = option(metavar="FOLDER")
     """New folder to write."""
     verify: bool = False
     """Load it in a fresh process and compare logits (hf)."""
 
     def _problems(self) -> Iterator[str]:
-        yield from exactly_one({"below": self.below, "count": self.count, "layers": self.layers})
+        ways = {"below": self.below, "count": self.count, "layers": self.layers}
+        if any(value is not None for value in ways.values()):  # none: what a static budget drops
+            yield from exactly_one(ways)
         yield from at_least("rows", self.rows, 1)
         if self.verify and self.format != "hf":
             yield "--verify loads the folder with transformers, which has no DeciLM; use hf"
