@@ -139,8 +139,8 @@ def _measure(
         excess = max(float(difference.float().abs().max()) - rounding, 0.0)
         return excess / max(float(update.float().abs().max()), 1e-12)
 
-    def bend(half: Tensor, one: Tensor) -> float:
-        return relative(half - (zero + one) / 2, one - zero)
+    def bend(half: Tensor, full: Tensor) -> float:
+        return relative(half - (zero + full) / 2, full - zero)
 
     return ProbeReport(
         layer=index,

@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticLayer
 from megaskip.arch.decoder import DecoderParts, find_decoder
 from megaskip.arch.sites import find_sites
 from megaskip.inference.hf import AdaptedModel
-from megaskip.inference.kept import KeptRows, can_hold_a_part, holding_rows, is_offloaded
+from megaskip.inference.kept import KeptRows, can_store_some, is_offloaded, store_rows_in
 from megaskip.routing.decision import SelectedRows
 
 DROPPABLE = ("attn", "mlp")
@@ -229,28 +229,28 @@ def _count_tokens(cache: Any, index: int, hidden_states: Tensor) -> None:
         )
     while len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
-    held = cache.layers[index]
-    if not isinstance(held, KeptRows) and can_hold_a_part(cache, held):
-        held = holding_rows(cache, index)
-    if not isinstance(held, KeptRows):
-        _count_in_whole(held, hidden_states)
+    cache_layer = cache.layers[index]
+    if not isinstance(cache_layer, KeptRows) and can_store_some(cache, cache_layer):
+        cache_layer = store_rows_in(cache, index)
+    if not isinstance(cache_layer, KeptRows):
+        _count_in_whole(cache_layer, hidden_states)
         return
-    if held._skip_rows is None:
-        held.decide(SelectedRows(index=torch.empty(0, dtype=torch.int64), total=batch))
-    held.advance(tokens, ran=False)
+    if cache_layer._skip_rows is None:
+        cache_layer.decide(SelectedRows(index=torch.empty(0, dtype=torch.int64), total=batch))
+    cache_layer.advance(tokens, ran=False)
 
 
-def _count_in_whole(held: Any, hidden_states: Tensor) -> None:
+def _count_in_whole(cache_layer: Any, hidden_states: Tensor) -> None:
     """Count in a cache layer that cannot hold a part; a static one gets room for no heads."""
     batch, tokens = hidden_states.shape[:2]
-    if not hasattr(held, "cumulative_length"):
+    if not hasattr(cache_layer, "cumulative_length"):
         raise NotImplementedError(
-            f"{type(held).__name__} cannot go without the keys of a dropped attention; use a "
-            "DynamicCache"
+            f"{type(cache_layer).__name__} cannot go without the keys of a dropped attention; "
+            "use a DynamicCache"
         )
-    if isinstance(held, StaticLayer) and not held.is_initialized:
+    if isinstance(cache_layer, StaticLayer) and not cache_layer.is_initialized:
         nothing = hidden_states.new_zeros(batch, 0, 0, 0)
-        held.lazy_initialization(nothing, nothing)
-    held.cumulative_length += tokens
-    if hasattr(held, "cumulative_length_int"):
-        held.cumulative_length_int += tokens
+        cache_layer.lazy_initialization(nothing, nothing)
+    cache_layer.cumulative_length += tokens
+    if hasattr(cache_layer, "cumulative_length_int"):
+        cache_layer.cumulative_length_int += tokens

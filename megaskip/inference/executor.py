@@ -12,10 +12,10 @@ from transformers.cache_utils import Cache
 from megaskip.inference.kept import (
     KeptRows,
     KeptTokens,
-    can_hold_a_part,
-    holding_rows,
-    holding_tokens,
+    can_store_some,
     is_offloaded,
+    store_rows_in,
+    store_tokens_in,
 )
 from megaskip.inference.packed import attend_among_kept
 from megaskip.routing.decision import RoutingDecision
@@ -55,16 +55,16 @@ class InferenceExecutor:
             return ran if decision.is_per_row else _multiplied(ran, decision)
         if self._unit == "token":
             return _multiplied(run(hidden_states, **kwargs), decision)
-        held = _layer_of(cache, layer)
-        if not isinstance(held, KeptRows):
-            if decision.unit_of_token is not None or not can_hold_a_part(cache, held):
-                _say_dense(cache, held)
+        cache_layer = _layer_of(cache, layer)
+        if not isinstance(cache_layer, KeptRows):
+            if decision.unit_of_token is not None or not can_store_some(cache, cache_layer):
+                _warn_dense(cache, cache_layer)
                 return _multiplied(run(hidden_states, **kwargs), decision)
-            held = holding_rows(cache, layer)
-        if held._skip_rows is None:
-            held.decide(decision.rows)
-        ran = run_rows(run, hidden_states, kwargs, held._skip_chosen)
-        held.advance(hidden_states.shape[1], ran=not held._skip_chosen.none)
+            cache_layer = store_rows_in(cache, layer)
+        if cache_layer._skip_rows is None:
+            cache_layer.decide(decision.rows)
+        ran = run_rows(run, hidden_states, kwargs, cache_layer._skip_selected)
+        cache_layer.advance(hidden_states.shape[1], ran=not cache_layer._skip_selected.none)
         return ran
 
     def mlp(
@@ -78,10 +78,10 @@ class InferenceExecutor:
     ) -> bool:
         """Return whether no row has run this layer or will; its cache then counts the tokens."""
         cache = kwargs.get("past_key_values")
-        held = _layer_of(cache, layer) if cache is not None else None
-        if not isinstance(held, KeptRows) or not decision.rows.none:
+        cache_layer = _layer_of(cache, layer) if cache is not None else None
+        if not isinstance(cache_layer, KeptRows) or not decision.rows.none:
             return False
-        held.advance(hidden_states.shape[1], ran=False)
+        cache_layer.advance(hidden_states.shape[1], ran=False)
         return True
 
     def _among_kept(
@@ -89,14 +89,16 @@ class InferenceExecutor:
     ) -> Any:
         """Run attention among kept tokens, which are all that the cache holds."""
         cache = kwargs.get("past_key_values")
-        held = _layer_of(cache, layer) if cache is not None else None
-        if held is not None and not isinstance(held, KeptTokens):
-            if not can_hold_a_part(cache, held):
-                _say_dense(cache, held)
+        cache_layer = _layer_of(cache, layer) if cache is not None else None
+        if cache_layer is not None and not isinstance(cache_layer, KeptTokens):
+            if not can_store_some(cache, cache_layer):
+                _warn_dense(cache, cache_layer)
                 return _multiplied(run(hidden_states, **kwargs), decision)
-            held = holding_tokens(cache, layer, hidden_states.shape[0], hidden_states.device)
+            cache_layer = store_tokens_in(
+                cache, layer, hidden_states.shape[0], hidden_states.device
+            )
         kept = (decision.keep > 0) & decision.unit_mask
-        return attend_among_kept(run, hidden_states, kwargs, kept, held)
+        return attend_among_kept(run, hidden_states, kwargs, kept, cache_layer)
 
 
 def _multiplied(ran: Any, decision: RoutingDecision) -> Any:
@@ -118,7 +120,7 @@ def _layer_of(cache: Any, layer: int) -> Any:
     return cache.layers[layer]
 
 
-def _say_dense(cache: Any, layer: Any) -> None:
+def _warn_dense(cache: Any, layer: Any) -> None:
     what = "an offloaded cache" if is_offloaded(cache) else type(layer).__name__
     warnings.warn(
         f"megaskip: {what} cannot hold a part of the keys and values, so routed layers are "

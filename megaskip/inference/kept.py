@@ -70,14 +70,14 @@ class KeptRows(KeptLayer):
     _skip_rows: Tensor | None = None
     """bool [B], on the CPU: decisions of a sequence do not change, so nobody waits for a device.
     None before the first one."""
-    _skip_chosen: SelectedRows
+    _skip_selected: SelectedRows
     """The kept rows, on the layer's device."""
 
-    def decide(self, chosen: SelectedRows) -> None:
-        """Hold the rows of `chosen` from now on."""
-        rows = torch.zeros(chosen.total, dtype=torch.bool)
-        self._skip_rows = rows.index_fill_(0, chosen.index.cpu(), True)
-        self._skip_chosen = chosen
+    def decide(self, selected: SelectedRows) -> None:
+        """Hold the rows of `selected` from now on."""
+        rows = torch.zeros(selected.total, dtype=torch.bool)
+        self._skip_rows = rows.index_fill_(0, selected.index.cpu(), True)
+        self._skip_selected = selected
 
     def advance(self, tokens: int, *, ran: bool) -> None:
         """Take note of `tokens` more tokens, stored or (no row ran) not."""
@@ -95,15 +95,15 @@ class KeptRows(KeptLayer):
         if self._skip_rows is None:
             return
         index = index.cpu()
-        place = torch.cumsum(self._skip_rows.long(), 0) - 1
+        stored_index = torch.cumsum(self._skip_rows.long(), 0) - 1
         rows = self._skip_rows[index]
         if self.is_initialized:
-            stored = place[index][rows].to(self.keys.device)
+            stored = stored_index[index][rows].to(self.keys.device)
             self.keys = self.keys.index_select(0, stored)
             self.values = self.values.index_select(0, stored)
         self._skip_rows = rows
-        kept = rows.nonzero().squeeze(1).to(self._skip_chosen.index.device)
-        self._skip_chosen = SelectedRows(index=kept, total=len(rows))
+        kept = rows.nonzero().squeeze(1).to(self._skip_selected.index.device)
+        self._skip_selected = SelectedRows(index=kept, total=len(rows))
 
     def _skip_crop(self, tokens: int) -> None:
         if self.is_initialized:
@@ -122,8 +122,8 @@ class KeptTokens(KeptLayer):
     """int64 [B, L], where in the text a slot's token stands; -1 for a free slot."""
     _skip_count: Tensor
     """int64 [B], on the CPU: the slots that each row uses."""
-    _skip_places: tuple[Tensor, Tensor, Tensor] | None
-    """Row, place among the incoming and slot of each token that the next update brings; None when
+    _skip_incoming: tuple[Tensor, Tensor, Tensor] | None
+    """Row, column among the incoming and slot of each token that the next update brings; None when
     all of them go behind what is there."""
 
     def advance(self, tokens: int) -> None:
@@ -139,23 +139,23 @@ class KeptTokens(KeptLayer):
 
         Returns the positions of all slots after the coming update, int64 [B, L].
         """
-        held, self._skip_count = self._skip_count, self._skip_count + count
+        used, self._skip_count = self._skip_count, self._skip_count + count
         length = self._skip_position.shape[1] + position.shape[1]
         if bool((self._skip_count == length).all()):
-            self._skip_places = None
+            self._skip_incoming = None
             self._skip_position = torch.cat([self._skip_position, position], dim=1)
         else:
-            rows, places = (position >= 0).nonzero(as_tuple=True)
-            slots = held.to(position.device)[rows] + places
-            self._skip_places = rows, places, slots
+            rows, columns = (position >= 0).nonzero(as_tuple=True)
+            slots = used.to(position.device)[rows] + columns
+            self._skip_incoming = rows, columns, slots
             self._skip_position = _widen(self._skip_position, int(self._skip_count.max()), 1, -1)
-            self._skip_position[rows, slots] = position[rows, places]
+            self._skip_position[rows, slots] = position[rows, columns]
         return self._skip_position
 
     @property
     def appends(self) -> bool:
         """Return whether the coming update fills every slot of every row."""
-        return self._skip_places is None
+        return self._skip_incoming is None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Store what is expected of [B, H, q, D] and return keys and values [B, H, L, D]."""
@@ -168,11 +168,11 @@ class KeptTokens(KeptLayer):
         return self.keys, self.values
 
     def _skip_store(self, stored: Tensor, states: Tensor) -> Tensor:
-        if self._skip_places is None:
+        if self._skip_incoming is None:
             return torch.cat([stored, states], dim=2)
-        rows, places, slots = self._skip_places
+        rows, columns, slots = self._skip_incoming
         stored = _widen(stored, self._skip_position.shape[1], 2, 0)
-        stored[rows, :, slots] = states[rows, :, places]
+        stored[rows, :, slots] = states[rows, :, columns]
         return stored
 
     def _skip_forget(self) -> None:
@@ -221,21 +221,21 @@ class KeptTokens(KeptLayer):
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
 
-def holding_rows(cache: Any, layer: int) -> KeptRows:
+def store_rows_in(cache: Any, layer: int) -> KeptRows:
     """Put a layer that holds rows into `cache`, in the place of a fresh one."""
-    held: KeptRows = _take_place(cache, layer, KeptRows)
-    return held
+    cache_layer: KeptRows = _replace_layer(cache, layer, KeptRows)
+    return cache_layer
 
 
-def holding_tokens(cache: Any, layer: int, batch: int, device: torch.device) -> KeptTokens:
+def store_tokens_in(cache: Any, layer: int, batch: int, device: torch.device) -> KeptTokens:
     """Put a layer that holds tokens into `cache`, in the place of a fresh one."""
-    held: KeptTokens = _take_place(cache, layer, KeptTokens)
-    held._skip_position = torch.empty(batch, 0, dtype=torch.int64, device=device)
-    held._skip_count = torch.zeros(batch, dtype=torch.int64)
-    return held
+    cache_layer: KeptTokens = _replace_layer(cache, layer, KeptTokens)
+    cache_layer._skip_position = torch.empty(batch, 0, dtype=torch.int64, device=device)
+    cache_layer._skip_count = torch.zeros(batch, dtype=torch.int64)
+    return cache_layer
 
 
-def can_hold_a_part(cache: Any, layer: Any) -> bool:
+def can_store_some(cache: Any, layer: Any) -> bool:
     """Return whether a layer of a cache is fresh and of a kind that can hold a part of the text."""
     whole = type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length()
     return not whole and not is_offloaded(cache)
@@ -247,12 +247,12 @@ def is_offloaded(cache: Any) -> bool:
     return bool(getattr(cache, "offloading", False))
 
 
-def _take_place(cache: Any, layer: int, mixin: Any) -> Any:
+def _replace_layer(cache: Any, layer: int, mixin: Any) -> Any:
     fresh = cache.layers[layer]
-    held: Any = object.__new__(_kept_class(type(fresh), mixin))  # type: ignore[arg-type]
-    held.__dict__.update(vars(fresh), _skip_seen=0)
-    cache.layers[layer] = held
-    return held
+    cache_layer: Any = object.__new__(_kept_class(type(fresh), mixin))  # type: ignore[arg-type]
+    cache_layer.__dict__.update(vars(fresh), _skip_seen=0)
+    cache.layers[layer] = cache_layer
+    return cache_layer
 
 
 @functools.cache

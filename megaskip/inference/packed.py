@@ -15,18 +15,18 @@ from megaskip.routing.kept_units import put_back
 
 
 def attend_among_kept(
-    run: Run, hidden_states: Tensor, kwargs: Kwargs, kept: Tensor, held: KeptTokens | None
+    run: Run, hidden_states: Tensor, kwargs: Kwargs, kept: Tensor, cache_layer: KeptTokens | None
 ) -> Any:
     """Run attention on the tokens of `kept` bool [B, T], which see each other alone.
 
-    Returns its output tuple, zero for the others. `held` is the layer's part of the cache, if any.
+    Returns its output tuple, zero for the others. `cache_layer` is the layer's; None without one.
     """
     tokens = kept.shape[1]
     count = kept.sum(1).cpu()
     width = int(count.max())
-    seen = held._skip_seen if held is not None else 0
-    if held is not None:
-        held.advance(tokens)
+    seen = cache_layer._skip_seen if cache_layer is not None else 0
+    if cache_layer is not None:
+        cache_layer.advance(tokens)
     if not width:
         return torch.zeros_like(hidden_states), None
     even = bool((count == width).all())
@@ -34,8 +34,8 @@ def attend_among_kept(
     position = _position(kept, index) + seen
     if not even:
         position = torch.where(kept if index is None else kept.gather(1, index), position, -1)
-    slots = position if held is None else held.expect(position, count)
-    whole = even if held is None else held.appends
+    slots = position if cache_layer is None else cache_layer.expect(position, count)
+    whole = even if cache_layer is None else cache_layer.appends
     picked = kwargs if index is None else _picked(kwargs, index, kept.shape)
     if not whole or not _serves(kwargs.get("attention_mask"), width, slots, seen + tokens):
         mask = _mask(kwargs.get("attention_mask"), index, position, slots, seen + tokens)
@@ -43,8 +43,8 @@ def attend_among_kept(
     ran = run(hidden_states if index is None else _pick(hidden_states, index), **picked)
     update = ran[0] if even else ran[0] * (position >= 0).unsqueeze(-1).to(ran[0].dtype)
     if index is not None:
-        places = _flat(index, tokens)
-        update = put_back(update.flatten(0, 1), places, hidden_states.shape[0] * tokens)
+        flat_index = _flat(index, tokens)
+        update = put_back(update.flatten(0, 1), flat_index, hidden_states.shape[0] * tokens)
     return update.view_as(hidden_states), *ran[1:]
 
 
@@ -93,11 +93,11 @@ def _mask(
     if index is not None:
         rows = rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
     column = slots - (length - rows.shape[-1])
-    found = rows.gather(2, column.clamp(min=0).unsqueeze(1).expand(-1, rows.shape[1], -1))
+    shown = rows.gather(2, column.clamp(min=0).unsqueeze(1).expand(-1, rows.shape[1], -1))
     hidden = ((slots < 0) | (column < 0)).unsqueeze(1)
     shut = False if given.dtype == torch.bool else torch.finfo(given.dtype).min
-    found = found.masked_fill(hidden, shut)
-    return found.masked_fill(filler, True if given.dtype == torch.bool else 0.0).unsqueeze(1)
+    shown = shown.masked_fill(hidden, shut)
+    return shown.masked_fill(filler, True if given.dtype == torch.bool else 0.0).unsqueeze(1)
 
 
 def _numbers(slots: Tensor) -> Tensor:
@@ -127,12 +127,12 @@ def _token_part(value: Any, index: Tensor, shape: torch.Size) -> Any:
 
 def _pick(value: Tensor, index: Tensor) -> Tensor:
     """Return [B, q, ...] of [B or 1, T, ...]."""
-    places = index.flatten() if len(value) == 1 else _flat(index, value.shape[1])
-    picked = value.flatten(0, 1).index_select(0, places)
+    flat_index = index.flatten() if len(value) == 1 else _flat(index, value.shape[1])
+    picked = value.flatten(0, 1).index_select(0, flat_index)
     return picked.view(*index.shape, *value.shape[2:])
 
 
 def _flat(index: Tensor, tokens: int) -> Tensor:
-    """Return int64 [B * q]: the places in [B * T] of `index` [B, q]."""
+    """Return int64 [B * q]: the positions in [B * T] of `index` [B, q]."""
     first = torch.arange(0, len(index) * tokens, tokens, device=index.device)
     return (index + first.unsqueeze(1)).flatten()

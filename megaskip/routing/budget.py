@@ -24,7 +24,7 @@ _SPREAD_MEMORY = 0.9
 def layer_hinge(decisions: Iterable[RoutingDecision], target: float, weight: float) -> Tensor:
     """Return weight * sum over layers of relu(mean(keep) - target), as published (paper eqs. 9,
     10)."""
-    hinges = [torch.relu(one.kept() / one.units().clamp(min=1) - target) for one in decisions]
+    hinges = [torch.relu(d.kept() / d.units().clamp(min=1) - target) for d in decisions]
     return weight * torch.stack(hinges).sum()
 
 
@@ -104,7 +104,7 @@ class Budget:
     def _prices(self, layers: int) -> list[float]:
         # The hinge's slope is in the layer's own capacity, which is 1 / layers of all.
         hinge = self.gain * layers
-        return [self.price + hinge * (one > 0) for one in self.excess or [0.0] * layers]
+        return [self.price + hinge * (excess > 0) for excess in self.excess or [0.0] * layers]
 
     def steer(self, measured: Measured, progress: float | None) -> None:
         """Take in a global batch. `progress` is the share of the run that is done, None if
@@ -139,7 +139,7 @@ class Budget:
 
     def state(self) -> dict[str, float]:
         """Return what the steering remembers."""
-        excess = {f"excess_{index}": one for index, one in enumerate(self.excess)}
+        excess = {f"excess_{index}": value for index, value in enumerate(self.excess)}
         steered = {"position": self.position, "spread": self.spread, "error": self.error}
         return steered | excess
 
