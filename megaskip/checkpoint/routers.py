@@ -65,7 +65,7 @@ def write_router_files(folder: Path, routers: RouterSet, base: BaseModel | None)
     content: dict[str, Any] = {
         "format": FORMAT,
         "method": "router-tuning",
-        **routers.settled_config().to_dict(),
+        **dataclasses.asdict(routers.settled_config()),
         "layers": list(routers.layers),
         "base_model": base.to_json() if base else None,
     }
@@ -91,7 +91,7 @@ def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseM
 def update_router_config(path: Path, config: RouterConfig) -> None:
     """Rewrite the settings in a router folder's configuration; its weights stay as they are."""
     content = read_json(path / CONFIG)
-    settings = {**config.to_dict(), "layers": content["layers"]}
+    settings = {**dataclasses.asdict(config), "layers": content["layers"]}
     draft = path / f".{CONFIG}.tmp"
     write_json(draft, content | settings)
     draft.replace(path / CONFIG)

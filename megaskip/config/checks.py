@@ -38,11 +38,11 @@ def finite(flag: str, value: float) -> Iterator[str]:
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """Return '; did you mean ...?' for the choice closest to `value`, or nothing."""
-    near = closest(value, choices)
-    return "" if near is None else f"; did you mean {near!r}?"
+    close = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def closest(value: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+def closest(value: str, choices: Iterable[str], *, cutoff: float) -> str | None:
     """Return the choice that is spelt most like `value`; None when none is as similar as `cutoff`,
     where 1 is equal."""
-    return next(iter(difflib.get_close_matches(str(value), list(choices), 1, cutoff)), None)
+    return next(iter(difflib.get_close_matches(value, list(choices), 1, cutoff)), None)

@@ -103,13 +103,10 @@ class RouterConfig:
             f"tools/calibrate.py --capacity {capacity:g}, or choose one of these"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as they are stored in JSON."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "RouterConfig":
-        """Return stored settings; what else `stored` holds is left alone.
+        """Return settings that were stored as `dataclasses.asdict` gives them; what else `stored`
+        holds is left alone.
 
         Raises ConfigError when a setting is missing that had to be stored, or is wrong.
         """
@@ -117,9 +114,7 @@ class RouterConfig:
         missing = [name for name in names if name not in stored and name not in _ADDED]
         if missing:
             raise ConfigError(f"lacks {', '.join(missing)}")
-        settings = {name: stored[name] for name in names if name in stored}
-        layers = settings["layers"]
-        return cls(**settings | {"layers": tuple(layers) if isinstance(layers, list) else layers})
+        return cls(**{name: stored[name] for name in names if name in stored})
 
     @property
     def target(self) -> str:

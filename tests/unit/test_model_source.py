@@ -1,0 +1,97 @@
+"""A model is resolved once, its source never changes, and its weights go where they are used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+
+from megaskip.checkpoint.weight_index import require_whole_shards, tensor_files
+from megaskip.config import ModelConfig
+from megaskip.errors import CheckpointError, ConfigError
+from megaskip.parallel.inference import Placement, load_for_inference
+from megaskip.parallel.loading import source as source_module
+from megaskip.parallel.loading import whole
+from megaskip.parallel.loading.source import ModelSource, resolve_source
+
+CPU = torch.device("cpu")
+
+
+def stored(family: str, folder: Path) -> ModelSource:
+    tiny_model(family).save_pretrained(folder, max_shard_size="40KB")
+    return resolve_source(ModelConfig(model=str(folder), dtype="bfloat16"))
+
+
+def test_what_is_built_does_not_change_the_config_that_all_share(tmp_path: Path) -> None:
+    source = stored("llama", tmp_path)
+    before = source.hf_config.to_dict()
+    whole.skeleton(source)
+    whole.build_model(source, torch.float32)
+    whole.load_whole(source, CPU)
+    assert source.hf_config.to_dict() == before
+
+
+def test_config_json_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored("llama", tmp_path)
+    read = source_module.AutoConfig.from_pretrained
+    folders = []
+
+    def counted(folder: Any, **options: Any) -> Any:
+        folders.append(folder)
+        return read(folder, **options)
+
+    monkeypatch.setattr(source_module.AutoConfig, "from_pretrained", counted)
+    load_for_inference(str(tmp_path), Placement.on(CPU))
+    assert folders == [tmp_path]
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config.json in this folder"):
+        resolve_source(ModelConfig(model=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')
+    with pytest.raises(ConfigError, match="cannot read its config.json"):
+        resolve_source(ModelConfig(model=str(tmp_path)))
+
+
+def test_weights_are_read_right_onto_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 1)
+    assert whole.read_onto(gpu) == {"device_map": {"": gpu}}
+    assert whole.read_onto(CPU) == whole.read_onto(None) == {}
+    monkeypatch.setattr(whole, "is_accelerate_available", lambda: False)
+    assert whole.read_onto(gpu) == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
+def test_a_device_map_changes_no_weight_and_no_buffer(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stored(family, tmp_path)
+    plain = whole.load_whole(source, CPU)
+    monkeypatch.setattr(whole, "read_onto", lambda device: {"device_map": {"": device}})
+    mapped = whole.load_whole(source, CPU)
+    for ours, theirs in ((mapped, plain), (plain, mapped)):
+        tensors = {**dict(theirs.named_buffers()), **theirs.state_dict()}
+        for name, tensor in {**dict(ours.named_buffers()), **ours.state_dict()}.items():
+            assert tensor.dtype == tensors[name].dtype, name
+            assert torch.equal(tensor, tensors[name]), name
+
+
+def test_every_tensor_has_a_file_with_an_index_and_without(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "single")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    single, shards = tensor_files(tmp_path / "single"), tensor_files(tmp_path / "shards")
+    assert single.keys() == shards.keys() == model.state_dict().keys()
+    assert set(single.values()) == {tmp_path / "single/model.safetensors"}
+    assert len(set(shards.values())) > 2
+    assert tensor_files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_a_damaged_index_is_named(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    for read in (tensor_files, require_whole_shards):
+        with pytest.raises(CheckpointError, match="is damaged: expected names and their files"):
+            read(tmp_path)
