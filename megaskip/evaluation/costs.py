@@ -1,7 +1,8 @@
 """What a text costs in a routed model and in its base: FLOPs, keys and values, skipped units.
 
-Counted from what was decided, not timed; padding and what a batch adds are left out, so the numbers
-do not depend on how texts were batched.
+A skipped or dropped unit costs its compensation, if it has one. Counted from what was decided, not
+timed; padding and what a batch adds are left out, so the numbers do not depend on how texts were
+batched.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from torch import nn
 
 from megaskip.arch import find_decoder
 from megaskip.arch.sites import find_sites
-from megaskip.inference.dropped import NoAttention, NoMlp
+from megaskip.inference.dropped import NoAttention, NoMlp, Substitute
 from megaskip.routing import Routers
 
 
@@ -63,6 +64,8 @@ class _Layer:
     mlp: float
     has_attention: bool
     has_mlp: bool
+    instead: float
+    """FLOPs of a token in the maps that stand in the place of dropped sublayers."""
     window: int | None
     """Tokens that a token sees, itself included; None for all before it."""
 
@@ -90,6 +93,7 @@ class CostModel:
         self._position = {layer: position for position, layer in enumerate(layers)}
         self._target = "" if routers is None else routers.config.target
         self._unit = "" if routers is None else routers.config.unit
+        self._compensation = [] if routers is None else _compensations(routers)
         # Skipped tokens are attended to unless the cache drops them, so attention runs in full.
         self._drops = routers is not None and getattr(routers.executor, "drops_tokens", False)
 
@@ -110,6 +114,9 @@ class CostModel:
             attention = tokens * attended * layer.attention
             attention += layer.pairs(tokens, attended) * self._pair
             flops += attention * layer.has_attention + ran * layer.mlp * layer.has_mlp
+            flops += tokens * layer.instead
+            if at is not None:
+                flops += tokens * (1 - share) * self._compensation[at]
             dense += tokens * (layer.attention + layer.mlp) + layer.pairs(tokens) * self._pair
             held += min(tokens, layer.window or tokens) * attended * layer.has_attention
             dense_held += min(tokens, layer.window or tokens)
@@ -129,6 +136,16 @@ class CostModel:
         return share
 
 
+def _compensations(routers: Routers) -> list[float]:
+    """Return the FLOPs of a token that skips, by routed layer: those of its compensation."""
+    maps = [routers.router(layer).compensation for layer in routers.layers]
+    return [0.0 if module is None else 2.0 * _matrix_weights(module) for module in maps]
+
+
+def _matrix_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+
+
 def _layers(model: Any) -> list[_Layer]:
     parts, config = find_decoder(model), model.config.get_text_config(decoder=True)
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
@@ -136,6 +153,7 @@ def _layers(model: Any) -> list[_Layer]:
     for index, layer in enumerate(parts.layers):
         sites = find_sites(layer, parts.model_type)
         attention, mlp = getattr(layer, sites.attention), getattr(layer, sites.mlp)
+        substitutes = [module for module in (attention, mlp) if isinstance(module, Substitute)]
         slides = kinds is None or kinds[index] == "sliding_attention"
         layers.append(
             _Layer(
@@ -143,12 +161,13 @@ def _layers(model: Any) -> list[_Layer]:
                 mlp=2.0 * _active(mlp, config),
                 has_attention=not isinstance(attention, NoAttention),
                 has_mlp=not isinstance(mlp, NoMlp),
+                instead=2.0 * sum(map(_matrix_weights, substitutes)),
                 window=window if slides else None,
             )
         )
     # What was dropped for good has no weights left to count: the base's layers are alike.
-    attention = max(layer.attention for layer in layers)
-    mlp = max(layer.mlp for layer in layers)
+    attention = max((layer.attention for layer in layers if layer.has_attention), default=0.0)
+    mlp = max((layer.mlp for layer in layers if layer.has_mlp), default=0.0)
     return [
         dataclasses.replace(
             layer,

@@ -13,9 +13,11 @@ import pytest
 import torch
 import transformers
 from families import tiny_model
-from routed_models import randomise
+from routed_models import randomise, whole_ids
+from torch.utils.flop_counter import FlopCounterMode
 
 from megaskip import RouterConfig, attach_routers
+from megaskip.arch import find_decoder
 from megaskip.cli.evaluate import parse
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
@@ -25,6 +27,7 @@ from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.paired import difference, standard_error
 from megaskip.evaluation.task_manager import load_tasks
+from megaskip.inference.dropped import drop_sublayers
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.parallel.inference import Placement, load_for_inference
 
@@ -194,6 +197,35 @@ def test_a_window_is_over_the_text_of_which_a_share_is_kept() -> None:
     assert (cost.dense_kv, cost.kv) == (6 * 4, 3 * 4 + 3 * 2)
     short = CostModel(model, routers).price(2, 1, [1.0] * 3, [2.0] * 3)
     assert (short.dense_kv, short.kv) == (6 * 2, 3 * 2 + 3 * 1)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "block_sequence"])
+def test_what_skips_costs_its_compensation(granularity: str) -> None:
+    maps = {"compensation": "low_rank", "compensation_rank": 4}
+    prices = []
+    for settings in ({}, maps):
+        model = tiny_model()
+        routers = attach_routers(model, RouterConfig(granularity=granularity, **settings))
+        routers.executor = InferenceExecutor(unit=routers.config.unit)
+        prices.append(CostModel(model, routers).price(16, 1, [4.0] * 3, [16.0] * 3))
+    plain, compensated = prices
+    # Of 3 layers, 12 of 16 tokens go through two matrices of 32 x 4.
+    assert compensated.flops - plain.flops == 3 * 12 * 2 * (2 * 32 * 4)
+    assert (plain.dense_flops, plain.kv) == (compensated.dense_flops, compensated.kv)
+
+
+@pytest.mark.parametrize("targets", [("attn",), ("mlp",), ("attn", "mlp")])
+def test_a_dropped_sublayer_costs_the_map_in_its_place(targets: tuple[str, ...]) -> None:
+    prices, counted = [], []
+    for maps in (None, {"kind": "low_rank", "rank": 4, targets[0]: [2, 3]}):
+        model = tiny_model()
+        drop_sublayers(find_decoder(model), dict.fromkeys(targets, [2, 3]), maps)
+        prices.append(CostModel(model, None).price(16, 16, [], []))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(whole_ids(1, 16))
+        counted.append(counter.get_total_flops())
+    assert prices[1].flops - prices[0].flops == counted[1] - counted[0] == 2 * 16 * 2 * (2 * 32 * 4)
+    assert prices[1].kv_ratio == (4 / 6 if "attn" in targets else 1)
 
 
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens"])

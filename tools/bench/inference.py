@@ -10,7 +10,8 @@ forced. Of the routed layers' units (sequences or tokens) exactly the share --ca
 spread so that rows keep different layers and layers keep different rows; where batch x layers
 does not divide, the nearest share, which the table shows. Capacity 1 is the cost of routing; 0 is
 the routed layers skipped by every row. "dropped" has the same share of the layers' sublayers taken
-out for good, for every row, evenly spaced: what can be had without any routing.
+out for good, for every row, evenly spaced: what can be had without any routing. "routed+map" and
+"dropped+map" put a low-rank map of --compensation_rank where something is skipped.
 
 All variants have the same weights and tokens. Each timed run stands beside a dense one, before or
 after it by turns, and variants come in another order every turn: "x dense" is the median of the
@@ -56,12 +57,8 @@ from megaskip.config.router import GRANULARITIES, KV_CHOICES
 from megaskip.reporting.summary import versions
 
 FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
 )
 SHAPES = {
     "demo-110m": (8192, 768, 2048, 14, 12, 4),
@@ -75,7 +72,7 @@ Times = tuple[float, float]
 COLUMNS = {
     "batch": ("batch", "d"),
     "prompt": ("prompt", "d"),
-    "variant": ("variant                   ", "26"),
+    "variant": ("variant                    ", "27"),
     "capacity": (" kept", ".3f"),
     "prefill_ms": ("prefill ms", ".1f"),
     "prefill_speedup": ("x dense", ".3f"),
@@ -138,6 +135,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prompt", type=int, nargs="+", default=[128, 512], help="tokens of a prompt [128 512]")
     capacities = "shares that the routed layers keep [1 0.5 0]"
     add("--capacity", type=float, nargs="+", default=[1.0, 0.5, 0.0], help=capacities)
+    rank = "rank of the maps that skipped units get in the rows +map, 0 for no such rows [64]"
+    add("--compensation_rank", type=int, default=64, help=rank)
     add("--decode_steps", type=int, default=16, help="new tokens of a row [16]")
     add("--repeats", type=int, default=9, help="timed turns [9]")
     add("--warmup", type=int, default=1, help="turns before them that are not timed [1]")
@@ -149,7 +148,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--cpu_time", action="store_true", help="count what the CPU spends here, not what passes")
     add("--output", metavar="FILE.json", help="write the rows there, too")
     options = parser.parse_args(argv)
-    if min(options.decode_steps, options.repeats, *options.batch, *options.prompt) < 1:
+    smallest = min(options.decode_steps, options.repeats, *options.batch, *options.prompt)
+    if smallest < 1 or options.compensation_rank < 0:
         parser.error("--batch, --prompt, --decode_steps and --repeats must be at least 1")
     if not all(0 <= capacity <= 1 for capacity in options.capacity):
         parser.error("--capacity must lie in [0, 1]")
@@ -200,7 +200,8 @@ def describe(model: Any, layers: Sequence[int], options: argparse.Namespace) -> 
 
 def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of the table for one batch and prompt, dense first."""
-    compared = list(variants(bench, options.granularity, options.kv, options.capacity))
+    asked = (options.granularity, options.kv, options.capacity, options.compensation_rank)
+    compared = list(variants(bench, *asked))
     counted = []
     for variant in (DENSE, *compared):
         with wired(bench, variant) as override:
@@ -209,8 +210,8 @@ def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     everything = [dense for one in pairs for dense, _ in one]
     timed = [[(dense, dense) for dense in everything], *pairs]
     return [
-        {"batch": len(bench.prompt), "prompt": bench.prompt.shape[1], "variant": title(variant)}
-        | {"capacity_asked": variant.asked, "capacity": kept(variant)}
+        {"batch": len(bench.prompt), "prompt": bench.prompt.shape[1], "variant": variant.title}
+        | {"capacity_asked": variant.asked, "capacity": variant.kept}
         | speeds(timed[index], bench.answer.numel())
         | counted[index]
         | ideals(counted[index], counted[0])
@@ -277,17 +278,6 @@ def error(values: Sequence[float]) -> float:
         return float("nan")
     low, _, high = statistics.quantiles(values, n=4)
     return 1.2533 * (high - low) / 1.349 / float(len(values)) ** 0.5
-
-
-def title(variant: Variant) -> str:
-    """Return the name of a variant with what it skips."""
-    kv = f" {variant.kv}" if variant.granularity.endswith("token") else ""
-    return f"{variant.name} {variant.granularity}{kv}".strip()
-
-
-def kept(variant: Variant) -> float:
-    """Return the share of the routed units that a variant keeps of the prompt."""
-    return statistics.mean([float(keep.mean()) for keep in variant.prompt.values()] or [1.0])
 
 
 def line(row: dict[str, Any]) -> str:

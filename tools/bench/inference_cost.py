@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megaskip.arch import find_decoder
 from megaskip.arch.sites import find_sites
+from megaskip.inference.dropped import Substitute
 from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.routing import PREFIX
 
 
 def account(bench: Bench, variant: Variant, override: Override) -> dict[str, float]:
@@ -66,6 +68,7 @@ def bytes_read(bench: Bench, variant: Variant, cache: Any, step: int) -> float:
     if by_token and variant.kv == "keep":
         skips -= {"attn"}  # skipped tokens have keys and values, so attention is computed in full
     read = weight_bytes(bench.model, skips, [layer for layer, one in share.items() if not one])
+    read -= sum(map(size, idle_maps(bench.model, share)))
     # A row that holds keys and values reads them at every step; a token does if it is kept.
     seen = share if by_token and "attn" in skips else {}
     return read + sum(kv_bytes(one) * seen.get(i, 1.0) for i, one in enumerate(cache.layers))
@@ -78,9 +81,19 @@ def weight_bytes(model: Any, skips: set[str], skipped: Sequence[int]) -> int:
     total = size(model) - (0 if is_tied else size(table_in))  # of the table, rows are looked up
     for layer in (parts.layers[index] for index in skipped):
         sites = find_sites(layer, parts.model_type)
-        parts = {"attn": sites.attention, "mlp": sites.mlp}
-        total -= sum(size(getattr(layer, parts[part])) for part in skips)
+        names = {"attn": sites.attention, "mlp": sites.mlp}
+        sublayers = [getattr(layer, names[target]) for target in skips]
+        # What stands in the place of a dropped sublayer is read.
+        total -= sum(size(module) for module in sublayers if not isinstance(module, Substitute))
     return total
+
+
+def idle_maps(model: Any, share: dict[int, float]) -> list[Any]:
+    """Return the compensations of layers that every row runs, which nobody reads."""
+    routers = getattr(model, PREFIX, None)
+    if routers is None or routers.config.compensation == "none":
+        return []
+    return [routers.router(layer).compensation for layer, kept in share.items() if kept == 1]
 
 
 def size(module: Any) -> int:

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, U units of decision in a row, n new tokens.
 import contextlib
 import dataclasses
 import functools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ class Variant:
     granularity: str = ""
     kv: str = "keep"
     asked: float = 1.0
+    rank: int = 0
+    """Of the low-rank map that skipped units get, 0 for none."""
     prompt: Keep = dataclasses.field(default_factory=dict)
     steps: tuple[Keep, ...] = ()
     """Decisions about each new token; empty where those of the prompt hold on."""
@@ -42,6 +45,17 @@ class Variant:
         """Return what a decision leaves out: attn, mlp or both."""
         target = self.granularity.split("_")[0]
         return ("attn", "mlp") if target == "block" else (target,)
+
+    @property
+    def title(self) -> str:
+        """Return the name with what is skipped."""
+        kv = f" {self.kv}" if self.granularity.endswith("token") else ""
+        return f"{self.name} {self.granularity}{kv}".strip()
+
+    @property
+    def kept(self) -> float:
+        """Return the share of the routed units that it keeps of the prompt."""
+        return statistics.mean([float(keep.mean()) for keep in self.prompt.values()] or [1.0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +74,22 @@ DENSE = Variant(name="dense")
 
 
 def variants(
+    bench: Bench,
+    granularities: Sequence[str],
+    kvs: Sequence[str],
+    capacities: Sequence[float],
+    rank: int,
+) -> Iterator[Variant]:
+    """Yield what is compared with dense; with a `rank`, what skips also with compensations."""
+    for variant in _plain_variants(bench, granularities, kvs, capacities):
+        yield variant
+        if rank and variant.asked < 1:
+            yield dataclasses.replace(variant, name=f"{variant.name}+map", rank=rank)
+
+
+def _plain_variants(
     bench: Bench, granularities: Sequence[str], kvs: Sequence[str], capacities: Sequence[float]
 ) -> Iterator[Variant]:
-    """Yield what is compared with dense."""
     batch = len(bench.prompt)
     for granularity in granularities:
         target, unit = granularity.split("_")
@@ -118,11 +145,16 @@ def wired(bench: Bench, variant: Variant) -> Iterator[Override]:
     """
     if not variant.prompt:
         yield lambda keep: contextlib.nullcontext()
-    elif variant.name == "dropped":
+    elif variant.name.startswith("dropped"):
         with _dropped(bench, variant):
             yield lambda keep: contextlib.nullcontext()
     else:
-        config = RouterConfig(granularity=variant.granularity, layers=bench.layers)
+        config = RouterConfig(
+            granularity=variant.granularity,
+            layers=bench.layers,
+            compensation="low_rank" if variant.rank else "none",
+            compensation_rank=variant.rank or 1,
+        )
         routers = attach_routers(bench.model, config, verify=False)
         routers.executor = InferenceExecutor(unit=config.unit, kv=variant.kv)
         try:
@@ -135,16 +167,18 @@ def wired(bench: Bench, variant: Variant) -> Iterator[Override]:
 def _dropped(bench: Bench, variant: Variant) -> Iterator[None]:
     parts = find_decoder(bench.model)
     gone = [index for index, keep in variant.prompt.items() if not keep.any()]
-    places = []
+    before = []
     for layer in (parts.layers[index] for index in gone):
         sites = find_sites(layer, parts.model_type)
-        names = {"attn": sites.attention, "mlp": sites.mlp}
-        places += [(layer, names[part], getattr(layer, names[part])) for part in variant.skips]
-    drop_sublayers(parts, dict.fromkeys(variant.skips, gone))
+        names = (sites.attention, sites.attention_update, sites.mlp, sites.mlp_update)
+        before += [(layer, name, getattr(layer, name)) for name in set(names)]
+    maps = {"kind": "low_rank", "rank": variant.rank, variant.skips[0]: gone}
+    drop_sublayers(parts, dict.fromkeys(variant.skips, gone), maps if variant.rank else None)
+    bench.model.to(bench.prompt.device)
     try:
         yield
     finally:
-        for layer, name, module in places:
+        for layer, name, module in before:
             setattr(layer, name, module)
 
 
