@@ -83,6 +83,8 @@ class RouterConfig:
         pairs = {float(c): _as_threshold(t) for c, t in self.calibrated}
         object.__setattr__(self, "calibrated", tuple((c, pairs[c]) for c in sorted(pairs)))
         object.__setattr__(self, "threshold", _as_threshold(self.threshold))
+        if self.budget == "static":
+            object.__setattr__(self, "capacity", 0.0)
         problems = tuple(self._problems())
         if problems:
             raise ConfigError(*problems)

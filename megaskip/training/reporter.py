@@ -144,8 +144,10 @@ class RunReporter:
         (self.output_dir / "report.json").write_text(text, encoding="utf-8")
         rows = closing_rows(report)
         if "routers" in end.written:
-            export = f"python tools/convert_to_hf.py --run {self.output_dir} --output exported"
-            rows.append(("next", f"{export} --verify"))
+            is_static = self._config.router.budget == "static"
+            command = "export-static" if is_static else "convert"
+            export = f"megaskip {command} --run {self.output_dir} --output exported --verify"
+            rows.append(("next", export))
         for line in table(rows, title=f"done: {self.output_dir}"):
             logger.info("%s", line)
         if self._layers and self._config.router.budget == "global":
