@@ -6,7 +6,8 @@ Promise: a RunConfig that exists is valid in itself, and each value has one owne
 from megaskip.config.cli import parse_options, parse_run_config
 from megaskip.config.layers import resolve_layers
 from megaskip.config.options import option
-from megaskip.config.router import GRANULARITIES, RouterConfig, Threshold
+from megaskip.config.router import RouterConfig
+from megaskip.config.routing import GRANULARITIES, RoutingConfig, Threshold
 from megaskip.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "RouterConfig",
+    "RoutingConfig",
     "RunConfig",
     "Threshold",
     "option",

@@ -18,7 +18,7 @@ _MODULES = {
     "routed": (
         *_MODELS,
         "config/checks",
-        "config/router",
+        "config/routing",
         "routing/decision",
         "routing/pooling",
         "routing/executor",

@@ -12,7 +12,7 @@ from transformers.generation import GenerationMode
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.wiring import wire
-from megaskip.config.router import KV_CHOICES, RouterConfig
+from megaskip.config.routing import KV_CHOICES, RoutingConfig
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.hf import AdaptedModel
 from megaskip.routing.router import PREFIX, Router
@@ -33,7 +33,7 @@ class RoutedModel(AdaptedModel):
         kv = config.routing.get("kv", "keep")
         if kv not in KV_CHOICES:
             raise ValueError(f"config.routing: kv is {kv!r}, expected one of {KV_CHOICES}")
-        settings, layers = RouterConfig.from_dict(config.routing), tuple(config.routing["layers"])
+        settings, layers = RoutingConfig.from_dict(config.routing), tuple(config.routing["layers"])
         parts = find_decoder(self)  # type: ignore[arg-type]
         executor = InferenceExecutor(unit=settings.unit, kv=kv)
         routers = Routers(settings, layers, parts.hidden_size, executor=executor)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megaskip.config.router import RouterConfig
+from megaskip.config.routing import RoutingConfig
 from megaskip.routing.compensation import BiasCompensation, make_compensation
 
 PREFIX = "skip_routers"
@@ -61,7 +61,7 @@ class MlpRouter(Router):
 
 
 def make_router(
-    config: RouterConfig, hidden_size: int, *, device: torch.device | None = None
+    config: RoutingConfig, hidden_size: int, *, device: torch.device | None = None
 ) -> Router:
     """Return a fresh router as `config` asks for, with its compensation, if any."""
     kinds = {"linear": Router, "affine": AffineRouter, "mlp": MlpRouter}

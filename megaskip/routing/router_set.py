@@ -29,6 +29,7 @@ class RouterSet(Routers):
     to one forward pass is in `state`, what moves the thresholds in `steering`.
     """
 
+    config: RouterConfig
     gates: Mapping[int, TrainingGate]
 
     def __init__(

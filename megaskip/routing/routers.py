@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from megaskip.config.router import RouterConfig
+from megaskip.config.routing import RoutingConfig
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.executor import Executor
 from megaskip.routing.gate import Gate
@@ -29,7 +29,7 @@ class Routers(nn.Module):
 
     def __init__(
         self,
-        config: RouterConfig,
+        config: RoutingConfig,
         layers: Sequence[int],
         hidden_size: int,
         *,
@@ -122,7 +122,7 @@ class Routers(nn.Module):
 
     # -- settings
 
-    def configure(self, config: RouterConfig) -> None:
+    def configure(self, config: RoutingConfig) -> None:
         """Take over thresholds (and budget) of `config`, as fresh routers would have them.
 
         Raises ConfigError when it has another number of thresholds than there are routed layers.

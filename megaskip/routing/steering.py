@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megaskip.config import RouterConfig
+from megaskip.config import RouterConfig, RoutingConfig
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget
 from megaskip.routing.decision import RoutingDecision
@@ -43,8 +43,9 @@ class Steering(Thresholds):
         """Of the sigmoid that the gradient is taken of."""
         super().__init__(config, layers)
 
-    def configure(self, config: RouterConfig) -> None:
+    def configure(self, config: RoutingConfig) -> None:
         """Take over thresholds and budget of `config`; what steering has learnt is forgotten."""
+        assert isinstance(config, RouterConfig), "training has a budget"
         super().configure(config)
         self.budget = _budget(config)
 

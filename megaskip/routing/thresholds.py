@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megaskip.config.router import RouterConfig
+from megaskip.config.routing import RoutingConfig
 from megaskip.errors import ConfigError
 
 _FAR = 30.0
@@ -19,13 +19,13 @@ sigmoid apart from 1."""
 class Thresholds:
     """The rule of inference: the logits of a layer are compared with the layer's threshold."""
 
-    def __init__(self, config: RouterConfig, layers: Sequence[int]) -> None:
+    def __init__(self, config: RoutingConfig, layers: Sequence[int]) -> None:
         self._layers = tuple(layers)
         self.logits: dict[int, float] = {}
         """The threshold of each routed layer, as a logit."""
         self.configure(config)
 
-    def configure(self, config: RouterConfig) -> None:
+    def configure(self, config: RoutingConfig) -> None:
         """Take over the thresholds of `config`.
 
         Raises ConfigError when it has another number of them than there are routed layers.

@@ -175,7 +175,7 @@ def is_text(node: ast.stmt) -> bool:
 def test_code_is_short_and_has_nothing_of_training() -> None:
     code = bundled_code("routed")
     assert len(code.splitlines()) < 1600
-    assert len(bundled_code("dropped").splitlines()) < 500
+    assert len(bundled_code("dropped").splitlines()) < 600
     training = "Budget|Counts|Steering|DenseExecutor|straight_through|noise|carried_keep|observe"
     assert not re.findall(training, code)
 

@@ -53,7 +53,7 @@ from megaskip.arch import find_decoder
 from megaskip.arch.trainable import describe_layers
 from megaskip.cli.run import run_cli
 from megaskip.config import resolve_layers
-from megaskip.config.router import GRANULARITIES, KV_CHOICES
+from megaskip.config.routing import GRANULARITIES, KV_CHOICES
 from megaskip.reporting.summary import versions
 
 FIELDS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megaskip.config.commands.source import RouterSource
 from megaskip.config.options import Checked, option
-from megaskip.config.router import KV_CHOICES
+from megaskip.config.routing import KV_CHOICES
 
 MODES = ("overlay", "copy", "adapter")
 

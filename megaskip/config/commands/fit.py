@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megaskip.config.checks import at_least
 from megaskip.config.options import Checked, option
-from megaskip.config.router import COMPENSATIONS
+from megaskip.config.routing import COMPENSATIONS
 from megaskip.config.run import DTYPES
 
 TARGETS = ("attn", "mlp", "block")

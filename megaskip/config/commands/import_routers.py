@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.config.options import Checked, option
-from megaskip.config.router import GRANULARITIES
+from megaskip.config.routing import GRANULARITIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
