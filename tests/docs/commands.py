@@ -44,6 +44,8 @@ _TRAIN = """--max_steps 2 --seq_length 64 --micro_batch_size 1 --max_samples 96 
 _COMPARE = """--steps 2 --documents 8 --pairs 2 --seq_length 32 --calibration_rows 16 --skip 25
 --seeds 0 --methods static,ours,allocated --ours allocated --model {demo} --layers 1-6
 --eval_data {held_out} --blimp {blimp}"""
+_FIT = """--rows 8 --order_rows 8 --held_out 8 --seq_length 64 --compensation_rank 4 --dtype float32
+--micro_batch_size 1"""
 SIZES = {
     "train": _TRAIN,
     "plan": "--seq_length 64 --max_steps 2",
@@ -56,6 +58,8 @@ SIZES = {
     "import-routers": "",
     "compare": _COMPARE,
     "inspect-data": "--rows 2",
+    "fit": _FIT,
+    "drop": f"{_FIT} --steps 2 --batch_size 4",
     "doctor": "",
     "tools/bench/inference.py": """--batch 2 --prompt 8 --capacity 0.5 --repeats 1 --warmup 0
         --threads 1 --decode_steps 2 --layers_used 3 --layers 1-2 --cpu_time""",

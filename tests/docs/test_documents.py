@@ -103,6 +103,11 @@ def type_the_tutorial(workspace: Workspace) -> None:
     flags = ["--run", "runs/any", "--capacity", "0.8,0.6,0.4", *sized("calibrate", workspace)]
     start_ranks("calibrate", flags, 1, workspace, folder / "logs/calibrate")
     shutil.copytree(folder / "runs/any/routers", folder / "my_routers")
+    flags = ["--budget", "static", "--layers", "4,6", "--compensation", "low_rank"]
+    flags += ["--compensation_rank", "4", "--fit_rows", "8", *sized("train", workspace)]
+    flags += ["--output_dir", "runs/static"]
+    start_ranks("train", flags, 1, workspace, folder / "logs/static")
+    shutil.copytree(folder / "runs/static/routers", folder / "fitted")
 
 
 @pytest.mark.parametrize("command", all_commands(), ids=lambda command: command.name)
