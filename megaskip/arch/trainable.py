@@ -44,11 +44,3 @@ def describe_trainable(shapes: Mapping[str, Sequence[int]]) -> str:
         f"{len(layers)} tensors, {len(layers) * math.prod(shape):,} parameters, float32"
         for (rest, shape), layers in by_target.items()
     )
-
-
-def describe_compensation(kind: str, rank: int, *, layers: int, parameters: int) -> str:
-    """Return what compensations there are: "low_rank of rank 64 in 8 layers: 590,336 parameters,
-    2.25 MiB float32"."""
-    ranked = f" of rank {rank}" if kind == "low_rank" else ""
-    size = 4 * parameters / 2**20
-    return f"{kind}{ranked} in {layers} layers: {parameters:,} parameters, {size:.2f} MiB float32"

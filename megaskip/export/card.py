@@ -9,6 +9,7 @@ import yaml
 from megaskip._version import __version__
 from megaskip.arch.trainable import describe_layers
 from megaskip.config import RouterConfig
+from megaskip.routing.compensation import describe_compensation
 
 _LOAD_FOLDER = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,8 +48,10 @@ def use_text(form: str, made_from: str) -> str:
     return _USE[form].replace("BASE", made_from)
 
 
-def routing_rows(config: RouterConfig, layers: tuple[int, ...], kv: str) -> dict[str, str]:
-    """Return the rows of a card about routers."""
+def routing_rows(
+    config: RouterConfig, layers: tuple[int, ...], kv: str, *, map_parameters: int = 0
+) -> dict[str, str]:
+    """Return the rows of a card about routers; `map_parameters` are those of all compensations."""
     paper = "Router-Tuning / MindSkip (arXiv 2410.13184)"
     rows = {
         "method": f"{paper}, one {config.router} router a layer",
@@ -56,6 +59,11 @@ def routing_rows(config: RouterConfig, layers: tuple[int, ...], kv: str) -> dict
         "asked capacity": f"{config.capacity:g} of the routed units run",
         "threshold": f"{config.describe_threshold()} (scores are sigmoids), pool `{config.pool}`",
     }
+    if map_parameters:
+        kind, rank, count = config.compensation, config.compensation_rank, len(layers)
+        rows["compensation of what is skipped"] = describe_compensation(
+            kind, rank, layers=count, parameters=map_parameters
+        )
     capacities = sorted(capacity for capacity, _ in config.calibrated)
     if capacities:
         listed = ", ".join(f"{capacity:g}" for capacity in capacities)

@@ -29,6 +29,7 @@ from megaskip.export.base_weights import put_base_weights, require_safetensors
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import routing_rows, use_text, write_card
 from megaskip.routing import PREFIX
+from megaskip.routing.compensation import is_compensation
 
 ROUTER_SHARD = "skip_routers.safetensors"
 _NOT_CARRIED = {"config.json", "README.md", INDEX, SINGLE}
@@ -81,6 +82,7 @@ def export_folder(
     done = Exported(folder=output, mode=mode)
     base_config = _config_of(base, described, mode)
     tensors = read_router_weights(routers, layers, config, _hidden_size(base_config))
+    map_parameters = sum(t.numel() for n, t in tensors.items() if is_compensation(n))
     with new_folder(output) as folder:
         if mode == "adapter":
             _put_adapter(folder, routers)
@@ -105,7 +107,7 @@ def export_folder(
         family = str(base_config.get("model_type"))
         made_from = base_name(name, base)
         rows = {
-            **routing_rows(config, layers, kv),
+            **routing_rows(config, layers, kv, map_parameters=map_parameters),
             "base model": f"{made_from} ({family}), frozen, unchanged",
             **(facts or {}),
         }

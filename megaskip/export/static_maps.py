@@ -15,13 +15,13 @@ from torch import Tensor
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.sites import find_sites
 from megaskip.arch.stage_proof import tiny_config
-from megaskip.arch.trainable import describe_compensation
 from megaskip.checkpoint.routers import read_router_weights
 from megaskip.config import RouterConfig
 from megaskip.errors import UnsupportedModelError
 from megaskip.inference.dropped import drop_sublayers
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.whole import build_tiny, skeleton
+from megaskip.routing.compensation import describe_compensation
 
 SHARD = "compensation.safetensors"
 _LINEAR = {"down": "down.weight", "up": "up.weight", "bias": "up.bias"}

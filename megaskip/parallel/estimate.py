@@ -42,6 +42,11 @@ class Estimate:
     trainable: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
+    def moments(self) -> int:
+        """Return the bytes of the optimizer's two moments of what trains."""
+        return 8 * sum(torch.Size(shape).numel() for _, shape in self.trainable)
+
+    @property
     def total(self) -> int:
         """Return the bytes of a rank at the worst moment, allocator and library overhead
         excluded."""
@@ -87,7 +92,8 @@ def _micro_step(
     if config.model.train == "routers":
         routers = attach_routers(model, config.router, register=False, verify=False)
     trains = routers if routers is not None else model
-    trainable = [(n, tuple(p.shape)) for n, p in trains.named_parameters() if p.requires_grad]
+    learn = dict(model.named_parameters()) if routers is None else routers.trained_parameters()
+    trainable = [(n, tuple(p.shape)) for n, p in learn.items() if p.requires_grad]
     if config.parallel.activation_checkpointing:
         checkpoint_activations(model, routers.layers[0] if routers is not None else 0)
     ids = torch.zeros(batch, tokens, dtype=torch.int64)
@@ -102,9 +108,7 @@ def _micro_step(
         total = task if routers is None else task + routers.penalty()
         del hidden
         total.backward()
-        gradients = sum(
-            p.numel() * p.element_size() for p in trains.parameters() if p.requires_grad
-        )
+        gradients = sum(p.numel() * p.element_size() for p in learn.values() if p.requires_grad)
         return trainable, activations, max(live.peak - activations - gradients, 0)
 
 

@@ -33,12 +33,13 @@ def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
             stage = DecoderStage(model, layers, chunk_tokens=chunk).eval()
             routers = attach_routers(stage, config.router, register=False, verify=False)
             activations, workspace = _micro_step(stage, routers, config, source.dtype)
-        trainable = [(name, tuple(p.shape)) for name, p in routers.named_parameters()]
+        trained = routers.trained_parameters()
+        trainable = [(name, tuple(p.shape)) for name, p in trained.items()]
         estimates.append(
             Estimate(
                 weights=sum(p.numel() * p.element_size() for p in stage.parameters()),
                 gathers=0,
-                trained=TRAINED_BYTES * sum(p.numel() for p in routers.parameters()),
+                trained=TRAINED_BYTES * sum(p.numel() for p in trained.values()),
                 activations=in_flight * activations,
                 workspace=workspace,
                 parameters=parameters,

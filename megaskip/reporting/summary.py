@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megaskip.routing.compensation import describe_compensation
+
 
 def versions() -> dict[str, str]:
     """Return the versions of what a run's numbers depend on."""
@@ -90,6 +92,11 @@ def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("asked capacity", f"{report['asked_capacity']:.3f}"),
             ("realised capacity, training", _training_capacity(report)),
         ]
+    if maps := report.get("compensation"):
+        text = describe_compensation(
+            maps["kind"], maps.get("rank", 0), layers=maps["layers"], parameters=maps["parameters"]
+        )
+        rows.append(("compensation", text))
     rows += [
         ("optimizer state", report["optimizer"]),
         ("peak memory a rank", f"{report['peak_memory_gib']:.2f} GiB"),

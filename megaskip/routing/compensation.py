@@ -52,6 +52,14 @@ def is_compensation(name: str) -> bool:
     return ".compensation." in name
 
 
+def describe_compensation(kind: str, rank: int, *, layers: int, parameters: int) -> str:
+    """Return what compensations there are: "low_rank of rank 64 in 8 layers: 590,336 parameters,
+    2.25 MiB float32"."""
+    ranked = f" of rank {rank}" if kind == "low_rank" else ""
+    size = 4 * parameters / 2**20
+    return f"{kind}{ranked} in {layers} layers: {parameters:,} parameters, {size:.2f} MiB float32"
+
+
 def make_compensation(
     kind: str, hidden_size: int, rank: int, *, device: torch.device | None = None
 ) -> BiasCompensation | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megaskip.config import RouterConfig
 from megaskip.routing.budget import Measured, layer_hinge
-from megaskip.routing.compensation import is_compensation
+from megaskip.routing.compensation import describe_compensation, is_compensation
 from megaskip.routing.counts import Counts
 from megaskip.routing.executor import Executor
 from megaskip.routing.routers import Routers
@@ -66,6 +66,15 @@ class RouterSet(Routers):
         """Return what learns, by name: with budget="static" the compensations alone."""
         static = self.config.budget == "static"
         return {n: p for n, p in self.named_parameters() if is_compensation(n) or not static}
+
+    def describe_compensation(self) -> str | None:
+        """Return what compensations there are in one line; None where there are none."""
+        config = self.config
+        if config.compensation == "none":
+            return None
+        count = sum(p.numel() for n, p in self.named_parameters() if is_compensation(n))
+        kind, rank = config.compensation, config.compensation_rank
+        return describe_compensation(kind, rank, layers=len(self.layers), parameters=count)
 
     # -- after the forward pass
 

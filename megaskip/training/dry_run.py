@@ -13,6 +13,10 @@ from megaskip.parallel.estimate import Estimate, estimate
 from megaskip.parallel.estimate_stages import estimate_stages
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.reporting.summary import human_bytes, table
+from megaskip.routing.compensation import describe_compensation, is_compensation
+
+_MUCH_OPTIMIZER_STATE = 0.01
+"""Share of a rank's memory above which the plan says what the optimizer state takes."""
 
 
 def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> list[str]:
@@ -40,7 +44,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
         ("bytes on a rank", human_bytes(needs.total)),
         ("  weights", human_bytes(needs.weights)),
         ("  gathered weights", human_bytes(needs.gathers)),
-        ("  trained, with optimizer", human_bytes(needs.trained)),
+        ("  trained, with optimizer", _trained_bytes(config, needs)),
         ("  activations", human_bytes(needs.activations)),
         ("  logits, temporaries", human_bytes(needs.workspace)),
         ("global batch", f"{size} rows of at most {config.data.seq_length} tokens"),
@@ -64,6 +68,24 @@ def _trainable(
     layers = resolve_layers(config.router.layers, source.text_config.num_hidden_layers)
     yield "routes", f"{config.router.granularity} of layers {describe_layers(layers)}"
     yield "trains", describe_trainable(dict(needs.trainable))
+    maps = [math.prod(shape) for name, shape in needs.trainable if is_compensation(name)]
+    if maps:
+        kind, rank = config.router.compensation, config.router.compensation_rank
+        text = describe_compensation(kind, rank, layers=len(layers), parameters=sum(maps))
+        yield "compensation", text
+
+
+def _trained_bytes(config: RunConfig, needs: Estimate) -> str:
+    """Return the bytes of what trains; and what its optimizer state is of a rank's memory, where
+    that is much."""
+    size, share = human_bytes(needs.trained), needs.moments / needs.total
+    if config.model.train == "full" or share <= _MUCH_OPTIMIZER_STATE:
+        return size
+    return (
+        f"{size}; the optimizer state in it, {human_bytes(needs.moments)}, is {100 * share:.1f} % "
+        "of what a rank needs, and every rank holds all of it: a lower --compensation_rank or "
+        "fewer --layers make it smaller"
+    )
 
 
 def _length(config: RunConfig, source: ModelSource, size: int) -> Iterator[tuple[str, str]]:

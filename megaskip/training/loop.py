@@ -24,6 +24,7 @@ from megaskip.parallel.protocol import StepEngine
 from megaskip.parallel.results import StepResult
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.summary import peak_memory_gib
+from megaskip.routing.compensation import is_compensation
 from megaskip.training.checkpointer import Checkpointer
 from megaskip.training.reporter import RunEnd, RunReporter
 from megaskip.training.schedule import learning_rate
@@ -177,6 +178,9 @@ class Trainer(ABC):
                 calibrated=self.calibrated,
                 trained_bytes=sizes["trained"] + sizes["moments"],
                 trained_parameters=sum(p.numel() for p in self.engine.parameters.values()),
+                compensation_parameters=sum(
+                    p.numel() for n, p in self.engine.parameters.items() if is_compensation(n)
+                ),
                 peak_memory_gib=float(peak),
                 written=self.checkpointer.weights.save_result(self.checkpointer.output_dir),
             )

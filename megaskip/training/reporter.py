@@ -44,6 +44,8 @@ class RunEnd:
     trained_bytes: int
     """What trains and its optimizer state, on a rank."""
     trained_parameters: int
+    compensation_parameters: int = 0
+    """Of them, those of compensations."""
     peak_memory_gib: float
     """The most of all ranks."""
     written: Mapping[str, Path]
@@ -172,11 +174,21 @@ class RunReporter:
             "window": len(window),
             "calibrated_capacity": end.calibrated,
             "optimizer": _optimizer_text(end.trained_bytes, end.trained_parameters),
+            "compensation": self._compensation(end.compensation_parameters),
             "peak_memory_gib": end.peak_memory_gib,
             "written": {name: str(path) for name, path in written.items()},
             "config": dataclasses.asdict(self._config),
             "versions": versions(),
         }
+
+    def _compensation(self, count: int) -> dict[str, Any] | None:
+        """Return what the report says of compensations; None where there are none."""
+        router = self._config.router
+        if not count:
+            return None
+        ranked = {"rank": router.compensation_rank} if router.compensation == "low_rank" else {}
+        sizes = {"layers": len(self._layers), "parameters": count, "bytes": 4 * count}
+        return {"kind": router.compensation, **ranked, **sizes}
 
 
 def _optimizer_text(size: int, count: int) -> str:

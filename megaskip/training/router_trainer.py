@@ -120,10 +120,12 @@ class RouterWeights:
     def describe(self) -> list[tuple[str, str]]:
         """Return what trains and what capacity is asked of it."""
         config = self._routers.config
-        trained = {n: p.shape for n, p in self._routers.named_parameters() if p.requires_grad}
+        trained = {n: p.shape for n, p in self._routers.trained_parameters().items()}
+        maps = self._routers.describe_compensation()
         layers = describe_layers(self._routers.layers)
         asked = f"{config.capacity:.2f} of layers {layers}, {config.granularity}"
         return [
             ("trains", describe_trainable(trained)),
+            *([] if maps is None else [("compensation", maps)]),
             ("capacity asked", f"{asked}, budget {config.budget}"),
         ]

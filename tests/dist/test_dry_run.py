@@ -12,6 +12,7 @@ from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.estimate import estimate
 from megaskip.parallel.estimate_stages import estimate_stages
 from megaskip.parallel.loading.source import resolve_source
+from megaskip.training.dry_run import dry_run_lines
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 BATCH = ["--micro_batch_size", "4", "--seq_length", "128"]
@@ -58,7 +59,8 @@ def test_estimate_of_each_stage_is_within_15_percent(extra: list[str], tmp_path:
         assert one.total == pytest.approx(found[stage][0], rel=0.15), (stage, one)
 
 
-def test_70b_is_planned_from_its_config_alone(tmp_path: Path) -> None:
+def write_70b(folder: Path) -> list[str]:
+    """Write the config of a 70B model; return flags that plan it on ZeRO-3."""
     shape = {
         **tiny_config("llama").to_dict(),
         "hidden_size": 8192,
@@ -70,12 +72,30 @@ def test_70b_is_planned_from_its_config_alone(tmp_path: Path) -> None:
         "vocab_size": 128256,
         "dtype": "bfloat16",
     }
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    (folder / "config.json").write_text(json.dumps(shape))
     flags = ["--seq_length", "4096", "--micro_batch_size", "1", "--activation_checkpointing"]
-    config = parse_run_config(["--model", str(tmp_path), *flags, *ZERO3])
+    return ["--model", str(folder), *flags, *ZERO3]
+
+
+def test_70b_is_planned_from_its_config_alone(tmp_path: Path) -> None:
+    config = parse_run_config(write_70b(tmp_path))
     ds_content = read_ds_config(config.parallel.ds_config, config)
     planned = estimate(config, resolve_source(config.model), world_size=16, ds_content=ds_content)
     assert planned.parameters == 70_553_706_496
     assert planned.weights == pytest.approx(2 * planned.parameters / 16, rel=0.01)
     assert planned.trained == 40 * 8192 * 16
     assert len(planned.trainable) == 40
+
+
+@pytest.mark.parametrize(("budget", "trained"), [("global", 42_598_400), ("static", 42_270_720)])
+def test_the_compensations_of_70b_are_planned(budget: str, trained: int, tmp_path: Path) -> None:
+    """And what their optimizer state takes, where it is more than one percent of a rank."""
+    flags = ["--compensation", "low_rank", "--budget", budget, "--max_steps", "10"]
+    config = parse_run_config([*write_70b(tmp_path), *flags])
+    source = resolve_source(config.model)
+    said = " ".join(" ".join(dry_run_lines(config, source, 16)).split())
+    assert "low_rank of rank 64 in 40 layers: 42,270,720 parameters, 161.25 MiB float32" in said
+    assert f"{16 * trained / 2**20:.2f} MiB; the optimizer state in it" in said
+    assert "is 1.6 % of what a rank needs, and every rank holds all of it" in said
+    small = parse_run_config([*write_70b(tmp_path), *flags, "--compensation_rank", "4"])
+    assert "optimizer state" not in " ".join(dry_run_lines(small, source, 16))

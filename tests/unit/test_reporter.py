@@ -11,6 +11,7 @@ from tiny_run import tiny_config
 
 from megaskip.parallel.results import StepResult
 from megaskip.parallel.topology import Topology, read_topology
+from megaskip.reporting.summary import closing_rows
 from megaskip.training.reporter import RunEnd, RunReporter, capacity_warnings
 
 
@@ -52,6 +53,32 @@ END = RunEnd(
     peak_memory_gib=1.0,
     written={"routers": Path("routers")},
 )
+
+
+def test_the_report_counts_the_compensations(tmp_path: Path) -> None:
+    config = tiny_config()
+    router = dataclasses.replace(config.router, compensation="low_rank", compensation_rank=4)
+    run = RunReporter(
+        config=dataclasses.replace(config, router=router),
+        topology=read_topology({}),
+        output_dir=tmp_path,
+        layers=(1, 2),
+        total_steps=30,
+    )
+    with run.open(0):
+        record(run, range(1, 3))
+        report = run.close(dataclasses.replace(END, compensation_parameters=576))
+    sizes = {"layers": 2, "parameters": 576, "bytes": 2304}
+    assert report["compensation"] == {"kind": "low_rank", "rank": 4, **sizes}
+    rows = dict(closing_rows(report))
+    assert (
+        rows["compensation"] == "low_rank of rank 4 in 2 layers: 576 parameters, 0.00 MiB float32"
+    )
+    with run.open(0):
+        record(run, range(3, 5))
+        report = run.close(END)
+    assert report["compensation"] is None
+    assert "compensation" not in dict(closing_rows(report))
 
 
 def test_the_report_averages_the_last_steps_and_describes_the_optimizer(tmp_path: Path) -> None:
