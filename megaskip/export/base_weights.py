@@ -66,11 +66,15 @@ def put_base_weights(
         done.removed += lost
         progress(shard.stat().st_size)
     if beside or (base / INDEX).is_file():
-        stays = {n: names_in.get(f, f) for n, f in weight_map.items() if n not in without}
         total += sum(bytes_of(folder / file, beside) for file in set(beside.values()))
-        whole = dict(sorted({**stays, **beside}.items()))
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": whole})
+        stays = {n: names_in.get(f, f) for n, f in weight_map.items() if n not in without}
+        _write_index(folder / INDEX, {**stays, **beside}, total)
     return done
+
+
+def _write_index(file: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    metadata = {"total_size": total_size}
+    write_json(file, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def require_safetensors(base: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
@@ -78,7 +79,6 @@ def export_folder(
     config, layers, described = read_router_config(routers)
     _require_droppable(config, mode, kv)
     require_new(output)
-    name = described.name if described is not None else ""
     done = Exported(folder=output, mode=mode)
     base_config = _config_of(base, described, mode)
     tensors = read_router_weights(routers, layers, config, _hidden_size(base_config))
@@ -89,35 +89,21 @@ def export_folder(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         else:
-            named = {f"{PREFIX}.{name}": tensor for name, tensor in tensors.items()}
-            write_tensors(folder / ROUTER_SHARD, named)
-            weights = put_base_weights(
-                folder,
-                base,
-                require_safetensors(base),
-                link=mode == "overlay",
-                beside=dict.fromkeys(named, ROUTER_SHARD),
-                progress=progress,
-            )
-            done.linked, done.notes = weights.linked, weights.notes
+            _put_weights(folder, base, tensors, done, progress)
             put_rest(folder, base, tokenizer)
             write_json(folder / "config.json", routed_config(base_config, config, layers, kv))
             _let_use_cache(folder / "generation_config.json")
             (folder / CODE).write_text(bundled_code("routed"), encoding="utf-8")
-        family = str(base_config.get("model_type"))
-        made_from = base_name(name, base)
-        rows = {
-            **routing_rows(config, layers, kv, map_parameters=map_parameters),
-            "base model": f"{made_from} ({family}), frozen, unchanged",
-            **(facts or {}),
-        }
+        made_from = base_name(described.name if described is not None else "", base)
+        unchanged = f"{made_from} ({base_config.get('model_type')}), frozen, unchanged"
+        rows = routing_rows(config, layers, kv, map_parameters=map_parameters)
         write_card(
             folder,
             base,
             made_from,
             title="routed",
             summary="A model that learnt which layers it can skip.",
-            rows=rows,
+            rows={**rows, "base model": unchanged, **(facts or {})},
             use=use_text("adapter" if mode == "adapter" else "routed", made_from),
         )
     done.written = size_of(output) - done.linked
@@ -202,7 +188,28 @@ def _hidden_size(content: dict[str, Any]) -> int:
     return int(content.get("text_config", content)["hidden_size"])
 
 
-# -- what is not weights
+# -- weights, and what is not
+
+
+def _put_weights(
+    folder: Path,
+    base: Path,
+    routers: Mapping[str, Tensor],
+    done: Exported,
+    progress: Callable[[int], object],
+) -> None:
+    """Put the base's shards into `folder`, and one with the routers beside them."""
+    named = {f"{PREFIX}.{name}": tensor for name, tensor in routers.items()}
+    write_tensors(folder / ROUTER_SHARD, named)
+    weights = put_base_weights(
+        folder,
+        base,
+        require_safetensors(base),
+        link=done.mode == "overlay",
+        beside=dict.fromkeys(named, ROUTER_SHARD),
+        progress=progress,
+    )
+    done.linked, done.notes = weights.linked, weights.notes
 
 
 def put_rest(folder: Path, base: Path, tokenizer: Any | None = None) -> None:
