@@ -3,11 +3,12 @@
 A command that no rule covers is an error, so that a new one in a document gets a rule here.
 """
 
+import hashlib
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from documents import ROOT, Command
@@ -119,8 +120,20 @@ class Workspace:
     and exported."""
     files: dict[str, str]
     """What stands for the files that a reader has, by their name in STAND_INS."""
-    done: set[object] = field(default_factory=set)
-    """What ran already: documents repeat each other."""
+
+    @property
+    def done(self) -> Path:
+        """Return the folder that has a file for each command that was begun."""
+        return self.folder / "done"
+
+    def is_first(self, command: object) -> bool:
+        """Return whether nobody began this command before: documents repeat each other."""
+        name = hashlib.sha256(repr(command).encode()).hexdigest()
+        try:
+            (self.done / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
 
 def run(command: Command, workspace: Workspace, output: Path) -> None:
@@ -152,10 +165,8 @@ def run(command: Command, workspace: Workspace, output: Path) -> None:
     flags += sized(name, workspace)
     if name == "train" and ranks > 1:  # the front door has a test of its own
         flags, ranks = [*flags, "--dry_run"], 1
-    if (same := (name, ranks, what_counts(flags))) in workspace.done:
-        return
-    start_ranks(script, written_to(flags, output, workspace), ranks, workspace, output)
-    workspace.done.add(same)
+    if workspace.is_first((name, ranks, what_counts(flags))):
+        start_ranks(script, written_to(flags, output, workspace), ranks, workspace, output)
 
 
 def is_mention(command: Command) -> bool:
@@ -188,7 +199,7 @@ def sized(name: str, workspace: Workspace) -> list[str]:
     return SIZES[name].format(**workspace.files).split()
 
 
-def what_counts(flags: Sequence[str]) -> frozenset[tuple[str, ...]]:
+def what_counts(flags: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the flags with their values, without those that a later one overrides, and without
     the names of what is written."""
     given: dict[str, list[str]] = {}
@@ -199,7 +210,7 @@ def what_counts(flags: Sequence[str]) -> frozenset[tuple[str, ...]]:
             given[name] = given.get(name, []) if name in REPEATED else []
         elif name not in NEW:
             given[name].append(word)
-    return frozenset((name, *sorted(set(values))) for name, values in given.items())
+    return sorted((name, *sorted(set(values))) for name, values in given.items())
 
 
 def written_to(flags: Sequence[str], output: Path, workspace: Workspace) -> list[str]:

@@ -3,6 +3,7 @@ every Python block runs, links and paths lead somewhere, flags and names exist."
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import yaml
 from commands import SIZES, Workspace, run, sized, start_ranks
 from documents import DOCUMENTS, ROOT, Block, Command
+from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,30 +57,44 @@ def python_blocks() -> list[Block]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Return a clone in which the tutorial was typed: one tiny training serves all commands."""
-    folder = tmp_path_factory.mktemp("clone")
-    for name in ("launch", "tools", "ds_configs", "megaskip"):
-        (folder / name).symlink_to(ROOT / name)
-    rows = (DEMO / "instruct.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    written = {
-        "data": (folder / "my_data.jsonl", "".join(rows[:96])),
-        "held_out": (folder / "held.jsonl", "".join(rows[96:128])),
-        "prompts": (folder / "prompts.txt", "What is the plural of box?\n"),
-    }
-    for path, text in written.values():
-        path.write_text(text, encoding="utf-8")
-    (folder / "blimp").mkdir()
-    pair = {"sentence_good": "The cat sleeps.", "sentence_bad": "The cat sleep."}
-    (folder / "blimp/agreement.jsonl").write_text(4 * (json.dumps(pair) + "\n"), encoding="utf-8")
-    files = {name: str(path) for name, (path, _) in written.items()}
-    files |= {"demo": str(BACKBONE), "blimp": str(folder / "blimp")}
-    files["published"] = str(published_routers(folder / "published"))
-    made = Workspace(folder=folder, files=files)
-    type_the_tutorial(made)
+    """Return a clone in which the tutorial was typed: one tiny training serves all commands, and
+    all processes of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "clone.lock"):
+        made = Workspace(folder=shared / "clone", files=files_in(shared / "clone"))
+        if not made.done.exists():
+            shutil.rmtree(made.folder, ignore_errors=True)
+            make_clone(made)
+            type_the_tutorial(made)
+            made.done.mkdir()
     return made
 
 
-def published_routers(folder: Path) -> Path:
+def files_in(folder: Path) -> dict[str, str]:
+    """Return what stands for a reader's files in the workspace."""
+    names = {"data": "my_data.jsonl", "held_out": "held.jsonl", "prompts": "prompts.txt"}
+    names |= {"blimp": "blimp", "published": "published"}
+    return {name: str(folder / file) for name, file in names.items()} | {"demo": str(BACKBONE)}
+
+
+def make_clone(workspace: Workspace) -> None:
+    """Write what a reader has before the first command."""
+    folder, files = workspace.folder, {k: Path(v) for k, v in workspace.files.items()}
+    folder.mkdir()
+    for name in ("launch", "tools", "ds_configs", "megaskip"):
+        (folder / name).symlink_to(ROOT / name)
+    rows = (DEMO / "instruct.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    files["data"].write_text("".join(rows[:96]), encoding="utf-8")
+    files["held_out"].write_text("".join(rows[96:128]), encoding="utf-8")
+    files["prompts"].write_text("What is the plural of box?\n", encoding="utf-8")
+    files["blimp"].mkdir()
+    pair = {"sentence_good": "The cat sleeps.", "sentence_bad": "The cat sleep."}
+    (files["blimp"] / "agreement.jsonl").write_text(4 * (json.dumps(pair) + "\n"))
+    published_routers(files["published"])
+
+
+def published_routers(folder: Path) -> None:
     """Write routers as the published code saves them."""
     folder.mkdir()
     name = "model.layers.{}.router.weight"
@@ -86,7 +102,6 @@ def published_routers(folder: Path) -> Path:
     config: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 6, "hidden_size": 32}
     config |= {"is_mod": [n in (2, 3) for n in range(6)], "granularity": "attn_sequence"}
     (folder / "config.json").write_text(json.dumps(config | {"threshold": 0.5}))
-    return folder
 
 
 def type_the_tutorial(workspace: Workspace) -> None:

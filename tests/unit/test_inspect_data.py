@@ -203,10 +203,15 @@ def test_summary_counts_reasons_and_names_the_first_row_of_each(tmp_path: Path) 
     config = make_config(str(path))
     inspection = inspection_of(config, fast_tokenizer(STRICT))
     reader = reader_of(config, fast_tokenizer(STRICT))
-    text = " ".join("".join(source_lines(PLAIN, inspection.reports[0], reader)).split())
-    assert "9 read: 2 used, 7 dropped" in text
-    assert f"2 dropped: cannot be read first {path}, line 2" in text
-    assert f"1 dropped: {CUT_AWAY} first {path}, line 8" in text
+    # Without spaces: where a line is wrapped depends on how long the folder's name is.
+    text = "".join("".join(source_lines(PLAIN, inspection.reports[0], reader)).split())
+    wanted = (
+        "9 read: 2 used, 7 dropped",
+        f"2 dropped: cannot be read first {path}, line 2",
+        f"1 dropped: {CUT_AWAY} first {path}, line 8",
+    )
+    for line in wanted:
+        assert "".join(line.split()) in text
     assert inspection.num_errors == 5 and inspection.first_error is not None
 
 
