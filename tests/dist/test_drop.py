@@ -44,7 +44,7 @@ def test_a_model_becomes_a_smaller_one_on_two_ranks(tmp_path: Path) -> None:
     (tmp_path / "smaller").rename(tmp_path / "kept")
     again = drop(tmp_path, "--nproc", "2")
     assert again.returncode == 0, again.stderr[-3000:]
-    commands = [line for line in again.stderr.splitlines() if "-m megaskip" in line]
+    commands = [line for line in again.stdout.splitlines() if "-m megaskip" in line]
     assert [line.split(" -m megaskip ")[1].split()[0] for line in commands] == ["export-static"]
 
 
