@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _OVERSAMPLED = 8
 """Width of the sketch as a multiple of the rank."""
@@ -34,7 +34,10 @@ class LowRankMap:
 
 
 class LowRankFit:
-    """Accumulates rows, then solves; `sum_over_ranks` adds a tensor up in place over replicas."""
+    """Accumulates rows, then solves; `sum_over_ranks` adds a tensor up in place over replicas.
+
+    A phase holds what it needs and no more: four tensors [D, k], then one and one of float64.
+    """
 
     def __init__(
         self,
@@ -47,17 +50,13 @@ class LowRankFit:
     ) -> None:
         width = min(max(_OVERSAMPLED * rank, _LEAST_WIDTH), hidden_size)
         generator = torch.Generator().manual_seed(seed)
-        self._rank, self._ridge = min(rank, width), ridge
+        self._rank, self._ridge = rank, ridge
         self._probe = torch.randn(hidden_size, width, generator=generator).to(device)
         self._targets = torch.randn(hidden_size, width, generator=generator).to(device)
-        zeros = torch.zeros(hidden_size, width, device=device)
-        self._spread, self._cross = zeros, zeros.clone()
+        self._spread, self._cross = torch.zeros_like(self._probe), torch.zeros_like(self._probe)
         """X'X probe and X'Y targets, both about 0."""
         self._diagonal = torch.zeros(hidden_size, device=device)
         self._features: Tensor | None = None
-        self._moments = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
-        self._outputs = torch.zeros(width + 1, hidden_size, dtype=torch.float64, device=device)
-        self._square = torch.zeros((), dtype=torch.float64, device=device)
 
     def observe(self, inputs: Tensor, updates: Tensor) -> None:
         """Take in rows: what was read and what was returned, [N, D] each, of any dtype."""
@@ -77,7 +76,14 @@ class LowRankFit:
         where `sum_over_ranks` is."""
         for total in (self._spread, self._cross, self._diagonal):
             sum_over_ranks(total)
-        self._features = torch.linalg.qr(self._solve_sketched(self._cross.double())).Q.float()
+        features = torch.linalg.qr(self._solve_sketched(self._cross.double())).Q.float()
+        del self._probe, self._targets, self._spread, self._cross, self._diagonal
+        hidden_size, width = features.shape
+        in_double = {"dtype": torch.float64, "device": features.device}
+        self._features = features
+        self._moments = torch.zeros(width + 1, width + 1, **in_double)
+        self._outputs = torch.zeros(width + 1, hidden_size, **in_double)
+        self._square = torch.zeros((), **in_double)
 
     def solve(self, sum_over_ranks: Callable[[Tensor], object]) -> LowRankMap:
         """Return the map of all rows of the second phase. Collective where `sum_over_ranks` is."""
@@ -94,15 +100,16 @@ class LowRankFit:
         whiten = vectors * (values.clamp(min=0) + ridge).rsqrt()
         # What is predicted, in coordinates in which z is white: its singular vectors are the cut.
         left, strength, right = torch.linalg.svd(whiten.t() @ cross, full_matrices=False)
-        left, strength, right = left[:, : self._rank], strength[: self._rank], right[: self._rank]
-        features, scale = self._features.double(), strength.sqrt()
-        down = (features @ (whiten @ left) * scale).t()
-        up = right.t() * scale
+        kept = strength.clone()
+        kept[self._rank :] = 0
+        features, scale = self._features.double(), kept.sqrt()
+        down = _rows((features @ (whiten @ left) * scale).t(), self._rank)
+        up = _rows((right.t() * scale).t(), self._rank).t()
         return LowRankMap(
             down=down.float(),
             up=up.float(),
             bias=(mean_y - up @ (down @ (features @ mean_z))).float(),
-            explained=float(strength.square().sum() / variance.clamp(min=1e-30)),
+            explained=float(kept.square().sum() / variance.clamp(min=1e-30)),
         )
 
     def _solve_sketched(self, right: Tensor) -> Tensor:
@@ -121,3 +128,9 @@ class LowRankFit:
         solved = torch.linalg.solve(inner, scaled.t() @ right)
         solution: Tensor = right / rest[:, None] - scaled @ solved
         return solution
+
+
+def _rows(matrix: Tensor, count: int) -> Tensor:
+    """Return the first `count` rows of a matrix, with rows of zeros where it has fewer."""
+    missing = max(count - len(matrix), 0)
+    return nn.functional.pad(matrix[:count], (0, 0, 0, missing))

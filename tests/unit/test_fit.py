@@ -198,3 +198,17 @@ def test_maps_learn_at_a_rate_of_their_own(make_engine: Any) -> None:
     up = engine.parameters["1.attn.compensation.up"]
     assert rates[id(up)] == pytest.approx(5e-4 * config.compensation_lr / config.lr)
     assert dataclasses.replace(config, lr=0.0).compensation_lr_ratio == 1.0
+
+
+def test_a_rank_above_the_hidden_size_is_filled_as_far_as_it_goes(make_engine: Any) -> None:
+    engine, whole = (
+        make_engine(compensation="low_rank", compensation_rank=rank) for rank in (40, 32)
+    )
+    text = batches()
+    assert fit_compensation(engine, text) == pytest.approx(fit_compensation(whole, text), abs=1e-4)
+    read = torch.randn(5, 32)
+    for layer in engine.routers.layers:
+        wide, exact = (e.routers.router(layer).compensation for e in (engine, whole))
+        assert wide is not None
+        assert exact is not None
+        assert torch.allclose(wide(read), exact(read), atol=1e-3)
