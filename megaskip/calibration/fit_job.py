@@ -62,8 +62,15 @@ def fit(options: FitOptions) -> None:
         on_first_rank(topology, lambda: _write(options.output, static, source, fitted))
     if topology.is_first:
         title = f"fitted: {options.output} ({count} of {depth} {plan.target} dropped)"
-        train = f"megaskip train --model {base.model} --init_routers {options.output}"
-        print("\n".join(table([*fitted.rows(), ("next", f"{train} --distill 0.5")], title=title)))
+        print("\n".join(table([*fitted.rows(), ("next", _next(options))], title=title)))
+
+
+def _next(options: FitOptions) -> str:
+    """Return the command that goes on from what was fitted."""
+    if options.plan.compensation == "none":
+        return f"megaskip export-static --routers {options.output} --output smaller --verify"
+    start = f"--model {options.base.model} --init_routers {options.output}"
+    return f"megaskip train {start} --distill 0.5"
 
 
 def _write(output: Path, static: RouterSet, source: ModelSource, fitted: Fitted) -> None:

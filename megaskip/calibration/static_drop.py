@@ -41,13 +41,13 @@ class Fitted:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the rows of the closing table."""
-        gap = f"{self.dropped:.4f} (+{self.dropped - self.dense:.4f})"
-        rest = f"{self.compensated:.4f} (+{self.compensated - self.dense:.4f})"
+        dropped = f"{self.dropped:.4f} ({self.dropped - self.dense:+.4f})"
+        compensated = f"{self.compensated:.4f} ({self.compensated - self.dense:+.4f})"
         return [
             ("dropped, first to go first", ", ".join(map(str, self.order))),
             ("held-out loss, dense", f"{self.dense:.4f}"),
-            ("layers dropped", gap),
-            ("maps in their places", rest),
+            ("layers dropped", dropped),
+            *([("maps in their places", compensated)] if self.explained else []),
         ]
 
     def to_json(self) -> dict[str, Any]:
