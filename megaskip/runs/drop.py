@@ -1,18 +1,24 @@
 """From a model to a smaller one, in three jobs that go on where they stood: fit, train, export."""
 
+import dataclasses
+import json
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megaskip.checkpoint.atomic import read_json, write_json
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config.commands.fit import DropOptions
 from megaskip.config.paths import require_new
-from megaskip.errors import MegaskipError
+from megaskip.errors import ConfigError, MegaskipError
 from megaskip.log import get_logger, set_up_logging
 
 logger = get_logger(__name__)
+
+RECORD = "drop.json"
+"""In the work folder: the flags that its content belongs to."""
 
 
 def drop(options: DropOptions) -> None:
@@ -21,6 +27,7 @@ def drop(options: DropOptions) -> None:
     set_up_logging(rank=0)
     require_new(options.output)
     work = options.work_dir or options.output.with_name(f"{options.output.name}.work")
+    _begin(work, options)
     fitted, run = work / "fitted", work / "run"
     if not (fitted / CONFIG).is_file():
         _run(options, ["fit", *_fit_flags(options), "--output", str(fitted)])
@@ -33,6 +40,28 @@ def drop(options: DropOptions) -> None:
         [sys.executable, "-m", "megaskip", "export-static", *trained, *named]
         + ["--output", str(options.output), "--verify"]
     )
+
+
+def _begin(work: Path, options: DropOptions) -> None:
+    """Record in the work folder what is asked; raises ConfigError where it was begun with other
+    flags: what is done there belongs to those."""
+    asked = {
+        **dataclasses.asdict(options.base),
+        **dataclasses.asdict(options.plan),
+        **{name: getattr(options, name) for name in ("steps", "batch_size", "distill")},
+    }
+    asked = json.loads(json.dumps(asked))  # as it will be read back
+    file = work / RECORD
+    if not file.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(file, asked)
+        return
+    for name, before in read_json(file).items():
+        if name in asked and asked[name] != before:
+            raise ConfigError(
+                f"{work} was begun with --{name} {before}, not {asked[name]}; remove it, or name "
+                "another folder with --work_dir"
+            )
 
 
 def _run(options: DropOptions, command: Sequence[str]) -> None:
@@ -69,12 +98,10 @@ def _fit_flags(options: DropOptions) -> list[str]:
 
 
 def _train_flags(options: DropOptions, fitted: Path) -> list[str]:
-    base = options.base
-    rows = base.micro_batch_size * options.nproc // base.pipeline_stages
     values = {
         "init_routers": fitted,
         "max_steps": options.steps,
-        "gradient_accumulation_steps": options.batch_size // rows,
+        "gradient_accumulation_steps": options.batch_size // options.rows_at_once,
         "distill": options.distill,
         "resume": "auto",
     }

@@ -95,8 +95,7 @@ class FitOptions(Checked):
     """Router folder to write; it starts `megaskip train --init_routers`."""
 
     def _problems(self) -> Iterator[str]:
-        if self.plan.order == "cosine" and self.base.pipeline_stages > 1:
-            yield "--order cosine does not run in stages; take greedy, or --drop_layers"
+        yield from _stage_problems(self.base, self.plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +119,29 @@ class DropOptions(Checked):
     """Hugging Face folder to write."""
 
     def _problems(self) -> Iterator[str]:
+        yield from _stage_problems(self.base, self.plan)
         yield from at_least("steps", self.steps, 0)
         yield from at_least("nproc", self.nproc, 1)
-        rows = self.base.micro_batch_size * self.nproc // self.base.pipeline_stages
-        if rows and self.batch_size % rows:
+        if self.nproc % self.base.pipeline_stages:
+            yield (
+                f"--nproc {self.nproc} ranks cannot form copies of {self.base.pipeline_stages} "
+                "stages; choose a multiple of --pipeline_stages"
+            )
+        elif self.batch_size < 1 or self.batch_size % self.rows_at_once:
             yield (
                 f"--batch_size {self.batch_size} cannot be split into micro-batches of "
                 f"{self.base.micro_batch_size} rows on {self.nproc} rank(s); choose a multiple of "
-                f"{rows}"
+                f"{self.rows_at_once}"
             )
         if self.plan.compensation == "none" and self.steps:
             yield "--compensation none has nothing to train; add --steps 0"
+
+    @property
+    def rows_at_once(self) -> int:
+        """Return the rows of one micro-batch of all copies of the model."""
+        return self.base.micro_batch_size * self.nproc // self.base.pipeline_stages
+
+
+def _stage_problems(base: TextAndModel, plan: DropPlan) -> Iterator[str]:
+    if plan.order == "cosine" and plan.drop_layers is None and base.pipeline_stages > 1:
+        yield "--order cosine does not run in stages; take greedy, or --drop_layers"

@@ -1,0 +1,63 @@
+"""megaskip fit and megaskip drop: what they say, and what they refuse before anything runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megaskip.calibration.static_drop import Fitted, candidate_layers
+from megaskip.cli import drop, fit
+from megaskip.config.commands.fit import DropPlan
+from megaskip.errors import ConfigError
+
+SMALL = ["--model", "demo", "--data", "demo"]
+
+
+def fitted(**changes: Any) -> Fitted:
+    measured = {"dense": 2.0, "dropped": 2.5, "compensated": 1.9, "explained": {3: 0.5}}
+    return Fitted(order=[3], steps=[], **{**measured, **changes})
+
+
+def test_a_gain_is_shown_as_one_and_maps_only_where_there_are_any() -> None:
+    rows = dict(fitted().rows())
+    assert rows["layers dropped"] == "2.5000 (+0.5000)"
+    assert rows["maps in their places"] == "1.9000 (-0.1000)"
+    assert "maps in their places" not in dict(fitted(explained={}).rows())
+
+
+def test_layers_to_drop_are_whole_ones_of_those_that_may_go() -> None:
+    assert candidate_layers(DropPlan(drop=25.0), 30) == (tuple(range(1, 30)), 8)
+    assert candidate_layers(DropPlan(drop=1.0), 30)[1] == 1
+    assert candidate_layers(DropPlan(drop_layers="4"), 30) == ((4,), 1)
+    with pytest.raises(ConfigError, match="asks for 15 of 30 layers, and 6 may go"):
+        candidate_layers(DropPlan(drop=50.0, candidates="5-10"), 30)
+
+
+def test_ranks_that_do_not_fill_the_stages_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--nproc 3 ranks cannot form copies of 2 stages"):
+        drop.parse([*SMALL, "--output", "o", "--nproc", "3", "--pipeline_stages", "2"])
+
+
+def test_cosine_does_not_run_in_stages() -> None:
+    argv = [*SMALL, "--output", "o", "--order", "cosine", "--pipeline_stages", "2"]
+    for command in (fit, drop):
+        with pytest.raises(ConfigError, match="--order cosine does not run in stages"):
+            command.parse([*argv, *(["--nproc", "2"] if command is drop else [])])
+
+
+def test_work_that_was_begun_with_other_flags_is_not_taken_for_this_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done of a command is kept, so another command must not find it."""
+    started: list[list[str]] = []
+    monkeypatch.setattr("megaskip.runs.drop._start", started.append)
+    argv = [*SMALL, "--output", str(tmp_path / "smaller")]
+    drop.main([*argv, "--drop", "25"])
+    assert [command[3] for command in started] == ["fit", "train", "export-static"]
+    drop.main([*argv, "--drop", "25"])
+    with pytest.raises(ConfigError, match=r"was begun with --drop 25.0, not 50.0; .*--work_dir"):
+        drop.main([*argv, "--drop", "50"])
+    assert len(started) == 6
+    recorded = json.loads((tmp_path / "smaller.work/drop.json").read_text())
+    assert recorded["drop"] == 25.0
