@@ -1,6 +1,7 @@
 """Layers dropped for every text, compared like everything else: in which order, and with which maps
 in their places."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class StaticDrops:
         """`most` is the largest share of all attention that is skipped, `rank` that of the maps,
         `order_rows` the calibration rows on which a greedy order is measured."""
         self._comparison = comparison
-        self._count = self.layers_for(most)
+        self._count = math.ceil(most * comparison.depth)
         self._order_batches = comparison.some_calibration(order_rows)
         self._config = RouterConfig(
             layers=comparison.layers, compensation="low_rank", compensation_rank=rank

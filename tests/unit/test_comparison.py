@@ -183,6 +183,16 @@ def test_a_greedy_drop_loses_no_more_than_one_by_cosine_on_the_text_it_was_chose
     assert losses["greedy"] <= losses["cosine"] + 1e-6
 
 
+def test_a_fraction_of_a_layer_is_skipped_by_greedy_drops_too(comparison: Comparison) -> None:
+    """3.2 layers of 8: a fifth of the documents skip a fourth one."""
+    drops = StaticDrops(comparison, most=0.4, rank=16, order_rows=16)
+    dense = comparison.measure(comparison.everything)
+    measured = comparison.measure(drops.policy("greedy", 0.4))
+    assert comparison.point("greedy", 0.4, [measured], dense).skipped == pytest.approx(
+        0.4, abs=0.01
+    )
+
+
 def test_maps_in_closed_form_lose_less_than_zeros(
     comparison: Comparison, drops: StaticDrops
 ) -> None:
