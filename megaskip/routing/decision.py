@@ -34,7 +34,8 @@ class SelectedRows:
 class RoutingDecision:
     """What one layer's router decided: which units run, and what it based that on.
 
-    Which rows and tokens run is computed once and kept, for reading it waits for the device.
+    Which rows and tokens run is computed once and kept, for reading it waits for the device. Those
+    that do not run wait once more only where some run and some do not.
     """
 
     logit: Tensor
@@ -66,12 +67,12 @@ class RoutingDecision:
     @functools.cached_property
     def skipped_rows(self) -> SelectedRows:
         """The rows, of B, in which no unit runs."""
-        return _selected((self.keep.detach() == 0).all(dim=1))
+        return _others(self.rows) or _selected((self.keep.detach() == 0).all(dim=1))
 
     @functools.cached_property
     def skipped_tokens(self) -> SelectedRows:
         """The tokens, of B * T, that do not run; not for one decision a row."""
-        return _selected((self.per_token().detach() == 0).flatten())
+        return _others(self.tokens) or _selected((self.per_token().detach() == 0).flatten())
 
     @property
     def is_per_row(self) -> bool:
@@ -89,3 +90,13 @@ class RoutingDecision:
 
 def _selected(mask: Tensor) -> SelectedRows:
     return SelectedRows(index=mask.nonzero().squeeze(1), total=len(mask))
+
+
+def _others(selected: SelectedRows) -> SelectedRows | None:
+    """Return what is not selected where that is everything or nothing, without a wait."""
+    device, total = selected.index.device, selected.total
+    if selected.none:
+        return SelectedRows(index=torch.arange(total, device=device), total=total)
+    if selected.all:
+        return SelectedRows(index=selected.index.new_empty(0), total=total)
+    return None

@@ -46,7 +46,6 @@ def test_a_fresh_map_changes_nothing_skipped_or_not(
 ) -> None:
     model, ids = tiny_model(family), whole_ids(3, 12)
     config = RouterConfig(granularity=granularity, compensation=kind)
-    plain = attach_routers(tiny_model(family), RouterConfig(granularity=granularity))
     routers = attach_routers(model, config)
     other = tiny_model(family)
     plain = attach_routers(other, RouterConfig(granularity=granularity))

@@ -32,6 +32,28 @@ def decision(keep: Tensor) -> RoutingDecision:
     )
 
 
+# -- decisions
+
+
+@pytest.mark.parametrize("keep", ([0, 0, 0], [1, 1, 1], [0, 1, 0]))
+def test_what_is_skipped_waits_again_only_in_a_mixed_batch(
+    keep: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+    nonzero = Tensor.nonzero
+    monkeypatch.setattr(Tensor, "nonzero", lambda self: (waits.append(1), nonzero(self))[1])
+    expected = [index for index, kept in enumerate(keep) if not kept]
+    rows = decision(torch.tensor(keep).float().unsqueeze(1))
+    tokens = decision(torch.tensor([keep]).float())
+    for selected, skipped in (
+        (rows.rows, rows.skipped_rows),
+        (tokens.tokens, tokens.skipped_tokens),
+    ):
+        assert len(selected.index) + len(skipped.index) == selected.total == skipped.total == 3
+        assert skipped.index.tolist() == expected and skipped.index.dtype == torch.int64
+    assert len(waits) == (4 if 0 < sum(keep) < 3 else 2)
+
+
 # -- thresholds
 
 
