@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaskip.errors import ConfigError
-from megaskip.evaluation.costs import Cost
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport, Outcome, outcome_of
 from megaskip.evaluation.runner import LocalRunner
 from megaskip.evaluation.task_manager import load_tasks
 from megaskip.extras import extra
+from megaskip.measures.costs import Cost
 from megaskip.reporting.summary import versions
 from megaskip.routing import Routers
 

@@ -12,11 +12,11 @@ import torch
 
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
-from megaskip.evaluation.costs import Cost, CostModel
 from megaskip.evaluation.rank_pool import RankPool
 from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows
 from megaskip.evaluation.scored_text import ScoredText, chunks, token_batch
 from megaskip.extras import extra
+from megaskip.measures.costs import Cost, CostModel
 from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.routing import PREFIX
 

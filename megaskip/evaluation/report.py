@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaskip.evaluation.costs import Cost, total
-from megaskip.evaluation.paired import Aggregate, Difference, difference, standard_error
+from megaskip.measures.costs import Cost, total
+from megaskip.measures.paired import Aggregate, Difference, difference, standard_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ from megaskip.data import Batch, build_dataset
 from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
-from megaskip.evaluation.costs import CostModel
-from megaskip.evaluation.paired import Difference, ratio_difference
+from megaskip.measures.costs import CostModel
+from megaskip.measures.paired import Difference, ratio_difference
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import ModelSource

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megaskip.evaluation.paired import ratio_difference
+from megaskip.measures.paired import ratio_difference
 from megaskip.study.agreement import Agreement
 from megaskip.study.pareto import Contrast
 from megaskip.study.scoring import Scores, pair_accuracy

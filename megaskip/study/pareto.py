@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from megaskip.evaluation.paired import Difference
 from megaskip.extras import extra
+from megaskip.measures.paired import Difference
 
 with extra("report"):
     from matplotlib.axes import Axes

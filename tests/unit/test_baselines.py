@@ -13,7 +13,7 @@ from megaskip.calibration.similarity import UpdateSimilarity, update_similarity
 from megaskip.data import Batch
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import DataError
-from megaskip.evaluation.paired import ratio_difference
+from megaskip.measures.paired import ratio_difference
 from megaskip.parallel.loading.source import DEMO_FOLDER
 from megaskip.study.baselines import (
     random_order,

@@ -22,13 +22,13 @@ from megaskip.cli.evaluate import parse
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.evaluation import EvalReport, evaluate_model, quick_table
-from megaskip.evaluation.costs import CostModel
 from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm
 from megaskip.evaluation.lm import MegaskipLM
-from megaskip.evaluation.paired import difference, standard_error
 from megaskip.evaluation.task_manager import load_tasks
 from megaskip.inference.dropped import drop_sublayers
 from megaskip.inference.executor import InferenceExecutor
+from megaskip.measures.costs import CostModel
+from megaskip.measures.paired import difference, standard_error
 from megaskip.parallel.inference import Placement, load_for_inference
 
 ROOT = Path(__file__).parents[2]

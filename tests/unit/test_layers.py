@@ -21,6 +21,7 @@ LEVEL = {
     "inference": 3,
     "parallel": 4,
     "checkpoint": 4,
+    "measures": 4,
     "calibration": 5,
     "export": 5,
     "doctor": 5,
@@ -106,6 +107,16 @@ def test_libraries_are_imported_where_they_belong() -> None:
             if name.split(".")[0] in OWNERS and part not in OWNERS[name.split(".")[0]]:
                 misplaced.append(f"{file.relative_to(PACKAGE)} imports {name}")
     assert not misplaced
+
+
+def test_only_evaluation_needs_lm_eval() -> None:
+    """Whoever imports megaskip.evaluation needs its extra; comparisons, for one, do not."""
+    users = {
+        part_of(file)
+        for file in modules()
+        if any(f"{name}.".startswith("megaskip.evaluation.") for name in imports_of(file))
+    }
+    assert users <= OWNERS["lm_eval"], "put what others need into megaskip/measures"
 
 
 def test_importing_the_package_touches_no_device_environment_or_process_group() -> None:
