@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from megaskip.data.formats import Sample
+from megaskip.data.plain_text import PlainTextEncoder
 from megaskip.data.row import Row
 from megaskip.data.template import ChatTemplate, Encoded
 
@@ -28,9 +29,8 @@ class SampleTokenizer:
         self, tokenizer: Any, *, seq_length: int, template_file: str | None = None
     ) -> None:
         self.template = ChatTemplate(tokenizer, template_file=template_file)
-        self._tokenizer = tokenizer
+        self._plain_text = PlainTextEncoder(tokenizer)
         self._seq_length = seq_length
-        self._bos = _leading_special_ids(tokenizer)
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def tokenise(self, sample: Sample, *, source: int) -> Tokenised:
@@ -40,7 +40,7 @@ class SampleTokenizer:
         """
         ids, learnt = self.encode(sample)
         if not sample.messages:
-            return self._windows(ids, source)
+            return self._windows(ids, learnt, source)
         truncated = len(ids) > self._seq_length
         row = _row(
             ids[: self._seq_length],
@@ -57,40 +57,35 @@ class SampleTokenizer:
         if sample.messages:
             joined = self._is_joined(sample)
             return self._join(sample) if joined else self.template.encode(sample)
-        text = self._ids(sample.text)
-        ids = [*self._with_bos(text), *self._eos] if text else []
-        return ids, [True] * len(ids)
+        if not self._plain_text.ids(sample.text):
+            return [], []
+        ids = [*self._plain_text.encode(sample.text), *self._eos]
+        start = len(self._plain_text.start)
+        return ids, [index >= start for index in range(len(ids))]
 
     def _is_joined(self, sample: Sample) -> bool:
         return sample.joinable and not self.template.exists
 
-    def _windows(self, ids: list[int], source: int) -> Tokenised:
-        windows = [ids[i : i + self._seq_length] for i in range(0, len(ids), self._seq_length)]
+    def _windows(self, ids: list[int], learnt: list[bool], source: int) -> Tokenised:
+        windows = [slice(i, i + self._seq_length) for i in range(0, len(ids), self._seq_length)]
         # A window of one token has nothing to predict.
         rows = tuple(
-            _row(window, [True] * len(window), source=source, prompt=False)
+            _row(ids[window], learnt[window], source=source, prompt=False)
             for window in windows
-            if len(window) > 1
+            if len(ids[window]) > 1
         )
         return Tokenised(rows=rows, dropped=not rows)
 
     def _join(self, sample: Sample) -> Encoded:
         """Tokenise prompt + completion + end; the prompt's tokens are those of the prompt alone."""
         prompt, completion = (message.content for message in sample.messages)
-        first = self._ids(prompt)
-        both = self._ids(prompt + completion)
+        encode = self._plain_text.ids
+        first, both = encode(prompt), encode(prompt + completion)
         # Where the two merge, generation would never see the merged token: tokenise them apart.
-        rest = both[len(first) :] if both[: len(first)] == first else self._ids(completion)
-        head = self._with_bos(first)
+        rest = both[len(first) :] if both[: len(first)] == first else encode(completion)
+        head = self._plain_text.started(first)
         answer = [*rest, *self._eos]
         return head + answer, [False] * len(head) + [True] * len(answer)
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        """Put the begin token first, unless the text itself brings it."""
-        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _row(ids: list[int], learnt: list[bool], *, source: int, prompt: bool = True) -> Row:
@@ -103,10 +98,3 @@ def _row(ids: list[int], learnt: list[bool], *, source: int, prompt: bool = True
         prompt_length=length,
         source=source,
     )
-
-
-def _leading_special_ids(tokenizer: Any) -> list[int]:
-    """Return the begin token, if the tokenizer puts one before a text by itself."""
-    with_special = list(tokenizer("a", verbose=False)["input_ids"])
-    adds = tokenizer.bos_token_id is not None and with_special[:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id] if adds else []

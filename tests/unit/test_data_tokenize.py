@@ -15,10 +15,12 @@ from data_samples import (
     learnt_text,
     slow_tokenizer,
 )
+from tokenizers import processors
 
 from megaskip.data import Row
 from megaskip.data.fields import Fields, Place
 from megaskip.data.formats import detect_format, normalise
+from megaskip.data.plain_text import PlainTextEncoder
 from megaskip.data.stats import SourceStats, check_losses
 from megaskip.data.tokenize import SampleTokenizer, Tokenised
 from megaskip.data.tokenizer import load_tokenizer
@@ -232,6 +234,32 @@ def test_begin_token_is_there_once(fields: dict[str, Any]) -> None:
 
 def test_no_begin_token_where_the_tokenizer_adds_none() -> None:
     assert 1 not in row_of({"text": "hello"}, fast_tokenizer(bos=False)).input_ids
+
+
+@pytest.mark.parametrize(
+    ("rule", "start"),
+    [
+        ("$A", []),
+        ("<s> $A", [1]),
+        ("<|im_start|> <s> $A", [4, 1]),  # as GLM's
+        ("<s> $A </s>", [1]),
+        ("$A </s>", []),  # add_eos_token
+    ],
+)
+def test_plain_text_begins_as_the_tokenizer_begins_it_and_ends_once(
+    rule: str, start: list[int]
+) -> None:
+    tokenizer = fast_tokenizer(None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=rule, special_tokens=[("<s>", 1), ("</s>", 2), ("<|im_start|>", 4)]
+    )
+    text = tokenizer("hello", add_special_tokens=False).input_ids
+    begun = tokenizer.decode(start) + "hello"
+    for written in ("hello", begun):
+        row = row_of({"text": written}, tokenizer)
+        assert row.input_ids.tolist() == [*start, *text, 2]
+        assert learnt_text(row, tokenizer) == ("hello</s>" if start else "ello</s>")
+        assert PlainTextEncoder(tokenizer).encode(written) == [*start, *text]
 
 
 def test_plain_text_is_split_into_windows_and_loses_no_token() -> None:
