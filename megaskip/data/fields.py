@@ -1,8 +1,8 @@
 """One row of a file: its place, and look-ups that say what is wrong where. Knows no format."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from megaskip.errors import DataError
@@ -22,6 +22,24 @@ class Place:
         return f"{self.file}, {self.unit} {self.number}" if self.number else self.file
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """One filled field of a row."""
+
+    name: str
+    """Without indices: messages[].role."""
+    path: str
+    """With them: messages[3].role."""
+    value: Any
+    used: bool
+    """Whether the field was looked up so far."""
+
+    @property
+    def key(self) -> str:
+        """The last name of the path: role."""
+        return self.name.rpartition(".")[2]
+
+
 class Fields:
     """One row with its place: typed look-ups that say what is wrong where."""
 
@@ -37,16 +55,22 @@ class Fields:
         self._asked.add(key)
         return self._fields.get(key)
 
-    def columns(self) -> dict[str, bool]:
-        """Return {column that is filled: whether it was looked up so far}.
-
-        Columns of nested objects are named 'messages[].role', whatever their index.
-        """
-        columns = {k: k in self._asked for k, v in self._fields.items() if v is not None}
+    def filled(self) -> Iterator[Column]:
+        """Yield the fields that hold something, and those of nested objects: neither null nor an
+        empty text, list or object, which is what Arrow and CSV files have where a row has none."""
+        for key, value in self._fields.items():
+            if not is_empty(value):
+                path, used = self._prefix + key, key in self._asked
+                yield Column(name=key, path=path, value=value, used=used)
         for key, inner in self._nested:
-            for name, asked in inner.columns().items():
-                path = f"{key}[].{name}"
-                columns[path] = asked or columns.get(path, False)
+            for column in inner.filled():
+                yield replace(column, name=f"{key}[].{column.name}")
+
+    def columns(self) -> dict[str, bool]:
+        """Return {name of a filled column: whether it was looked up so far}."""
+        columns: dict[str, bool] = {}
+        for column in self.filled():
+            columns[column.name] = column.used or columns.get(column.name, False)
         return columns
 
     def text(self, key: str) -> str:
@@ -63,10 +87,12 @@ class Fields:
         return "" if self.get(key) is None else self.text(key)
 
     def entries(self, key: str) -> list[Any]:
+        """Return a list that is not empty; it may be written as JSON text, as in CSV files."""
         value = self._present(key)
-        if not isinstance(value, list):
+        items = from_json(value) if isinstance(value, str) else value
+        if not isinstance(items, list):
             self.wrong(key, value, "a list")
-        return value or self.wrong(key, value, "at least one entry")
+        return items or self.wrong(key, value, "at least one entry")
 
     def nested(self, key: str) -> "list[Fields]":
         """Return the list of objects under `key`, each with its own place in error texts."""
@@ -86,12 +112,31 @@ class Fields:
         raise DataError(f"{self.place}: field {self._prefix + key!r} is missing; found {present}")
 
     def wrong(self, key: str, value: Any, expected: str) -> NoReturn:
+        """Raise DataError: the field holds `value`, and not what was expected."""
+        self._wrong(self._prefix + key, value, expected)
+
+    def wrong_at(self, column: Column, expected: str) -> NoReturn:
+        """Raise DataError for a field of this row or of an object in it."""
+        self._wrong(column.path, column.value, expected)
+
+    def _wrong(self, path: str, value: Any, expected: str) -> NoReturn:
         shown = json.dumps(value, default=str, ensure_ascii=False)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         kind = _KINDS.get(type(value), type(value).__name__)
-        raise DataError(
-            f"{self.place}: field {self._prefix + key!r} is {kind} {shown}; expected {expected}"
-        )
+        raise DataError(f"{self.place}: field {path!r} is {kind} {shown}; expected {expected}")
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a field holds nothing."""
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
+
+
+def from_json(text: str) -> Any:
+    """Return the parsed text, or None when it is not JSON: the caller says what it expected."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
 
 
 _KINDS = {

@@ -1,47 +1,28 @@
 """Rows of the known data formats, turned into one normal form. Knows no files or tokenizers."""
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megaskip.config.checks import closest, did_you_mean
-from megaskip.data.fields import Fields, Place
+from megaskip.config.checks import closest
+from megaskip.data.fields import Fields, Place, is_empty
+from megaskip.data.refused import refuse_unread
+from megaskip.data.turns import (
+    CALLS,
+    Message,
+    calls_of,
+    content_of,
+    is_learnt,
+    make_turn,
+    require_clear_masks,
+    role_of,
+    tools_of,
+)
 from megaskip.errors import DataError
 
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-}
-"""Every role that data sets use -> the role that chat templates know."""
-
-_CALLS = ("function_call", "tool_call")
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
-    """One turn. The model learns it only when `train` is set, which only assistant turns can be."""
-
-    role: str
-    content: str
-    train: bool = False
-    tool_calls: tuple[dict[str, Any], ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that some chat templates read, passed on as they are, such as tool_call_id."""
+_SYSTEM = ("system", "system_prompt")
+"""Columns with the text of a system turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,68 +57,120 @@ def detect_format(row: Fields) -> str:
 
 
 def normalise(row: Fields, *, format_name: str) -> Sample:
-    """Turn one row of the named format into a Sample; a row of another shape is a DataError."""
-    return FORMATS[format_name][1](row)
+    """Turn one row of the named format into a Sample; a row of another shape is a DataError, and so
+    is one with fields that must not be ignored."""
+    sample = FORMATS[format_name][1](row)
+    refuse_unread(row, (sample.text, *(message.content for message in sample.messages)))
+    return sample
 
 
 def _alpaca(row: Fields) -> Sample:
-    asked = row.text("instruction")
-    extra = row.optional_text("input")
-    turns = [_turn("system", row.optional_text("system"))] if row.get("system") else []
-    for index, pair in enumerate(row.entries("history") if row.get("history") else []):
-        if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
-            row.wrong(f"history[{index}]", pair, "a pair of texts [asked, answered]")
-        turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
-    turns.append(_turn("user", f"{asked}\n\n{extra}" if extra.strip() else asked))
-    turns.append(_turn("assistant", row.text("output")))
-    return Sample(place=row.place, messages=tuple(turns))
-
-
-def _sharegpt(row: Fields) -> Sample:
-    turns = [_turn("system", row.optional_text("system"))] if row.get("system") else []
-    for turn in row.nested("conversations"):
-        name = turn.text("from")
-        role = _role(turn, "from", name)
-        if name.lower() in _CALLS:
-            calls = _calls(turn, "value")
-            turns.append(Message(role=role, content="", train=True, tool_calls=calls))
-        else:
-            turns.append(_turn(role, turn.text("value")))
-    return _chat(row, turns)
-
-
-def _messages(row: Fields) -> Sample:
-    turns = []
-    for turn in row.nested("messages"):
-        name = turn.text("role")
-        role = _role(turn, "role", name)
-        calls = _calls(turn, "content") if name.lower() in _CALLS else ()
-        calls = _calls(turn, "tool_calls") if turn.get("tool_calls") else calls
-        bare = turn.get("content") is None or name.lower() in _CALLS
-        turns.append(
-            Message(
-                role=role,
-                content="" if calls and bare else _content(turn),
-                train=_wants_loss(turn, role),
-                tool_calls=calls,
-                extra={k: turn.get(k) for k in _PASSED_ON if turn.get(k) is not None},
-            )
-        )
-    return _chat(row, turns)
+    asked, extra = row.text("instruction"), row.optional_text("input")
+    asked = f"{asked}\n\n{extra}" if extra.strip() else asked
+    return _question(row, asked, row.text("output"))
 
 
 def _prompt_completion(row: Fields) -> Sample:
-    turns = (_turn("user", row.text("prompt")), _turn("assistant", row.text("completion")))
-    return Sample(place=row.place, messages=turns, joinable=True)
+    sample = _question(row, row.text("prompt"), row.text("completion"))
+    # Without a chat template only a prompt and its completion can be joined.
+    return replace(sample, joinable=len(sample.messages) == 2 and not sample.tools)
 
 
 def _question_answer(row: Fields) -> Sample:
-    turns = (_turn("user", row.text("question")), _turn("assistant", row.text("answer")))
-    return Sample(place=row.place, messages=turns)
+    return _question(row, row.text("question"), row.text("answer"))
 
 
 def _plain(row: Fields) -> Sample:
     return Sample(place=row.place, text=row.text("text"))
+
+
+def _question(row: Fields, asked: str, answered: str) -> Sample:
+    """Return a question and its answer behind the earlier ones of a `history` column."""
+    turns = []
+    for index, pair in enumerate(row.entries("history") if row.get("history") else []):
+        if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
+            row.wrong(f"history[{index}]", pair, "a pair of texts [asked, answered]")
+        turns += [make_turn("user", pair[0]), make_turn("assistant", pair[1])]
+    turns += [make_turn("user", asked), make_turn("assistant", answered)]
+    return _chat(row, turns)
+
+
+def _sharegpt(row: Fields) -> Sample:
+    turns, roles, fields = [], [], row.nested("conversations")
+    for turn in fields:
+        role, is_call = role_of(turn, "from"), turn.text("from").lower() in CALLS
+        turns.append(
+            Message(
+                role=role,
+                content="" if is_call else content_of(turn, "value"),
+                train=is_learnt(turn, role),
+                tool_calls=calls_of(turn, "value") if is_call else (),
+            )
+        )
+        roles.append(role)
+    require_clear_masks(fields, roles)
+    return _chat(row, turns)
+
+
+def _messages(row: Fields) -> Sample:
+    turns, roles, fields = [], [], row.nested("messages")
+    for turn in fields:
+        role, is_call = role_of(turn, "role"), turn.text("role").lower() in CALLS
+        calls = calls_of(turn, "content") if is_call else ()
+        calls = calls_of(turn, "tool_calls") if turn.get("tool_calls") else calls
+        bare = turn.get("content") is None or is_call
+        turns.append(
+            Message(
+                role=role,
+                content="" if calls and bare else content_of(turn, "content"),
+                train=is_learnt(turn, role),
+                tool_calls=calls,
+                extra={k: turn.get(k) for k in _PASSED_ON if turn.get(k) is not None},
+            )
+        )
+        roles.append(role)
+    require_clear_masks(fields, roles)
+    return _chat(row, turns)
+
+
+def _chat(row: Fields, turns: list[Message]) -> Sample:
+    """Return turns with what the columns `system`, `system_prompt`, `context` and `tools` add."""
+    turns = _with_system(row, turns)
+    if turns[0].role == "assistant":
+        raise DataError(
+            f"{row.place}: the conversation begins with an assistant turn, which answers nothing; "
+            "expected a system or user turn first. Remove that turn"
+        )
+    turns = _with_context(row, turns)
+    return Sample(place=row.place, messages=tuple(turns), tools=tools_of(row))
+
+
+def _with_system(row: Fields, turns: list[Message]) -> list[Message]:
+    texts = [(key, row.optional_text(key)) for key in _SYSTEM if not is_empty(row.get(key))]
+    for key, text in texts:
+        if text != texts[0][1]:
+            row.wrong(key, text, f"the text of {texts[0][0]!r}, or only one of them")
+        if turns[0].role in ("system", "developer") and turns[0].content != text:
+            expected = f"the text of the {turns[0].role} turn, or only one of them"
+            row.wrong(key, text, expected)
+    if not texts or turns[0].role in ("system", "developer"):
+        return turns
+    return [make_turn("system", texts[0][1]), *turns]
+
+
+def _with_context(row: Fields, turns: list[Message]) -> list[Message]:
+    """Put the `context` column, a text or several, before the first question."""
+    value = row.get("context")
+    if is_empty(value):
+        return turns
+    texts = value if isinstance(value, list) else [row.text("context")]
+    if not all(isinstance(text, str) for text in texts):
+        row.wrong("context", value, "text, or a list of texts")
+    if "user" not in (roles := [turn.role for turn in turns]):
+        row.wrong("context", value, "no context, since no user turn asks about it")
+    first = roles.index("user")
+    content = "\n\n".join([*texts, turns[first].content])
+    return [*turns[:first], replace(turns[first], content=content), *turns[first + 1 :]]
 
 
 FORMATS: dict[str, tuple[frozenset[str], Callable[[Fields], Sample]]] = {
@@ -153,84 +186,3 @@ FORMATS: dict[str, tuple[frozenset[str], Callable[[Fields], Sample]]] = {
 
 def _all_keys() -> list[str]:
     return sorted({key for needed, _ in FORMATS.values() for key in needed})
-
-
-def _turn(role: str, content: str) -> Message:
-    return Message(role=role, content=content, train=role == "assistant")
-
-
-def _chat(row: Fields, turns: list[Message]) -> Sample:
-    if turns[0].role == "assistant":
-        raise DataError(
-            f"{row.place}: the conversation begins with an assistant turn, which answers nothing; "
-            "expected a system or user turn first. Remove that turn"
-        )
-    return Sample(place=row.place, messages=tuple(turns), tools=_tools(row))
-
-
-def _role(turn: Fields, key: str, name: str) -> str:
-    if name.lower() in ROLES:
-        return ROLES[name.lower()]
-    turn.wrong(key, name, f"one of {', '.join(ROLES)}{did_you_mean(name.lower(), ROLES)}")
-
-
-def _content(turn: Fields) -> str:
-    """Return the text of a turn: a string, or a list of parts {type: "text", text or value}."""
-    if not isinstance(turn.get("content"), list):
-        return turn.text("content")
-    texts = []
-    for item in turn.nested("content"):
-        if item.get("type") != "text":
-            item.wrong("type", item.get("type"), "'text' (megaskip trains on text only)")
-        texts.append(item.text("value" if item.get("text") is None else "text"))
-    return "".join(texts)
-
-
-def _wants_loss(turn: Fields, role: str) -> bool:
-    """Return whether the model learns this turn: assistant turns, unless their weight is 0."""
-    key = "weight" if turn.get("loss_weight") is None else "loss_weight"
-    weight = turn.get(key)
-    if weight is None:
-        return role == "assistant"
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
-        turn.wrong(key, weight, "a number from 0 (no loss on this turn) up")
-    if weight > 0 and role != "assistant":
-        turn.wrong(key, weight, f"0, since a {role} turn is never learnt, only assistant turns are")
-    return weight > 0
-
-
-def _calls(turn: Fields, key: str) -> tuple[dict[str, Any], ...]:
-    """Return tool calls as chat templates read them, from JSON text, one object or a list."""
-    value = turn.get(key)
-    parsed = _from_json(value) if isinstance(value, str) else value
-    calls = []
-    for call in parsed if isinstance(parsed, list) else [parsed]:
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            turn.wrong(key, value, 'a tool call {"name": ..., "arguments": {...}}')
-        arguments = inner.get("arguments", {})
-        if isinstance(arguments, str):
-            parsed_arguments = _from_json(arguments)
-            arguments = arguments if parsed_arguments is None else parsed_arguments
-        function = {"name": inner["name"], "arguments": arguments}
-        identity = {"id": call["id"]} if call.get("id") else {}
-        calls.append({**identity, "type": "function", "function": function})
-    return tuple(calls)
-
-
-def _tools(row: Fields) -> tuple[dict[str, Any], ...]:
-    value = row.get("tools")
-    if value is None or value == "":
-        return ()
-    tools = _from_json(value) if isinstance(value, str) else value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        row.wrong("tools", value, "a list of tools, as JSON or as text that holds JSON")
-    return tuple(t if "function" in t else {"type": "function", "function": t} for t in tools)
-
-
-def _from_json(text: str) -> Any:
-    """Return the parsed text, or None when it is not JSON: the caller says what it expected."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None

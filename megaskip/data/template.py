@@ -9,7 +9,8 @@ from typing import Any
 
 import jinja2
 
-from megaskip.data.formats import Message, Sample
+from megaskip.data.formats import Sample
+from megaskip.data.turns import Message
 from megaskip.errors import DataError
 from megaskip.log import get_logger
 

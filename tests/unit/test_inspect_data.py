@@ -222,15 +222,17 @@ def test_columns_that_no_format_reads_are_named_with_their_share(tmp_path: Path)
     rows = [chat(("user", "hello"), ("assistant", "fine")) for _ in range(4)]
     rows[0]["messages"][1]["loss"] = False
     rows[1]["system"] = "be short"
+    rows[2]["messages"][1]["rated"] = True
     for row in rows:
-        row |= {"id": 3, "tools": None}
+        row |= {"id": 3, "tools": None, "tags": []}
     config = make_config(write_lines(tmp_path / "a.jsonl", rows))
     report = inspection_of(config, fast_tokenizer()).reports[0]
-    assert report.used == {"messages", "messages[].role", "messages[].content"}
+    read = {"messages", "messages[].role", "messages[].content", "messages[].loss", "system"}
+    assert report.used == read
     ignored = {name: count for name, count in report.columns.items() if name not in report.used}
-    assert ignored == {"messages[].loss": 1, "system": 1, "id": 4}
+    assert ignored == {"messages[].rated": 1, "id": 4}
     text = "\n".join(source_lines(PLAIN, report, reader_of(config, fast_tokenizer())))
-    assert re.search(r"columns ignored +id 100%, (messages\[\]\.loss|system) 25%", text)
+    assert re.search(r"columns ignored +id 100%, messages\[\]\.rated 25%", text)
 
 
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
