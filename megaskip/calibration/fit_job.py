@@ -118,7 +118,7 @@ def _loader(config: RunConfig, source: ModelSource, topology: Topology) -> DataL
     loader = open_text(
         config.data,
         config.model,
-        source.folder,
+        source,
         prompt_tokens=config.router.prompt_tokens,
         micro_batch_size=config.optim.micro_batch_size,
         rank=topology.replica,

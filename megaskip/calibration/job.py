@@ -71,10 +71,11 @@ class CalibrationJob:
 
             prepare_deepspeed()
         self.config = _run_config(options, self._routers)
+        self._source = resolve_source(self.config.model)
         self._loader = open_text(
             self.config.data,
             self.config.model,
-            self._routers.base,
+            self._source,
             prompt_tokens=self._stored.prompt_tokens,
             micro_batch_size=options.micro_batch_size,
             rank=topology.rank,
@@ -93,8 +94,7 @@ class CalibrationJob:
         hidden = None if self._shows_progress else True
         total = len(capacities) * (1 + options.allocate)
         with tqdm(total=total, desc="calibrating", disable=hidden) as bar:
-            source = resolve_source(self.config.model)
-            engine = routed_engine(self.config, self._topology, source, self._routers.folder)
+            engine = routed_engine(self.config, self._topology, self._source, self._routers.folder)
             rows = loader.calibration(options.rows)
             result = calibrate_all(
                 engine,

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from megaskip.data.store import (
 )
 from megaskip.data.streaming import StreamingRows, count, take_held_out
 from megaskip.data.tokenize import SampleTokenizer
+from megaskip.data.vocabulary import has_unknown_tokens, require_known_token
 from megaskip.errors import DataError
 from megaskip.log import get_logger
 
@@ -165,20 +166,22 @@ def _is_dead(process: str) -> bool:
     return False
 
 
-def require_known_tokens(data: TokenizedData, vocabulary: int) -> None:
-    """Raise DataError for stored tokens that the model has no embedding for; nobody knows those of
-    a stream."""
+def for_vocabulary(data: TokenizedData, tokenizer: Any, vocabulary: int) -> TokenizedData:
+    """Return `data` without tokens that a model with an embedding of `vocabulary` rows lacks.
+
+    Raises DataError for stored and held-out rows that have one; the rows of a stream are checked as
+    they are read.
+    """
+    # Going through all tokens takes time, and where the tokenizer knows no more it is not needed.
+    if not has_unknown_tokens(tokenizer, vocabulary):
+        return data
     if isinstance(data.train, StoredRows):
         require_known_token(data.train.largest_token(), vocabulary)
-
-
-def require_known_token(largest: int, vocabulary: int) -> None:
-    """Raise DataError when `largest` is no row of an embedding of `vocabulary` rows."""
-    if largest >= vocabulary:
-        raise DataError(
-            f"--data: token {largest} is beyond the model's vocabulary of {vocabulary}; use the "
-            "tokenizer that belongs to the model (--tokenizer)"
-        )
+        return data
+    for row in data.held_out:
+        assert isinstance(row, Row)
+        require_known_token(int(row.input_ids.max()), vocabulary)
+    return replace(data, train=replace(data.train, vocabulary=vocabulary))
 
 
 def _write(

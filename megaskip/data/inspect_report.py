@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megaskip.config import DataConfig
-from megaskip.data.dataset import require_known_token
 from megaskip.data.inspect import ERRORS, InspectedRow, SampleOutcome
 from megaskip.data.plan import RowPlan, plan_rows
 from megaskip.data.row import Row
 from megaskip.data.source import Source
 from megaskip.data.stats import SourceStats, check_losses
 from megaskip.data.store import content_hash
+from megaskip.data.vocabulary import require_known_token
 from megaskip.errors import DataError
 
 EXAMPLES = 3

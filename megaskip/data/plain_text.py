@@ -4,6 +4,8 @@ a text, once, and nothing behind it. Knows no templates and no lengths."""
 from collections.abc import Sequence
 from typing import Any
 
+from megaskip.errors import DataError
+
 
 class PlainTextEncoder:
     """Encodes texts with one tokenizer, whichever special tokens that adds by itself."""
@@ -21,6 +23,22 @@ class PlainTextEncoder:
         """Return `ids` behind the start, unless they bring it themselves."""
         length = len(self.start)
         return list(ids) if tuple(ids[:length]) == self.start else [*self.start, *ids]
+
+    def split(self, text: str) -> tuple[list[int], list[int]]:
+        """Return (what the first token of a text is predicted from, the tokens of the text).
+
+        Where the tokenizer puts nothing in front of a text, that is its begin token, or its end
+        token where it has none (as in lm-eval). Raises DataError where it has neither.
+        """
+        ids = self.ids(text)
+        begin = list(self.start) or self._begin()
+        return begin, ids[len(begin) :] if ids[: len(begin)] == begin else ids
+
+    def _begin(self) -> list[int]:
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return [token]
+        raise DataError("the tokenizer has no token to begin a text with, neither bos nor eos")
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of the text alone. Special tokens that it spells out are special."""

@@ -12,6 +12,7 @@ from megaskip.data.source import Source
 from megaskip.data.stats import SourceStats, check_losses
 from megaskip.data.store import content_hash
 from megaskip.data.tokenize import SampleTokenizer
+from megaskip.data.vocabulary import require_known_token
 
 _FIRST_CHECK = 1000
 """Samples after which a stream that loses too much says so."""
@@ -34,6 +35,8 @@ class StreamingRows:
     """Content hashes of the held-out rows, which are left out wherever they turn up."""
     start: int = 0
     """Rows to pass over, as after a resume."""
+    vocabulary: int | None = None
+    """Rows of the model's embedding: a token beyond is an error. None where all are known."""
 
     def skip(self, rows: int) -> "StreamingRows":
         """Return the stream that begins `rows` rows later; those are tokenised and thrown away."""
@@ -61,7 +64,10 @@ class StreamingRows:
             counts[index].add(tokenised)
             if seen == _FIRST_CHECK:
                 check_losses(counts, seq_length=self.seq_length)
-            yield from tokenised.rows
+            for row in tokenised.rows:
+                if self.vocabulary is not None:
+                    require_known_token(int(row.input_ids.max()), self.vocabulary)
+                yield row
         if seen < _FIRST_CHECK:
             check_losses(counts, seq_length=self.seq_length)
 

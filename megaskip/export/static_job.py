@@ -173,11 +173,12 @@ def _measured(
     base = routers.base
     data, settings = read_as(options.source, options.text, base)
     prompt_tokens = read_router_config(routers.folder)[0].prompt_tokens
-    loader = open_text(data, settings, base, prompt_tokens=prompt_tokens)
+    source = source_in(source.folder, source.hf_config, settings)
+    loader = open_text(data, settings, source, prompt_tokens=prompt_tokens)
     batches = [batch for batch in loader.calibration(options.rows) if batch is not None]
     rows = sum(len(batch.input_ids) for batch in batches)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_whole(source_in(source.folder, source.hf_config, settings), device).eval()
+    model = load_whole(source, device).eval()
     shares = measure_capacity(model, load_routers(model, routers.folder), batches)
     return shares, f"{rows} rows of {', '.join(data.data)}"
 

@@ -12,11 +12,13 @@ from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config import DataConfig, ModelConfig
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.data import build_dataset
+from megaskip.data.dataset import for_vocabulary
 from megaskip.data.demo import with_demo
 from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
+from megaskip.data.vocabulary import padding_token
 from megaskip.errors import ConfigError
-from megaskip.parallel.loading.source import find_model_folder
+from megaskip.parallel.loading.source import ModelSource, find_model_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,22 +101,28 @@ def read_as(source: RouterSource, text: TextSource, base: Path) -> tuple[DataCon
 def open_text(
     data: DataConfig,
     model: ModelConfig,
-    base: Path,
+    source: ModelSource,
     *,
     prompt_tokens: int,
     micro_batch_size: int = 4,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Return the text to calibrate on, as training reads it; every rank gets its own rows."""
-    tokenizer = load_tokenizer(model.tokenizer or base, trust_remote_code=model.trust_remote_code)
+    """Return the text to calibrate on, as training reads it; every rank gets its own rows.
+
+    Raises DataError or ConfigError. No rank waits for another.
+    """
+    tokenizer = load_tokenizer(
+        model.tokenizer or source.folder, trust_remote_code=model.trust_remote_code
+    )
+    vocabulary = source.text_config.vocab_size
     return DataLoader(
-        data=build_dataset(with_demo(data), tokenizer),
+        data=for_vocabulary(build_dataset(with_demo(data), tokenizer), tokenizer, vocabulary),
         rank=rank,
         world_size=world_size,
         micro_batch_size=micro_batch_size,
         global_batch_size=micro_batch_size * world_size,
         seed=data.seed,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_token(tokenizer, vocabulary),
         prompt_tokens=prompt_tokens,
     )

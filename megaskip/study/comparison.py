@@ -19,8 +19,10 @@ from megaskip.calibration.threshold import calibrate_threshold
 from megaskip.checkpoint.routers import load_router_tensors, read_router_config
 from megaskip.config import RouterConfig, RunConfig, resolve_layers
 from megaskip.data import Batch, build_dataset
+from megaskip.data.dataset import for_vocabulary
 from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
+from megaskip.data.vocabulary import padding_token
 from megaskip.errors import ConfigError
 from megaskip.measures.costs import CostModel
 from megaskip.measures.paired import Difference, ratio_difference
@@ -69,7 +71,9 @@ class Comparison:
         self.layers = resolve_layers(config.router.layers, self.depth)
         self._costs = CostModel(self.model, self.routers)
         self._tokenizer = load_tokenizer(source.folder)
+        self._vocabulary = vocabulary = source.text_config.vocab_size
         data = build_dataset(config.data, self._tokenizer)
+        data = for_vocabulary(data, self._tokenizer, vocabulary)
         documents = spread_documents(data.held_out, config.data.held_out)
         data = dataclasses.replace(data, held_out=documents)
         loader = DataLoader(
@@ -79,7 +83,7 @@ class Comparison:
             micro_batch_size=_ROWS,
             global_batch_size=_ROWS,
             seed=config.data.seed,
-            pad_token_id=self._tokenizer.pad_token_id,
+            pad_token_id=padding_token(self._tokenizer, vocabulary),
             prompt_tokens=config.data.prompt_tokens,
         )
         self._calibration = self._here(loader.calibration(config.optim.calibration_rows))
@@ -96,8 +100,13 @@ class Comparison:
         """Measure minimal pairs, too: `limit` of every set in `folder`."""
         sets = read_pairs(folder, limit)
         texts = [text for pairs in sets.values() for pair in pairs for text in pair]
-        prompt = self._config.data.prompt_tokens
-        self._pairs = self._here(text_batches(texts, self._tokenizer, prompt_tokens=prompt))
+        batches = text_batches(
+            texts,
+            self._tokenizer,
+            prompt_tokens=self._config.data.prompt_tokens,
+            vocabulary=self._vocabulary,
+        )
+        self._pairs = self._here(batches)
 
     def add_continuations(self, count: int, tokens: int = 64) -> None:
         """Compare `count` greedy continuations of `tokens` tokens with the dense model's, too."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from megaskip.data import Batch
 from megaskip.data.collate import collate
+from megaskip.data.plain_text import PlainTextEncoder
 from megaskip.data.row import Row
+from megaskip.data.vocabulary import padding_token, require_known_token
 from megaskip.errors import DataError
 from megaskip.labels import IGNORED
 from megaskip.routing import RouterSet
@@ -81,21 +83,20 @@ def read_pairs(folder: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
 
 
 def text_batches(
-    texts: Sequence[str], tokenizer: Any, *, prompt_tokens: int, size: int = 64
+    texts: Sequence[str], tokenizer: Any, *, prompt_tokens: int, vocabulary: int, size: int = 64
 ) -> list[Batch]:
-    """Return texts as batches in which every token but the first is predicted.
+    """Return texts as batches in which every token of a text is predicted, the first from what
+    PlainTextEncoder.split begins it with.
 
-    The first is the tokenizer's begin token, or its end token where it has none (as in lm-eval);
-    raises DataError where it has neither.
+    `vocabulary` is the rows of the model's embedding; raises DataError for a token beyond it.
     """
-    begin = tokenizer.bos_token_id
-    begin = tokenizer.eos_token_id if begin is None else begin
-    if begin is None:
-        raise DataError("the tokenizer has no token to begin a text with, neither bos nor eos")
+    encoder, pad_token_id = PlainTextEncoder(tokenizer), padding_token(tokenizer, vocabulary)
     rows = []
     for text in texts:
-        ids = [begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        supervised = np.arange(len(ids)) > 0
+        begin, tokens = encoder.split(text)
+        ids = [*begin, *tokens]
+        require_known_token(max(ids), vocabulary, text=repr(text[:40]))
+        supervised = np.arange(len(ids)) >= len(begin)
         rows.append(
             Row(
                 input_ids=np.asarray(ids, dtype=np.int32),
@@ -105,9 +106,7 @@ def text_batches(
             )
         )
     return [
-        collate(
-            rows[i : i + size], pad_token_id=tokenizer.pad_token_id, prompt_tokens=prompt_tokens
-        )
+        collate(rows[i : i + size], pad_token_id=pad_token_id, prompt_tokens=prompt_tokens)
         for i in range(0, len(rows), size)
     ]
 

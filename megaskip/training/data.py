@@ -5,10 +5,11 @@ from pathlib import Path
 from megaskip.checkpoint.resume import read_state
 from megaskip.config import OptimConfig, RunConfig
 from megaskip.data import TokenizedData, build_dataset
-from megaskip.data.dataset import require_known_tokens
+from megaskip.data.dataset import for_vocabulary
 from megaskip.data.demo import with_demo
 from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
+from megaskip.data.vocabulary import padding_token
 from megaskip.errors import ConfigError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.source import ModelSource
@@ -31,12 +32,8 @@ def read_data(config: RunConfig, source: ModelSource) -> tuple[TokenizedData, in
         message = "--seq_length %d is more than the %d positions that the model was made for"
         logger.info(message, config.data.seq_length, longest)
     data = build_dataset(with_demo(config.data), tokenizer)
-    # Going through all tokens takes time, and where the tokenizer knows no more it is not needed.
-    if max(tokenizer.get_vocab().values(), default=0) >= model.vocab_size:
-        require_known_tokens(data, model.vocab_size)
-    # Padding is masked everywhere, so any token does.
-    is_known = tokenizer.pad_token_id < model.vocab_size
-    return data, tokenizer.pad_token_id if is_known else 0
+    data = for_vocabulary(data, tokenizer, model.vocab_size)
+    return data, padding_token(tokenizer, model.vocab_size)
 
 
 def make_loader(

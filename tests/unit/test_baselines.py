@@ -5,16 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_samples import fast_tokenizer
 from families import tiny_model
 from routed_models import VOCABULARY
 
 from megaskip import RouterConfig, attach_routers
 from megaskip.calibration.similarity import UpdateSimilarity, update_similarity
 from megaskip.data import Batch
-from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import DataError
 from megaskip.measures.paired import ratio_difference
-from megaskip.parallel.loading.source import DEMO_FOLDER
 from megaskip.study.baselines import (
     random_order,
     skipping,
@@ -132,16 +131,18 @@ def test_an_interval_covers_a_difference_that_is_there() -> None:
 
 
 def test_texts_begin_with_the_end_token_where_there_is_no_other() -> None:
-    tokenizer = load_tokenizer(DEMO_FOLDER / "backbone")
-    (usual,) = text_batches(["abc"], tokenizer, prompt_tokens=1)
+    tokenizer = fast_tokenizer(bos=False)
+    (usual,) = text_batches(["abc"], tokenizer, prompt_tokens=1, vocabulary=340)
     begin, end, tokenizer.bos_token = tokenizer.bos_token_id, tokenizer.eos_token_id, None
-    (batch,) = text_batches(["abc"], tokenizer, prompt_tokens=1)
+    (batch,) = text_batches(["abc"], tokenizer, prompt_tokens=1, vocabulary=340)
     assert begin != end
     assert usual.input_ids.tolist()[0] == [begin, *batch.input_ids.tolist()[0][1:]]
     assert batch.input_ids[0, 0] == end
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="neither bos nor eos"):
-        text_batches(["abc"], tokenizer, prompt_tokens=1)
+        text_batches(["abc"], tokenizer, prompt_tokens=1, vocabulary=340)
+    with pytest.raises(DataError, match="'abc': token .* is beyond the model's vocabulary of 5"):
+        text_batches(["abc"], fast_tokenizer(), prompt_tokens=1, vocabulary=5)
 
 
 def test_a_line_that_is_no_pair_is_named(tmp_path: Path) -> None:

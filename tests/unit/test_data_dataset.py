@@ -17,8 +17,9 @@ from data_samples import CHATML, MARKED, fast_tokenizer, questions, slow_tokeniz
 from megaskip.config import DataConfig
 from megaskip.data import PackedRow, Row, StreamingRows, TokenizedData, build_dataset
 from megaskip.data.corpus import Job, tokenise_all
-from megaskip.data.dataset import require_known_tokens
+from megaskip.data.dataset import for_vocabulary
 from megaskip.data.tokenize import SampleTokenizer, Tokenised
+from megaskip.data.vocabulary import padding_token
 from megaskip.errors import DataError
 
 TOKENISE = "megaskip.data.dataset.tokenise_all"
@@ -330,9 +331,22 @@ def test_data_that_cannot_be_read_are_not_blamed_on_the_cache(
         build_dataset(config, fast_tokenizer())
 
 
-def test_tokens_beyond_the_vocabulary_are_refused(config: DataConfig) -> None:
-    data = build_dataset(config, fast_tokenizer())
+@pytest.mark.parametrize("change", [{}, {"streaming": True}, {"streaming": True, "held_out": 0}])
+def test_tokens_beyond_the_vocabulary_are_refused(
+    config: DataConfig, change: dict[str, Any]
+) -> None:
+    tokenizer = fast_tokenizer()
+    data = build_dataset(changed(config, **change), tokenizer)
     largest = max(token for row in ids(data.train) + ids(data.held_out) for token in row)
-    require_known_tokens(data, largest + 1)
+    known = for_vocabulary(data, tokenizer, largest + 1)
+    assert ids(known.train) == ids(data.train)
     with pytest.raises(DataError, match=f"token {largest} is beyond the model's vocabulary"):
-        require_known_tokens(data, largest)
+        ids(for_vocabulary(data, tokenizer, largest).train)
+
+
+def test_padding_that_the_model_does_not_know_is_another_token() -> None:
+    tokenizer = fast_tokenizer()
+    assert padding_token(tokenizer, 340) == tokenizer.pad_token_id
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 340
+    assert padding_token(tokenizer, 340) == 0
