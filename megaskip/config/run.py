@@ -44,12 +44,13 @@ class DataConfig(Checked):
     """What the routers learn from."""
 
     data: tuple[str, ...] = option((DEMO,), metavar="PATH[:weight]")
-    """Training data, PATH[:weight], repeatable: .json, .jsonl, .parquet, .txt, a folder of them, or
-    a hub name; alpaca, sharegpt, messages, prompt/completion, question/answer or plain text. "demo"
-    ships with megaskip."""
+    """Training data, PATH[:weight], repeatable: .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow
+    files, compressed or not, a folder of them or of Dataset.save_to_disk, a pattern, or a hub name;
+    alpaca, sharegpt, messages, prompt/completion, question/answer or plain text. Of a folder the
+    training split is read. "demo" ships with megaskip."""
     eval_data: tuple[str, ...] = option((), metavar="PATH[:weight]")
-    """Held-out data, like --data; without it --held_out samples are carved off the training
-    data."""
+    """Held-out data, like --data, but of a folder the held-out splits are read; without it
+    --held_out samples are carved off the training data."""
     held_out: int = 512
     """Samples carved off for the held-out loss (at most a fifth of the data)."""
     seq_length: int = 512

@@ -90,7 +90,9 @@ def find_sources(config: DataConfig) -> tuple[tuple[Source, ...], tuple[Source, 
     """Return the sources of --data and of --eval_data; raises DataError for one that is not
     there."""
     train = tuple(find_source(entry, streaming=config.streaming) for entry in config.data)
-    held_out = tuple(find_source(entry, streaming=config.streaming) for entry in config.eval_data)
+    held_out = tuple(
+        find_source(entry, streaming=config.streaming, held_out=True) for entry in config.eval_data
+    )
     for source in held_out:
         if source.weight != 1:
             raise DataError(f"--eval_data {source.name}: held-out data take no weight; remove it")

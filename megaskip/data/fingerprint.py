@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megaskip.config import DataConfig
@@ -53,16 +54,21 @@ def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
 def _content(source: Source) -> list[str]:
     if source.files:
-        hashes = []
-        for path in source.files:
-            try:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-            hashes.append(f"{path.name}:{digest}")
-        return hashes
+        return [f"{path.name}:{_digest(file)}" for path in source.files for file in _inside(path)]
     if source.streaming:
         return [source.name]
     # The cached files' paths carry the data set's revision.
     return [source.name, *(entry["filename"] for entry in load_hub(source).cache_files)]
+
+
+def _inside(path: Path) -> list[Path]:
+    """Return a file, or the files of a saved data set."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None

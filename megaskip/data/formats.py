@@ -1,6 +1,6 @@
 """Rows of the known data formats, turned into one normal form. Knows no files or tokenizers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,12 +37,15 @@ class Sample:
     """A prompt and its completion, which without a chat template are simply joined."""
 
 
+def fits_format(fields: Mapping[str, Any]) -> bool:
+    """Return whether an object has the keys of a format, so that it is a row."""
+    return bool(_format_of(fields))
+
+
 def detect_format(row: Fields) -> str:
     """Return the name of the format whose keys a row has. Keys of any case count."""
-    keys = {key.lower() for key in row.raw}
-    for name, (needed, _) in FORMATS.items():
-        if needed <= keys:
-            return name
+    if name := _format_of(row.raw):
+        return name
     known = "; ".join(f"{name} ({', '.join(sorted(FORMATS[name][0]))})" for name in FORMATS)
     hints = [
         f"did you mean {near!r} instead of {key!r}?"
@@ -182,6 +185,11 @@ FORMATS: dict[str, tuple[frozenset[str], Callable[[Fields], Sample]]] = {
     "plain text": (frozenset({"text"}), _plain),
 }
 """Format name -> the keys that tell it (the first match wins) and its reader."""
+
+
+def _format_of(fields: Mapping[str, Any]) -> str:
+    keys = {key.lower() for key in fields}
+    return next((name for name, (needed, _) in FORMATS.items() if needed <= keys), "")
 
 
 def _all_keys() -> list[str]:

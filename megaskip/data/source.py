@@ -1,27 +1,26 @@
-"""Where rows come from: files, folders and the hub, each row with its place. Knows no formats."""
+"""Where rows come from: files, folders, patterns and the hub. Knows no formats."""
 
-import json
+import glob
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megaskip.config.checks import closest
-from megaskip.data.fields import Place
+from megaskip.data.folder import Choice, LeftOut, choose_by_pattern, choose_in_folder
+from megaskip.data.readers import (
+    RawRow,
+    ReadRow,
+    first_line,
+    is_readable,
+    known_kinds,
+    number_rows,
+    read_path,
+)
 from megaskip.errors import DataError
 from megaskip.extras import extra
-
-SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
-TEXT_PIECE = 100_000
-"""Characters of a .txt file that are tokenised at once: bounds the memory, not the meaning."""
-
-RawRow = tuple[Place, Mapping[str, Any]]
-
-ReadRow = tuple[Place, Mapping[str, Any] | DataError]
-"""A row, or why it cannot be read; the rows behind an unreadable one may still be good."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
@@ -36,22 +35,27 @@ class Source:
     weight: float
     """Epochs multiplier: 2.5 shows each row twice and half of them three times; 0.3 is a sample."""
     files: tuple[Path, ...] = ()
-    """Local files in reading order; empty for a hub data set."""
+    """Local files, and folders of Dataset.save_to_disk, in reading order; empty for a hub data
+    set."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What is in the folder, or fits the pattern, and is not read."""
     streaming: bool = False
     """Read a hub data set without downloading it first."""
 
 
-def find_source(entry: str, *, streaming: bool = False) -> Source:
-    """Resolve `PATH[:weight]`; the tail is a weight if it is a number and no such file exists."""
+def find_source(entry: str, *, streaming: bool = False, held_out: bool = False) -> Source:
+    """Resolve `PATH[:weight]`; the tail is a weight if it is a number and no such file exists.
+
+    A path that exists is taken as it is, brackets and all; else * ? [...] make it a pattern.
+    `held_out` reads the held-out splits of a folder instead of its training split.
+    """
     name, weight = _split_weight(entry)
-    path = Path(name).expanduser()
-    if path.is_file():
-        return Source(name=name, weight=weight, files=(_known_kind(path),))
-    if path.is_dir():
-        return Source(name=name, weight=weight, files=_files_in(path))
+    choice = _find_files(name, held_out=held_out)
+    if choice is not None:
+        return Source(name=name, weight=weight, files=choice.files, left_out=choice.left_out)
     if _looks_like_hub(name):
         return Source(name=name, weight=weight, streaming=streaming)
-    raise DataError(f"data {name!r}: no such file or folder{_nearby(path)}")
+    raise DataError(f"data {name!r}: no such file or folder{_nearby(Path(name).expanduser())}")
 
 
 def read_rows(source: Source) -> Iterator[RawRow]:
@@ -67,22 +71,17 @@ def read_every_row(source: Source) -> Iterator[ReadRow]:
     if not source.files:
         yield from _read_hub(source)
     for path in source.files:
-        try:
-            yield from _READERS[path.suffix.lower()](path)
-        except DataError as error:
-            yield Place(file=str(path)), error
-        except OSError as error:
-            reason = f"{path}: cannot be read ({error.strerror or error})"
-            yield Place(file=str(path)), DataError(reason)
+        yield from read_path(path)
 
 
-def files_left_out(source: Source) -> list[str]:
-    """Return the files in the folder of a source that are not read; nothing for other sources."""
-    folder = Path(source.name).expanduser()
-    if not source.files or not folder.is_dir():
-        return []
-    inside = {path for path in folder.rglob("*") if path.is_file()} - set(source.files)
-    return sorted(str(path.relative_to(folder)) for path in inside)
+def _find_files(name: str, *, held_out: bool) -> Choice | None:
+    """Return the files that a name stands for; None where there are none."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return Choice(files=(_known_kind(path),))
+    if path.is_dir():
+        return choose_in_folder(path, held_out=held_out)
+    return choose_by_pattern(str(path), held_out=held_out) if glob.has_magic(name) else None
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -96,24 +95,16 @@ def _split_weight(entry: str) -> tuple[str, float]:
 
 
 def _known_kind(path: Path) -> Path:
-    if path.suffix.lower() in SUFFIXES:
+    if is_readable(path):
         return path
     raise DataError(
-        f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(SUFFIXES)}. "
+        f"{path}: unknown kind of file {path.suffix!r}; expected one of {known_kinds()}. "
         "Convert or unpack it"
     )
 
 
-def _files_in(folder: Path) -> tuple[Path, ...]:
-    inside = sorted(folder.rglob("*"))
-    files = tuple(p for p in inside if p.is_file() and p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise DataError(f"{folder}: the folder holds no file that ends in {', '.join(SUFFIXES)}")
-    return files
-
-
 def _looks_like_hub(name: str) -> bool:
-    if not _HUB_NAME.fullmatch(name) or name[0] in "./" or name.lower().endswith(SUFFIXES):
+    if not _HUB_NAME.fullmatch(name) or name[0] in "./" or is_readable(Path(name)):
         return False
     return not Path(name.split("/")[0]).exists()
 
@@ -124,7 +115,7 @@ def _nearby(path: Path) -> str:
     if not folder.is_dir():
         existing = next(p for p in folder.parents if p.is_dir())
         return f"; the folder {folder} does not exist (but {existing.resolve()} does)"
-    names = [p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() in SUFFIXES]
+    names = [p.name for p in folder.iterdir() if p.is_dir() or is_readable(p)]
     near = closest(path.name, names, cutoff=0.6)
     if near is not None:
         return f"; did you mean {str(folder / near)!r}?"
@@ -132,91 +123,9 @@ def _nearby(path: Path) -> str:
     return f" in {folder.resolve()}, which holds {shown}"
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}). Convert the file to UTF-8") from error
-
-
-def _read_json(path: Path) -> Iterator[ReadRow]:
-    """Read a .json file, which holds an array of rows or one row per line."""
-    text = _read_text(path)
-    if not text.lstrip().startswith("["):
-        yield from _read_json_lines(path)
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _bad_json(path, error.lineno, error) from error
-    for number, row in enumerate(rows, start=1):
-        place = Place(file=str(path), number=number, unit="row")
-        yield place, _checked_row(row, place)
-
-
-def _read_json_lines(path: Path) -> Iterator[ReadRow]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            place = Place(file=str(path), number=number)
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if line := line.rstrip():  # the column of an error counts from this line's start
-                    yield place, _checked_row(json.loads(line), place)
-            except UnicodeDecodeError as error:
-                yield place, DataError(f"{place}: not UTF-8 text ({error}). Convert it")
-            except json.JSONDecodeError as error:
-                yield place, _bad_json(path, number, error)
-
-
-def _bad_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{path}, line {line}, column {error.colno}: not valid JSON ({error.msg})")
-
-
-def _checked_row(row: Any, place: Place) -> Mapping[str, Any] | DataError:
-    if isinstance(row, Mapping):
-        return row
-    return DataError(f"{place}: expected an object {{...}}, found {json.dumps(row)[:60]}")
-
-
-def _read_plain(path: Path) -> Iterator[ReadRow]:
-    """Cut a text file into documents of up to TEXT_PIECE characters, best at empty lines."""
-    text = _read_text(path)
-    start, line = 0, 1
-    while start < len(text):
-        end = _end_of_piece(text, start)
-        piece = text[start:end]
-        if piece.strip():
-            yield Place(file=str(path), number=line), {"text": piece}
-        start, line = end, line + piece.count("\n")
-
-
-def _end_of_piece(text: str, start: int) -> int:
-    limit = start + TEXT_PIECE
-    if limit >= len(text):
-        return len(text)
-    for border in ("\n\n", "\n", " "):
-        if (position := text.rfind(border, start + TEXT_PIECE // 2, limit)) >= 0:
-            return position + len(border)
-    return limit
-
-
-def _read_parquet(path: Path) -> Iterator[ReadRow]:
-    with extra("train"):
-        import datasets
-
-    # streaming=True reads the file itself; False would first copy it into the datasets cache.
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield Place(file=str(path), number=number, unit="row"), row
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
-
-
 def _read_hub(source: Source) -> Iterator[ReadRow]:
     rows = load_hub(source)
-    for number, row in enumerate(rows, start=1):
-        yield Place(file=source.name, number=number, unit="row"), row
+    yield from number_rows(rows if source.streaming else rows.to_iterable_dataset(), source.name)
 
 
 def load_hub(source: Source) -> Any:
@@ -233,17 +142,5 @@ def load_hub(source: Source) -> Any:
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"data {source.name!r}: no such local file, and the hub did not give its train split "
-            f"({_first_line(error)}). Check the name, or download it and pass the files"
+            f"({first_line(error)}). Check the name, or download it and pass the files"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(islice(str(error).splitlines(), 1), type(error).__name__)
-
-
-_READERS = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
-    ".txt": _read_plain,
-}

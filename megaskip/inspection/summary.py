@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megaskip.data.folder import summarise
 from megaskip.data.inspect import ERRORS
 from megaskip.data.inspect_report import Inspection, RowFates, SourceReport
 from megaskip.data.row_text import RowReader
-from megaskip.data.source import files_left_out
 from megaskip.inspection.view import View, escape, token_text
 
 _RED, _YELLOW, _BOLD = "31", "33", "1"
@@ -41,16 +41,16 @@ def source_lines(view: View, report: SourceReport, reader: RowReader) -> Iterato
 
 def _files(view: View, report: SourceReport) -> Iterator[str]:
     folder = Path(report.source.name).expanduser()
-    if not folder.is_dir():
-        return
-    files = [
-        f"{Path(name).relative_to(folder)} ({count:,} rows)"
-        for name, count in report.rows_by_file.items()
-    ]
-    yield _line("files read", escape(_listed(files)))
-    left_out = files_left_out(report.source)
-    if left_out:
-        yield _line("files left out", view.paint(escape(_listed(left_out)), _YELLOW))
+    if report.source.files and report.source.files != (folder,):
+        files = [
+            f"{path.relative_to(folder) if folder.is_dir() else path} "
+            f"({report.rows_by_file[str(path)]:,} rows)"
+            for path in report.source.files
+        ]
+        yield _line("files read", escape(_listed(files)))
+    if report.source.left_out:
+        left_out = escape(summarise(report.source.left_out, shown=_LISTED))
+        yield _line("files left out", view.paint(left_out, _YELLOW))
 
 
 def _columns(view: View, report: SourceReport) -> Iterator[str]:

@@ -1,14 +1,22 @@
 """Files of every kind give rows with their place, and a bad entry says what to change."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 from data_samples import write_lines
 
 from megaskip.data.corpus import read_samples
-from megaskip.data.source import TEXT_PIECE, find_source, read_rows
+from megaskip.data.readers import TEXT_PIECE
+from megaskip.data.source import find_source, read_rows
 from megaskip.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "two"}]
@@ -38,6 +46,130 @@ def test_json_may_be_an_array_or_lines(tmp_path: Path) -> None:
 def test_parquet_rows_are_read(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
     assert texts(tmp_path / "a.parquet") == ["one", "two"]
+
+
+def questions_of(entry: Path | str) -> list[tuple[str, str]]:
+    rows = [fields for _, fields in read_rows(find_source(str(entry)))]
+    return [(row["question"], row["answer"]) for row in rows]
+
+
+TABLE = [{"question": 'say "a",\nor b', "answer": "NA"}, {"question": "2", "answer": "007"}]
+LINES = "".join(json.dumps(row) + "\n" for row in TABLE).encode()
+
+
+def table(delimiter: str) -> bytes:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, ["question", "answer"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(TABLE)
+    return file.getvalue().encode()
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("a.ndjson", LINES),
+        ("a.JSON", json.dumps(TABLE).encode()),
+        ("a.csv", table(",")),
+        ("a.tsv", b"\xef\xbb\xbf" + table("\t")),
+    ],
+)
+def test_rows_are_the_same_in_every_kind_of_file_compressed_or_not(
+    tmp_path: Path, name: str, content: bytes, compression: str
+) -> None:
+    path = tmp_path / f"{name}{compression}"
+    path.write_bytes(COMPRESSIONS[compression](content))
+    assert questions_of(path) == [(row["question"], row["answer"]) for row in TABLE]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+def test_damaged_compressed_file_is_named(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / f"a.jsonl{compression}"
+    content = b"".join(json.dumps({"text": str(i) * 9}).encode() + b"\n" for i in range(99))
+    path.write_bytes(COMPRESSIONS[compression](content)[:-8])
+    with pytest.raises(DataError, match=rf"a\.jsonl{compression}: (the compressed|cannot be read)"):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,b\none,2\none,two,3\n", r"line 3: 3 cells, but 2 columns in the first line"),
+        ("text,b\none\n", r"line 2: 1 cells, but 2 columns"),
+        ('text,b\n"one" more,2\n', r"line 2: not a row of a table .* in quotes"),
+        ("text,text\none,2\n", r"line 1: two columns have the same name: \['text', 'text'\]"),
+    ],
+)
+def test_bad_table_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_object_that_holds_one_list_of_rows_gives_them_all_that_stands_beside_it(
+    tmp_path: Path, indent: int | None
+) -> None:
+    value = {"version": "1", "data": [*TABLE, {**TABLE[0], "version": "2"}]}
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
+    rows = [row for _, row in read_rows(find_source(str(tmp_path / "a.json")))]
+    assert rows == [{**TABLE[0], "version": "1"}, {**TABLE[1], "version": "1"}, value["data"][2]]
+
+
+def test_json_object_with_several_lists_is_refused_and_one_row_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"train": TABLE, "test": TABLE}, indent=1))
+    with pytest.raises(DataError, match=r"lists of rows under 'train' and 'test'; expected one"):
+        texts(tmp_path / "a.json")
+    row = {"messages": [{"role": "user", "content": "Q"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=1))
+    assert [fields for _, fields in read_rows(find_source(str(tmp_path / "a.json")))] == [row]
+    (tmp_path / "a.json").write_text('{\n "data": [\n  {"text": oops}\n ]\n}')
+    with pytest.raises(DataError, match=r"a\.json, line 3, column 12: not valid JSON"):
+        texts(tmp_path / "a.json")
+
+
+def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    (tmp_path / "a.parquet").write_text(pointer)
+    with pytest.raises(DataError, match=r"a\.parquet: a Git LFS pointer.* Run git lfs pull"):
+        texts(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["run [a1]", "x*y?", "a{b,c}", "[!a]"])
+def test_characters_of_patterns_in_a_path_that_exists_are_literal(
+    tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(str(folder / "saved"))
+    data.to_parquet(str(folder / "t[1].parquet"))
+    write_lines(folder / "u[1].jsonl", ROWS)
+    for path in ("saved", "t[1].parquet", "u[1].jsonl", f"saved/{arrow_file(folder / 'saved')}"):
+        assert texts(folder / path) == ["one", "two"]
+    assert texts(folder) == ["one", "two"] * 3
+
+
+def arrow_file(folder: Path) -> str:
+    return next(path.name for path in folder.iterdir() if path.suffix == ".arrow")
+
+
+def test_media_in_columns_are_not_opened(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "pic": datasets.Image()})
+    rows = {"text": ["a"], "pic": [{"bytes": b"no picture", "path": "a.png"}]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(DataError, match=r"row 1: field 'pic' is the object .* no media"):
+        list(read_samples(find_source(str(tmp_path / "a.parquet"))))
 
 
 def test_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
@@ -129,10 +261,10 @@ def test_missing_file_lists_the_folder_when_nothing_is_near(tmp_path: Path) -> N
 
 
 def test_unknown_suffix_and_empty_folder_are_errors(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"unknown kind of file '\.csv'; expected one of \.json"):
-        find_source(str(tmp_path / "a.csv"))
-    with pytest.raises(DataError, match="the folder holds no file that ends in"):
+    (tmp_path / "a.zip").write_text("x")
+    with pytest.raises(DataError, match=r"unknown kind of file '\.zip'; expected one of \.json"):
+        find_source(str(tmp_path / "a.zip"))
+    with pytest.raises(DataError, match=r"nothing to train on \(not a kind .* read: a\.zip\)"):
         find_source(str(tmp_path))
 
 

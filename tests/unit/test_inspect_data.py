@@ -238,10 +238,14 @@ def test_columns_that_no_format_reads_are_named_with_their_share(tmp_path: Path)
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", questions(2))
     (tmp_path / "b.csv").write_text("question,answer\n")
+    (tmp_path / "c.md").write_text("# Notes")
+    write_lines(tmp_path / "test.jsonl", questions(3))
     config = make_config(str(tmp_path))
     report = inspection_of(config, fast_tokenizer()).reports[0]
     text = "\n".join(source_lines(PLAIN, report, reader_of(config, fast_tokenizer())))
-    assert "a.jsonl (2 rows)" in text and re.search(r"files left out +b\.csv", text)
+    assert "a.jsonl (2 rows), b.csv (0 rows)" in text
+    left_out = r"files left out +not a kind of file that is read: c\.md; test split: test\.jsonl"
+    assert re.search(left_out, text)
 
 
 @pytest.mark.parametrize(

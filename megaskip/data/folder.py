@@ -1,0 +1,175 @@
+"""Which files of a folder or a pattern are read, and why others are not. Reads none of them."""
+
+import glob
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaskip.data.readers import is_readable, is_saved_dataset, kind_of, known_kinds
+from megaskip.errors import DataError
+
+HIDDEN = "hidden"
+METADATA = "describes the data"
+UNKNOWN = "not a kind of file that is read"
+LINK = "a link to a folder, or to nothing"
+COPY = "a compressed copy of a file beside it"
+TRAINING = "kept for training"
+
+# The words by which the datasets library tells splits in a folder.
+_TRAINING_WORDS = {"train", "training"}
+_HELD_OUT_WORDS = {
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+_WORDS = re.compile(r"[-._ 0-9]+")
+_METADATA = {
+    "config.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "state.json",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """A file, or a whole folder, that is not read."""
+
+    name: str
+    """Below the folder that was given."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What is read of a folder or a pattern, and what is not."""
+
+    files: tuple[Path, ...] = ()
+    """In reading order: files, and folders of Dataset.save_to_disk."""
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def choose_in_folder(folder: Path, *, held_out: bool) -> Choice:
+    """Return what is read of a folder: its training split, or for held-out data the others.
+
+    Splits are told by the names of files and of folders below it; files without such a name are
+    of the training split, and are held-out data where no file has one. Raises DataError when
+    nothing is left to read.
+    """
+    if is_saved_dataset(folder):
+        return Choice(files=(folder,))
+    choice = _choose(folder, [folder], by_split=True, held_out=held_out)
+    if choice.files:
+        return choice
+    reasons = summarise(choice.left_out)
+    raise DataError(
+        f"{folder}: the folder holds nothing to {'evaluate' if held_out else 'train'} on"
+        f"{' (' + reasons + ')' if reasons else ''}; expected files that end in {known_kinds()}. "
+        "To read a file that is left out, give its own path"
+    )
+
+
+def choose_by_pattern(pattern: str, *, held_out: bool) -> Choice | None:
+    """Return what is read of the files that fit a pattern such as data/*.jsonl; None where there
+    are none. A pattern that names a split reads it, whatever it is."""
+    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    parts = Path(pattern).parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    by_split = not any(_split_of(part) is not None for part in parts[fixed:])
+    choice = _choose(Path(*parts[:fixed]), paths, by_split=by_split, held_out=held_out)
+    return choice if choice.files else None
+
+
+def summarise(left_out: Sequence[LeftOut], *, shown: int = 3) -> str:
+    """Return what is left out as one line: for each reason the first names and how many more."""
+    by_reason: dict[str, list[str]] = {}
+    for item in left_out:
+        by_reason.setdefault(item.reason, []).append(item.name)
+    return "; ".join(
+        f"{reason}: {', '.join(names[:shown])}"
+        + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+        for reason, names in by_reason.items()
+    )
+
+
+def _choose(root: Path, paths: Iterable[Path], *, by_split: bool, held_out: bool) -> Choice:
+    """Return what is read of files and folders that are below `root`."""
+    reasons: dict[Path, str] = {}
+    for path in paths:
+        reasons |= dict(_walk(path)) if path.is_dir() else {path: _reason(path)}
+    for path in [path for path, reason in reasons.items() if not reason]:
+        uncompressed = path.with_suffix("")
+        if kind_of(path.name) != path.suffix.lower() and reasons.get(uncompressed) == "":
+            reasons[path] = COPY
+    if by_split:
+        reasons |= _other_split(root, [p for p in reasons if not reasons[p]], held_out=held_out)
+    return Choice(
+        files=tuple(sorted(path for path, reason in reasons.items() if not reason)),
+        left_out=tuple(
+            LeftOut(name=str(path.relative_to(root)), reason=reasons[path])
+            for path in sorted(reasons)
+            if reasons[path]
+        ),
+    )
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield what is in a folder at any depth, and why it is not read; "" where it may be. A folder
+    of Dataset.save_to_disk, and one that is left out, counts as one file."""
+    if is_saved_dataset(folder):
+        yield folder, ""
+        return
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from None
+    for path in entries:
+        is_plain_folder = path.is_dir() and not path.is_symlink()
+        if is_plain_folder and not _is_hidden(path):
+            yield from _walk(path)
+        else:
+            yield path, _reason(path)
+
+
+def _reason(path: Path) -> str:
+    """Return why a file or folder is not read, whatever its split; "" where it may be."""
+    if _is_hidden(path):
+        return HIDDEN
+    if not path.is_file():
+        return LINK
+    if path.name in _METADATA:
+        return METADATA
+    return "" if is_readable(path) else UNKNOWN
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a name is one of editors', version control's or another tool's own files."""
+    return path.name.startswith((".", "__")) or path.name == "_temporary"
+
+
+def _other_split(root: Path, paths: Sequence[Path], *, held_out: bool) -> dict[Path, str]:
+    """Return the files whose names say that they are not of the wanted split, and the reason."""
+    splits = {}
+    for path in paths:
+        names = [_split_of(part) for part in path.relative_to(root).parts]
+        splits[path] = next((split for split in names if split is not None), None)
+    if not held_out:
+        return {path: f"{split} split" for path, split in splits.items() if split is not None}
+    if not any(splits.values()):
+        return {}
+    return {path: TRAINING for path, split in splits.items() if split is None}
+
+
+def _split_of(name: str) -> str | None:
+    """Return the held-out split that the name of a file or folder tells, if it does."""
+    words = _WORDS.split(name.lower())
+    if _TRAINING_WORDS & set(words):
+        return None
+    return next((_HELD_OUT_WORDS[word] for word in words if word in _HELD_OUT_WORDS), None)
