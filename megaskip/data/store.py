@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megaskip.data.columns import ColumnCounts
 from megaskip.data.row import PackedRow, Row
 from megaskip.data.stats import DataStats, SourceStats
 from megaskip.errors import DataError
@@ -159,7 +160,10 @@ def open_store(folder: Path) -> tuple[StoredRows, StoredRows, DataStats]:
         kind = _TYPES[path.stem]
         # numpy cannot map an empty file.
         columns[path.stem] = np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, kind)
-    sources = tuple(SourceStats(**source) for source in meta["stats"].pop("sources"))
+    sources = tuple(
+        SourceStats(columns=ColumnCounts(**source.pop("columns")), **source)
+        for source in meta["stats"].pop("sources")
+    )
     train = StoredRows(columns, columns["train"], columns.get("train_starts"))
     held_out = StoredRows(columns, columns["held_out"], None)
     return train, held_out, DataStats(sources=sources, **meta["stats"])

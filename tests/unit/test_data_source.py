@@ -14,6 +14,7 @@ import pyarrow
 import pytest
 from data_samples import write_lines
 
+from megaskip.data.columns import ColumnCounts
 from megaskip.data.corpus import read_samples
 from megaskip.data.readers import TEXT_PIECE
 from megaskip.data.source import find_source, read_rows
@@ -169,7 +170,7 @@ def test_media_in_columns_are_not_opened(tmp_path: Path) -> None:
     rows = {"text": ["a"], "pic": [{"bytes": b"no picture", "path": "a.png"}]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(DataError, match=r"row 1: field 'pic' is the object .* no media"):
-        list(read_samples(find_source(str(tmp_path / "a.parquet"))))
+        list(read_samples(find_source(str(tmp_path / "a.parquet")), ColumnCounts()))
 
 
 def test_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_text_file_is_cut_at_empty_lines_and_loses_nothing(tmp_path: Path) -> No
 def test_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "file.jsonl").write_text(content)
     with pytest.raises(DataError) as error:
-        list(read_samples(find_source(str(tmp_path / "file.jsonl"))))
+        list(read_samples(find_source(str(tmp_path / "file.jsonl")), ColumnCounts()))
     assert str(error.value) == f"{tmp_path}/file.jsonl, {message}"
 
 
