@@ -287,3 +287,26 @@ def test_unreachable_hub_is_an_error_that_says_what_to_do(monkeypatch: pytest.Mo
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"did not give its train split \(no network\). Check"):
         list(read_rows(find_source("org/name")))
+
+
+@pytest.mark.parametrize(
+    ("splits", "read", "streaming"),
+    [
+        (["train", "validation", "test"], "validation", False),
+        (["train", "test"], "test", True),
+        (["train"], "train", False),
+    ],
+)
+def test_held_out_data_of_the_hub_are_a_held_out_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: list[str], read: str, streaming: bool
+) -> None:
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    for split in splits:
+        write_lines(folder / f"{split}.jsonl", [{"text": split}])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = find_source("org/name", held_out=True, streaming=streaming)
+    monkeypatch.chdir(tmp_path)  # the library takes a folder for a data set of the hub
+    assert [(str(place), row["text"]) for place, row in read_rows(source)] == [
+        (f"org/name ({read} split), row 1", read)
+    ]
