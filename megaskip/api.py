@@ -57,6 +57,7 @@ def convert(
     mode: str = "overlay",
     kv: str = "keep",
     tokenizer: str | None = None,
+    trust_remote_code: bool = False,
     verify: bool = False,
 ) -> Exported:
     """Write a Hugging Face folder that loads without megaskip; return what was written.
@@ -65,14 +66,15 @@ def convert(
     that it names. `output` must be new. `mode` is "overlay" (hard links to the base's weights),
     "copy" (a folder that stands by itself) or "adapter" (the routers alone). With `kv` "drop",
     tokens that skip an attention hold no keys and values there (decisions per token only).
-    `tokenizer`, a folder or hub id, takes the place of the run's, or of the base's. `verify` loads
+    `tokenizer`, a folder or hub id, takes the place of the run's, or of the base's; code that it
+    brings along runs with `trust_remote_code` only. `verify` loads
     the folder in a fresh process and compares its logits and routers with the trained ones.
 
     Raises ConfigError for what cannot be written and CheckpointError for damaged files or logits
     that differ.
     """
     options = ConvertOptions(
-        source=_router_source(routers, base),
+        source=_router_source(routers, base, trust_remote_code),
         tokenizer=tokenizer,
         output=Path(output),
         mode=mode,
@@ -98,16 +100,18 @@ def export_static(
     rows: int = 256,
     form: str = "hf",
     tokenizer: str | None = None,
+    trust_remote_code: bool = False,
     dtype: str | None = None,
     verify: bool = False,
 ) -> StaticExport:
     """Write a model without the sublayers that its routers seldom let run, for servers that cannot
     route; return what was written.
 
-    `routers`, `base`, `output` and `tokenizer` are as in `convert`. What is dropped is said in
-    exactly one way: every routed sublayer whose measured capacity is `below` a share, the `count`
-    lowest ones, or those of `layers`. Capacities are measured on `rows` rows of `data` (files,
-    folders or hub names as `megaskip train` reads them; the text of the run for a run folder).
+    `routers`, `base`, `output`, `tokenizer` and `trust_remote_code` are as in `convert`. What is
+    dropped is said in exactly one way: every routed sublayer whose measured capacity is `below` a
+    share, the `count` lowest ones, or those of `layers`. Capacities are measured on `rows` rows
+    of `data` (files, folders or hub names as `megaskip train` reads them; the text of the run for a
+    run folder).
     `form` is "hf" for transformers or "decilm" for vLLM. `dtype` is the type of the weights while
     it is measured. `verify` compares logits with those of the base whose sublayers are off.
 
@@ -115,7 +119,7 @@ def export_static(
     """
     spec = layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers))
     options = ExportStaticOptions(
-        source=_router_source(routers, base),
+        source=_router_source(routers, base, trust_remote_code),
         text=TextSource(data=tuple(map(str, data)), dtype=dtype),
         tokenizer=tokenizer,
         rows=rows,
@@ -141,24 +145,25 @@ def calibrate(
     rows: int = 4096,
     allocate: int = 0,
     micro_batch_size: int = 4,
+    trust_remote_code: bool = False,
     dtype: str | None = None,
     output: str | Path | None = None,
 ) -> CalibrationResult:
     """Find the thresholds at which trained routers keep each of `capacities`, and store them.
 
-    `routers` and `base` are as in `convert`. Thresholds are found on `rows` rows of `data` (files,
-    folders or hub names as `megaskip train` reads them; the text of the run for a run folder) and
-    checked on `eval_data`, or on text that is held out of `data`. With `allocate` rounds (2 are
-    enough) every layer gets its own threshold, so that less is lost; for decisions per sequence.
-    They are written into the router folder, or into the new folder `output`; then
-    `routers.set_capacity(0.6)`, or that of an exported model, chooses.
+    `routers`, `base` and `trust_remote_code` are as in `convert`. Thresholds are found on `rows`
+    rows of `data` (files, folders or hub names as `megaskip train` reads them; the text of the run
+    for a run folder) and checked on `eval_data`, or on text that is held out of `data`. With
+    `allocate` rounds (2 are enough) every layer gets its own threshold, so that less is lost; for
+    decisions per sequence. They are written into the router folder, or into the new folder
+    `output`; then `routers.set_capacity(0.6)`, or that of an exported model, chooses.
 
     The result has a point for every capacity that the routers keep, and a text in `problems` for
     every other; `require_all()` makes an error of them. Collective where a process group is open.
     Raises ConfigError, DataError or CheckpointError.
     """
     options = CalibrateOptions(
-        source=_router_source(routers, base),
+        source=_router_source(routers, base, trust_remote_code),
         capacity=tuple(capacities),
         text=TextSource(data=tuple(map(str, data)), dtype=dtype),
         eval_data=tuple(map(str, eval_data)),
@@ -173,11 +178,13 @@ def calibrate(
     return result
 
 
-def _router_source(routers: str | Path, base: str | Path | None) -> RouterSource:
+def _router_source(
+    routers: str | Path, base: str | Path | None, trust_remote_code: bool
+) -> RouterSource:
     """Return the source of a run folder or a router folder; raises ConfigError for another one."""
     folder, name = Path(routers), None if base is None else str(base)
     if (folder / "report.json").is_file():
-        return RouterSource(run=folder, base=name)
+        return RouterSource(run=folder, base=name, trust_remote_code=trust_remote_code)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give a finished run or a router folder")
-    return RouterSource(routers=folder, base=name)
+    return RouterSource(routers=folder, base=name, trust_remote_code=trust_remote_code)

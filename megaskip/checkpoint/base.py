@@ -10,6 +10,7 @@ from typing import Any
 
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.header import METADATA, read_header
+from megaskip.config.value_types import is_of, shown, wrong_types
 from megaskip.errors import CheckpointError
 
 _SAMPLES = 16
@@ -46,12 +47,16 @@ class BaseModel:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], source: Path) -> "BaseModel":
-        """Read a description; raises CheckpointError when a field is missing."""
+        """Read a description; raises CheckpointError when a field is missing or is no such
+        value."""
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in content]
         if missing:
             raise CheckpointError(f"{source}: base_model lacks {', '.join(missing)}")
-        return cls(**{name: content[name] for name in names})
+        described = cls(**{name: content[name] for name in names})
+        for problem in wrong_types(described, f"{source}: base_model."):
+            raise CheckpointError(problem)
+        return described
 
 
 def describe_base(
@@ -92,17 +97,22 @@ def describe_folder(folder: Path) -> BaseModel:
     """Return the identity of the model in a local folder, from its files alone."""
     content = read_json(folder / "config.json")
     text = content.get("text_config") or content
-    missing = [name for name in ("num_hidden_layers", "hidden_size") if name not in text]
-    if missing or "model_type" not in content:
-        raise CheckpointError(
-            f"{folder / 'config.json'} lacks {', '.join(missing or ['model_type'])}"
-        )
+    sizes = text if isinstance(text, dict) else {}
+    expected = {"num_hidden_layers": (sizes, int), "hidden_size": (sizes, int)}
+    for name, (holder, kind) in {**expected, "model_type": (content, str)}.items():
+        if name not in holder:
+            raise CheckpointError(f"{folder / 'config.json'} lacks {name}")
+        if not is_of(holder[name], kind):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {name} is {shown(holder[name])}, expected "
+                f"{'a whole number' if kind is int else 'text'}"
+            )
     return BaseModel(
         name=str(folder),
         revision=None,
         model_type=content["model_type"],
-        num_layers=text["num_hidden_layers"],
-        hidden_size=text["hidden_size"],
+        num_layers=sizes["num_hidden_layers"],
+        hidden_size=sizes["hidden_size"],
         weights=_fingerprint(folder),
     )
 

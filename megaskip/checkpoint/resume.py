@@ -14,6 +14,7 @@ from torch import Tensor
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import read_router_config, read_tensors
+from megaskip.config.value_types import wrong_types
 from megaskip.errors import CheckpointError
 from megaskip.routing import RouterSet
 
@@ -98,7 +99,10 @@ def read_state(path: Path) -> TrainerState:
         raise CheckpointError(
             f"{path / STATE} is damaged: its fields are {', '.join(sorted(content))}"
         )
-    return TrainerState(**content)
+    state = TrainerState(**content)
+    for problem in wrong_types(state, f"{path / STATE} is damaged: "):
+        raise CheckpointError(problem)
+    return state
 
 
 def require_same_run(path: Path, old: TrainerState, new: TrainerState) -> None:

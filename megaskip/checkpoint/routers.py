@@ -14,6 +14,7 @@ from megaskip.arch import attach_routers, find_decoder
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_base
 from megaskip.config import RouterConfig
+from megaskip.config.value_types import is_of, shown
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.routing import PREFIX, RouterSet, make_router
 
@@ -84,7 +85,13 @@ def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseM
         config = RouterConfig.from_dict(content)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    if not is_of(content["layers"], tuple[int, ...]):
+        raise CheckpointError(
+            f"{file}: layers is {shown(content['layers'])}, expected a list of whole numbers"
+        )
     base = content.get("base_model")
+    if not is_of(base, dict | None):
+        raise CheckpointError(f"{file}: base_model is {shown(base)}, expected an object")
     return config, tuple(content["layers"]), BaseModel.from_json(base, file) if base else None
 
 
@@ -92,9 +99,7 @@ def update_router_config(path: Path, config: RouterConfig) -> None:
     """Rewrite the settings in a router folder's configuration; its weights stay as they are."""
     content = read_json(path / CONFIG)
     settings = {**dataclasses.asdict(config), "layers": content["layers"]}
-    draft = path / f".{CONFIG}.tmp"
-    write_json(draft, content | settings)
-    draft.replace(path / CONFIG)
+    write_json(path / CONFIG, content | settings)
 
 
 def load_router_tensors(path: Path, routers: RouterSet) -> dict[str, Tensor]:

@@ -17,16 +17,16 @@ _FIRST_SPEAKS = 3.0
 def run_cli(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run an entry point on `argv` (sys.argv without its first); a MegaskipError ends it with one
     message and status 2, no traceback."""
-    rank = int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except BrokenPipeError:  # `megaskip ... | head` has read enough
         os._exit(_PIPE_CLOSED)
     except MegaskipError as error:
-        if rank != 0:
+        if rank != "0":
             time.sleep(_FIRST_SPEAKS)
-        name = f"[rank {rank}] " if rank else ""
+        name = f"[rank {rank}] " if rank != "0" else ""
         print(f"{name}error: {error}", file=sys.stderr, flush=True)
         # Not sys.exit: threads of a process group in an undefined state could keep the process.
         sys.stdout.flush()

@@ -4,13 +4,17 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator
 
+from megaskip.config.value_types import shown
+
 
 def one_of(flag: str, value: str, choices: Iterable[str]) -> Iterator[str]:
     """Yield a problem when `value` is none of `choices`, with the closest one as a suggestion."""
     choices = tuple(choices)
     if value in choices:
         return
-    yield f"--{flag} {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+    yield (
+        f"--{flag} {shown(value)} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+    )
 
 
 def within(

@@ -1,7 +1,8 @@
 """Which decoder layers get a router: a count or a list, resolved against the model's depth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from megaskip.config.value_types import shown
 from megaskip.errors import ConfigError
 
 HALF = "half"
@@ -22,16 +23,17 @@ def resolve_layers(spec: int | str | Sequence[int], num_layers: int) -> tuple[in
     text = text.strip()
     if text == HALF:
         return _deepest(max(num_layers // 2, 1), num_layers)
-    if text.isdigit() and isinstance(spec, (int, str)):
+    if _is_number(text) and isinstance(spec, (int, str)):
         return _deepest(int(text), num_layers)
-    layers = _parse_list(text)
-    outside = [layer for layer in layers if not 0 <= layer < num_layers]
-    if outside:
-        raise ConfigError(
-            f"--layers {text}: layer {outside[0]} is out of range, the model has layers 0 to "
-            f"{num_layers - 1}"
-        )
-    return layers
+    layers: set[int] = set()
+    for span in _ranges(text):
+        if span[-1] >= num_layers:  # before a range of any length is counted out
+            raise ConfigError(
+                f"--layers {text}: layer {max(span[0], num_layers)} is out of range, the model has "
+                f"layers 0 to {num_layers - 1}"
+            )
+        layers.update(span)
+    return tuple(sorted(layers))
 
 
 def _deepest(count: int, num_layers: int) -> tuple[int, ...]:
@@ -44,16 +46,22 @@ def _deepest(count: int, num_layers: int) -> tuple[int, ...]:
     return tuple(range(num_layers - 1 - count, num_layers - 1))
 
 
-def _parse_list(text: str) -> tuple[int, ...]:
-    layers: set[int] = set()
-    for part in text.rstrip(",").split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+def _ranges(text: str) -> Iterator[range]:
+    """Yield the ranges of a list, each with at least one number."""
+    for item in text.rstrip(",").split(","):
+        first, dash, last = item.strip().partition("-")
+        if not _is_number(first) or (dash and not _is_number(last)):
             raise ConfigError(
-                f"--layers {text!r}: {part!r} is neither a number nor a range such as 8-14"
+                f"--layers {shown(text)}: {shown(item)} is neither a number nor a range such as "
+                "8-14"
             )
         span = range(int(first), int(last or first) + 1)
         if not span:
-            raise ConfigError(f"--layers {text!r}: the range {part!r} is empty")
-        layers.update(span)
-    return tuple(sorted(layers))
+            raise ConfigError(f"--layers {shown(text)}: the range {shown(item)} is empty")
+        yield span
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a text is a whole number of a size that a layer can have: `isdigit` alone
+    takes superscripts, too."""
+    return text.isascii() and text.isdigit() and len(text) < 10

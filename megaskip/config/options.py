@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.config.checks import one_of
+from megaskip.config.value_types import wrong_types
 from megaskip.errors import ConfigError
 
 
@@ -25,7 +26,8 @@ class Checked:
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        problems = (*self._wrong_choices(), *self._problems())
+        # The checks of values can only read what is of the right type.
+        problems = tuple(wrong_types(self)) or (*self._wrong_choices(), *self._problems())
         if problems:
             raise ConfigError(*problems)
 

@@ -8,6 +8,8 @@ from typing import Self
 
 from megaskip.config.checks import at_least, within
 from megaskip.config.routing import RoutingConfig
+from megaskip.config.value_types import wrong_types
+from megaskip.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,11 @@ class RouterConfig(RoutingConfig):
     penalty_weight: float = 0.1
     """Strength of the capacity penalty: gain of the steering (global) or factor of the hinge
     (layer)."""
+
+    def __post_init__(self) -> None:
+        if problems := tuple(wrong_types(self)):
+            raise ConfigError(*problems)
+        RoutingConfig.__post_init__(self)
 
     def at_capacity(self, capacity: float) -> Self:
         """Return this configuration with the threshold at which calibration text kept `capacity`.

@@ -8,6 +8,7 @@ import yaml
 
 from megaskip.config.checks import did_you_mean
 from megaskip.config.options import Flag
+from megaskip.config.value_types import shown
 from megaskip.errors import ConfigError
 
 
@@ -17,13 +18,14 @@ def read_yaml(file: str, flags: Mapping[str, Flag], problems: list[str]) -> dict
     values = {}
     for key, value in _content(file).items():
         if key not in flags:
-            problems.append(f"--config {file}: unknown key {key!r}{did_you_mean(key, flags)}")
+            name = shown(key)
+            problems.append(f"--config {file}: unknown key {name}{did_you_mean(key, flags)}")
         elif value is not None:
             try:
                 values[key] = _coerced(flags[key], value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 expected = flags[key].kind.__name__
-                problems.append(f"--config {file}: {key} is {value!r}, expected {expected}")
+                problems.append(f"--config {file}: {key} is {shown(value)}, expected {expected}")
     return values
 
 
@@ -33,7 +35,7 @@ def _content(file: str) -> dict[Any, Any]:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {file}: {why}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"--config {file}: not valid YAML ({why})") from None
     if not isinstance(content, dict):

@@ -66,6 +66,13 @@ class Fields:
             for column in inner.filled():
                 yield replace(column, name=f"{key}[].{column.name}")
 
+    def columns(self) -> dict[str, bool]:
+        """Return {name of a filled column: whether it was looked up so far}."""
+        columns: dict[str, bool] = {}
+        for column in self.filled():
+            columns[column.name] = column.used or columns.get(column.name, False)
+        return columns
+
     def text(self, key: str) -> str:
         value = self._present(key)
         if not isinstance(value, str):
@@ -127,9 +134,25 @@ def is_empty(value: Any) -> bool:
 def from_json(text: str) -> Any:
     """Return the parsed text, or None when it is not JSON: the caller says what it expected."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError:
         return None
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text holds; raises json.JSONDecodeError for whatever is wrong with it.
+
+    The library has other errors for lists in lists without end and for numbers of thousands of
+    digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except ValueError:
+        raise json.JSONDecodeError("a number has too many digits", text, 0) from None
 
 
 _KINDS = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megaskip.config.checks import closest
+from megaskip.config.value_types import shown
 from megaskip.data.fields import Fields, Place, is_empty
 from megaskip.data.refused import refuse_unread
 from megaskip.data.turns import (
@@ -48,11 +49,11 @@ def detect_format(row: Fields) -> str:
         return name
     known = "; ".join(f"{name} ({', '.join(sorted(FORMATS[name][0]))})" for name in FORMATS)
     hints = [
-        f"did you mean {near!r} instead of {key!r}?"
+        f"did you mean {near!r} instead of {shown(key)}?"
         for key in row.raw
         if (near := closest(key.lower(), _all_keys(), cutoff=0.75)) not in (None, key.lower())
     ]
-    names = ", ".join(map(repr, row.raw))
+    names = ", ".join(map(shown, row.raw))
     raise DataError(
         f"{row.place}: found fields {names or 'none'}, which is none of the "
         f"known formats: {known}. Rename the fields{'; ' + ' '.join(hints) if hints else ''}"

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from megaskip.data.fields import Place
+from megaskip.data.fields import Place, parse_json
 from megaskip.data.formats import fits_format
 from megaskip.errors import DataError
 from megaskip.extras import extra
@@ -115,7 +115,7 @@ def _read_json(path: Path) -> Iterator[ReadRow]:
         yield from _read_json_lines(path)
         return
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         first = text.lstrip().splitlines()[0].rstrip()
         if start == "[" or first.endswith(("{", "[", ",")):  # one value over several lines
@@ -157,7 +157,7 @@ def _read_json_lines(path: Path) -> Iterator[ReadRow]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if line := line.rstrip():  # the column of an error counts from this line's start
-                    yield place, _checked_row(json.loads(line), place)
+                    yield place, _checked_row(parse_json(line), place)
             except UnicodeDecodeError as error:
                 yield place, DataError(f"{place}: not UTF-8 text ({error}). Convert it")
             except json.JSONDecodeError as error:

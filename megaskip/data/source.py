@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.config.checks import closest
-from megaskip.data.folder import (
-    Choice,
-    LeftOut,
-    choose_by_pattern,
-    choose_in_folder,
-    choose_in_subset,
-)
+from megaskip.config.value_types import shown
+from megaskip.data.folder import Choice, LeftOut, choose_by_pattern, choose_in_folder
 from megaskip.data.readers import (
     RawRow,
     ReadRow,
@@ -29,8 +24,6 @@ from megaskip.errors import DataError
 from megaskip.extras import extra
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
-_NO_SPLIT = re.compile("(Unknown|Bad) split")
-"""What the datasets library says of a split that a data set does not have."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
@@ -49,8 +42,6 @@ class Source:
     """What is in the folder, or fits the pattern, and is not read."""
     streaming: bool = False
     """Read a hub data set without downloading it first."""
-    held_out: bool = False
-    """Of --eval_data: a held-out split of a hub data set is read."""
 
 
 def find_source(entry: str, *, streaming: bool = False, held_out: bool = False) -> Source:
@@ -59,12 +50,15 @@ def find_source(entry: str, *, streaming: bool = False, held_out: bool = False) 
     A path that exists is taken as it is, brackets and all; else * ? [...] make it a pattern.
     `held_out` reads the held-out splits of a folder instead of its training split.
     """
-    name, weight = _split_weight(entry)
-    choice = _find_files(name, held_out=held_out)
+    try:
+        name, weight = _split_weight(entry)
+        choice = _find_files(name, held_out=held_out)
+    except OSError as error:  # no name that a file could have
+        raise DataError(f"data {shown(entry)}: {error.strerror or error}") from None
     if choice is not None:
         return Source(name=name, weight=weight, files=choice.files, left_out=choice.left_out)
     if _looks_like_hub(name):
-        return Source(name=name, weight=weight, streaming=streaming, held_out=held_out)
+        return Source(name=name, weight=weight, streaming=streaming)
     raise DataError(f"data {name!r}: no such file or folder{_nearby(Path(name).expanduser())}")
 
 
@@ -91,10 +85,7 @@ def _find_files(name: str, *, held_out: bool) -> Choice | None:
         return Choice(files=(_known_kind(path),))
     if path.is_dir():
         return choose_in_folder(path, held_out=held_out)
-    subset = choose_in_subset(path, held_out=held_out)
-    if subset is not None or not glob.has_magic(name):
-        return subset
-    return choose_by_pattern(str(path), held_out=held_out)
+    return choose_by_pattern(str(path), held_out=held_out) if glob.has_magic(name) else None
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -138,29 +129,22 @@ def _nearby(path: Path) -> str:
 
 def _read_hub(source: Source) -> Iterator[ReadRow]:
     rows = load_hub(source)
-    name = f"{source.name} ({rows.split} split)" if source.held_out else source.name
-    yield from number_rows(rows if source.streaming else rows.to_iterable_dataset(), name)
+    yield from number_rows(rows if source.streaming else rows.to_iterable_dataset(), source.name)
 
 
 def load_hub(source: Source) -> Any:
-    """Return a split of a hub data set `org/name` or `org/name/subset`: train, or for held-out data
-    the first of validation, test and train that it has."""
+    """Return the train split of a hub data set `org/name` or `org/name/subset`."""
     with extra("train"):
         import datasets
 
     parts = source.name.split("/")
     subset = parts[2] if len(parts) == 3 else None
-    splits = ("validation", "test", "train") if source.held_out else ("train",)
-    for split in splits:
-        try:
-            return datasets.load_dataset(
-                "/".join(parts[:2]), subset, split=split, streaming=source.streaming
-            )
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            if split != splits[-1] and _NO_SPLIT.search(str(error)):
-                continue
-            raise DataError(
-                f"data {source.name!r}: no such local file, and the hub did not give its {split} "
-                f"split ({first_line(error)}). Check the name, or download it and pass the files"
-            ) from error
-    raise AssertionError("the last split is returned or an error")
+    try:
+        return datasets.load_dataset(
+            "/".join(parts[:2]), subset, split="train", streaming=source.streaming
+        )
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"data {source.name!r}: no such local file, and the hub did not give its train split "
+            f"({first_line(error)}). Check the name, or download it and pass the files"
+        ) from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megaskip.data.columns import ColumnCounts
+from megaskip.config.value_types import shown, wrong_types
 from megaskip.data.row import PackedRow, Row
 from megaskip.data.stats import DataStats, SourceStats
 from megaskip.errors import DataError
@@ -150,20 +150,50 @@ def write_meta(folder: Path, stats: DataStats) -> None:
 
 
 def open_store(folder: Path) -> tuple[StoredRows, StoredRows, DataStats]:
-    """Map a complete store: training rows, held-out rows, stats."""
+    """Map a complete store: training rows, held-out rows, stats; raises DataError for a damaged
+    one."""
+    try:
+        sizes, stats = _read_meta(folder)
+        columns = {Path(name).stem: _map(folder / name, size) for name, size in sizes.items()}
+        train = StoredRows(columns, columns["train"], columns.get("train_starts"))
+        held_out = StoredRows(columns, columns["held_out"], None)
+        _require_indices(columns)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{folder}: the cached data are damaged ({shown(str(error))}). Delete the folder"
+        ) from None
+    return train, held_out, stats
+
+
+def _read_meta(folder: Path) -> tuple[dict[str, int], DataStats]:
+    """Return the size of every file and the stats."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    columns: dict[str, NDArray[Any]] = {}
-    for name, size in meta["sizes"].items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size != size:
-            raise DataError(f"{path}: the cached data are damaged. Delete the folder {folder}")
-        kind = _TYPES[path.stem]
-        # numpy cannot map an empty file.
-        columns[path.stem] = np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, kind)
-    sources = tuple(
-        SourceStats(columns=ColumnCounts(**source.pop("columns")), **source)
-        for source in meta["stats"].pop("sources")
-    )
-    train = StoredRows(columns, columns["train"], columns.get("train_starts"))
-    held_out = StoredRows(columns, columns["held_out"], None)
-    return train, held_out, DataStats(sources=sources, **meta["stats"])
+    sources = tuple(SourceStats(**source) for source in meta["stats"].pop("sources"))
+    stats = DataStats(sources=sources, **meta["stats"])
+    for counted in (*sources, stats):
+        for problem in wrong_types(counted, ""):
+            raise ValueError(problem)
+    return meta["sizes"], stats
+
+
+def _map(path: Path, size: int) -> NDArray[Any]:
+    if not path.exists() or path.stat().st_size != size:
+        raise DataError(f"{path}: the cached data are damaged. Delete the folder {path.parent}")
+    kind = _TYPES[path.stem]
+    # numpy cannot map an empty file.
+    return np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, kind)
+
+
+def _require_indices(columns: dict[str, NDArray[Any]]) -> None:
+    """Raise ValueError unless indices of rows, and of tokens, are those of rows and tokens that
+    there are."""
+    rows, starts = len(columns["source"]), columns["starts"]
+    limits = [(columns[name], rows) for name in ("train", "held_out")]
+    limits += [(starts, len(columns["input_ids"]) + 1)]
+    if "train_starts" in columns:
+        limits.append((columns["train_starts"], len(columns["train"]) + 1))
+    for indices, limit in limits:
+        if len(indices) and not 0 <= indices.min() <= indices.max() < limit:
+            raise ValueError("an index lies beyond the data")
+    if len(starts) != rows + 1:
+        raise ValueError(f"{len(starts)} starts of {rows} rows")

@@ -17,6 +17,7 @@ _MODELS = ("errors", "arch/decoder", "arch/sites", "inference/hf")
 _MODULES = {
     "routed": (
         *_MODELS,
+        "config/value_types",
         "config/checks",
         "config/routing",
         "routing/decision",

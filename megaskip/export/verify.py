@@ -111,7 +111,9 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
 @torch.no_grad()
 def _trained(base: Path, routers: Path, ids: str, kv: str) -> dict[str, torch.Tensor]:
     """Return the trained model's logits and, by their full names, its router weights."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, trust_remote_code=False
+    )
     attached = load_routers(model.eval(), routers)
     if kv == "drop":
         # Training has no such semantics; without a cache, nothing of what holds them is shared.
@@ -128,7 +130,7 @@ def _same(loaded: torch.Tensor | None, expected: torch.Tensor) -> bool:
 def _probe_ids(base: Path, text: str) -> str:
     """Return token ids of the text, or the first ids where the base has no tokenizer."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return ",".join(map(str, range(1, 33)))
     return ",".join(map(str, tokenizer(text)["input_ids"]))

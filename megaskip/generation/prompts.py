@@ -47,7 +47,7 @@ def _user(text: str) -> Messages:
 def _messages(line: str, location: str) -> Messages:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: not valid JSON ({error})") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return _user(row["prompt"])

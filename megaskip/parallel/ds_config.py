@@ -26,7 +26,7 @@ def read_ds_config(path: str | None, run: RunConfig | None = None) -> dict[str, 
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--ds_config {path}: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--ds_config {path}: not valid JSON ({error})") from None
     _require_objects(path, content)
     problems = [] if run is None else _conflicts(path, content, run)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megaskip.config.value_types import shown
 from megaskip.errors import ConfigError, RankError
 
 
@@ -58,8 +59,14 @@ def read_topology(environment: Mapping[str, str], *, num_stages: int = 1) -> Top
 
     Raises ConfigError when the ranks cannot form replicas of `num_stages` stages.
     """
-    local_rank = int(environment.get("LOCAL_RANK", 0))
-    world_size = int(environment.get("WORLD_SIZE", 1))
+    local_rank = _number(environment, "LOCAL_RANK", 0)
+    rank = _number(environment, "RANK", 0)
+    world_size = _number(environment, "WORLD_SIZE", 1)
+    if not rank < world_size:
+        raise ConfigError(
+            f"the launcher set RANK to {rank} and WORLD_SIZE to {world_size}; ranks are counted "
+            "from 0 and lie below the world size"
+        )
     cuda = torch.cuda.is_available()
     if world_size % num_stages:
         raise ConfigError(
@@ -67,12 +74,23 @@ def read_topology(environment: Mapping[str, str], *, num_stages: int = 1) -> Top
             f"job; start a multiple of {num_stages}, or choose another number of stages"
         )
     return Topology(
-        rank=int(environment.get("RANK", 0)),
+        rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
         num_stages=num_stages,
     )
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """Return a whole number that a launcher has set; raises ConfigError for anything else."""
+    text = environment.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(
+            f"the environment variable {name} is {shown(text)}, expected a whole number; start "
+            "with torchrun or deepspeed, which set it, or remove it"
+        )
+    return int(text)
 
 
 def current_topology() -> Topology:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from megaskip.checkpoint.atomic import write_text
 from megaskip.extras import extra
+from megaskip.log import get_logger
 
 with extra("train"):
     from torch.utils.tensorboard import SummaryWriter
@@ -17,6 +19,8 @@ with extra("train"):
     from megaskip.reporting.heatmap import capacity_heatmap
 
 FILE = "metrics.jsonl"
+
+logger = get_logger(__name__)
 
 
 class MetricsWriter:
@@ -106,12 +110,16 @@ def _truncate(path: Path, first_step: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
-            break  # a killed run may leave half a line, and nothing after it
-        if entry["step"] <= first_step:
+            step = int(entry["step"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            if number < len(lines):  # a killed run leaves half a line, and nothing after it
+                logger.warning("%s, line %d is damaged: it is removed", path, number)
+            continue
+        if step <= first_step:
             kept.append(entry)
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
     return kept

@@ -36,6 +36,7 @@ def drop(options: DropOptions) -> None:
     trained = ["--run", str(run)] if options.steps else ["--routers", str(fitted)]
     tokenizer = options.base.tokenizer
     named = ["--tokenizer", tokenizer] if tokenizer is not None and not options.steps else []
+    named += ["--trust_remote_code"] if options.base.trust_remote_code else []
     _start(
         [sys.executable, "-m", "megaskip", "export-static", *trained, *named]
         + ["--output", str(options.output), "--verify"]

@@ -1,23 +1,24 @@
 """Trained routers, their base model and their text, found from a run folder or a router folder."""
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaskip.checkpoint.atomic import read_json
-from megaskip.checkpoint.routers import CONFIG
+from megaskip.checkpoint.routers import CONFIG, read_router_config
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config import DataConfig, ModelConfig
 from megaskip.config.commands.source import RouterSource, TextSource
+from megaskip.config.stored import stored_settings, stored_value
 from megaskip.data import build_dataset
 from megaskip.data.dataset import for_vocabulary
 from megaskip.data.demo import with_demo
 from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.data.vocabulary import padding_token
-from megaskip.errors import ConfigError
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.loading.source import ModelSource, find_model_folder
 
 
@@ -38,12 +39,13 @@ def find_routers(source: RouterSource) -> TrainedRouters:
     folder = source.routers or Path(source.run or "") / "routers"
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no {CONFIG} there; give a finished run or a router folder")
-    recorded = read_json(folder / CONFIG).get("base_model") or {}
+    described = read_router_config(folder)[2]
+    recorded = described.name if described is not None else None
     name, revision = source.base, None
     if source.run is not None:
-        facts, recorded["name"] = run_facts(source.run)
+        facts, recorded = run_facts(source.run)
     if name is None:
-        name, revision = recorded.get("name"), recorded.get("revision")
+        name, revision = recorded, described.revision if described is not None else None
     if not name:
         raise ConfigError(f"{folder} does not name its base model; give --base")
     base = find_model_folder(ModelConfig(model=name, revision=revision))
@@ -52,30 +54,36 @@ def find_routers(source: RouterSource) -> TrainedRouters:
 
 def chosen_tokenizer(named: str | None, source: RouterSource, base: Path) -> Any | None:
     """Return the tokenizer that is exported in place of the base's; None for the base's own."""
-    return other_tokenizer(named, source.run, base)
+    return other_tokenizer(named, source.run, base, trust_remote_code=source.trust_remote_code)
 
 
 def run_facts(run: Path) -> tuple[dict[str, Any], str | None]:
     """Return (facts for the card, base model) of a run folder."""
     report = read_report(run)
-    held_out, config = report.get("held_out", {}), report["config"]
-    facts: dict[str, Any] = {"data": ", ".join(config["data"]["data"]), "steps": report["steps"]}
-    if "loss_routed" in held_out:
-        facts["held-out loss"] = (
-            f"{held_out['loss_routed']:.4f} (dense {held_out['loss_dense']:.4f})"
+
+    def recorded(path: str, hint: Any) -> Any:
+        return stored_value(report, path, hint, f"--run {run}: report.json")
+
+    data = recorded("config.data.data", tuple[str, ...])
+    facts: dict[str, Any] = {"data": ", ".join(data), "steps": recorded("steps", int)}
+    if "loss_routed" in (report.get("held_out") or {}):
+        routed, dense, capacity = (
+            recorded(f"held_out.{name}", float)
+            for name in ("loss_routed", "loss_dense", "capacity")
         )
-        facts["realised capacity, held out"] = f"{held_out['capacity']:.3f}"
-    facts["versions"] = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    return facts, config["model"]["model"]
+        facts["held-out loss"] = f"{routed:.4f} (dense {dense:.4f})"
+        facts["realised capacity, held out"] = f"{capacity:.3f}"
+    versions = recorded("versions", Mapping[str, str])
+    facts["versions"] = ", ".join(f"{k} {v}" for k, v in versions.items())
+    return facts, recorded("config.model.model", str)
 
 
 def read_report(run: Path) -> dict[str, Any]:
     """Return the report of a run folder; raises ConfigError without one."""
     try:
-        report: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--run {run}: cannot read its report.json ({error})") from None
-    return report
+        return read_json(run / "report.json")
+    except CheckpointError as error:
+        raise ConfigError(f"--run {run}: {error}; give a finished run") from None
 
 
 # -- the text
@@ -85,17 +93,29 @@ def read_as(source: RouterSource, text: TextSource, base: Path) -> tuple[DataCon
     """Return how text and model are read: as the run did, with --data in place of its data."""
     data, model = DataConfig(), ModelConfig(model=str(base))
     if source.run is not None:
-        recorded = read_report(source.run)["config"]
-        lists = ("data", "eval_data")
-        data = DataConfig(**recorded["data"] | {k: tuple(recorded["data"][k]) for k in lists})
-        model = ModelConfig(**recorded["model"] | {"model": str(base)})
+        data, model = _settings_of(source.run)
+        if model.trust_remote_code and not source.trust_remote_code:
+            raise ConfigError(
+                f"--run {source.run} was trained with --trust_remote_code; give it here, too, if "
+                f"code that comes with {base} may run"
+            )
+        model = dataclasses.replace(model, model=str(base))
     elif not text.data:
         raise ConfigError("--routers names no calibration text; give --data PATH")
+    model = dataclasses.replace(model, trust_remote_code=source.trust_remote_code)
     if text.data:
         data = dataclasses.replace(data, data=text.data, eval_data=())
     if text.dtype is not None:
         model = dataclasses.replace(model, dtype=text.dtype)
     return data, model
+
+
+def _settings_of(run: Path) -> tuple[DataConfig, ModelConfig]:
+    """Return the settings that a run was trained with."""
+    report, origin = read_report(run), f"--run {run}: report.json, config"
+    sections = stored_value(report, "config", dict, origin)
+    data = stored_settings(DataConfig, sections.get("data"), f"{origin}.data")
+    return data, stored_settings(ModelConfig, sections.get("model"), f"{origin}.model")
 
 
 def open_text(

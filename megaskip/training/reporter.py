@@ -3,7 +3,6 @@ warnings. Knows numbers, not where they come from; only the first rank writes.""
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from megaskip.checkpoint.atomic import write_errors, write_json
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.log import get_logger
@@ -82,9 +82,10 @@ class RunReporter:
             yield
             return
         log = self._config.log
-        metrics = MetricsWriter(
-            self.output_dir, self._layers, first_step=first_step, tensorboard=log.tensorboard
-        )
+        with write_errors(self.output_dir):
+            metrics = MetricsWriter(
+                self.output_dir, self._layers, first_step=first_step, tensorboard=log.tensorboard
+            )
         bar = tqdm(
             total=self._total_steps,
             initial=first_step,
@@ -120,8 +121,9 @@ class RunReporter:
             "peak_memory_gib": peak_memory_gib(self._topology.device),
             "supervised_fraction": result.supervised_fraction,
         }
-        self._metrics.record(step, values)
-        self._metrics.histograms(step, scores)
+        with write_errors(self.output_dir):
+            self._metrics.record(step, values)
+            self._metrics.histograms(step, scores)
         shown = {"loss": f"{result.loss_task:.3f}", "tok/s": f"{result.tokens / seconds:.0f}"}
         if self._layers:
             shown["capacity"] = f"{result.capacity:.3f}"
@@ -142,8 +144,7 @@ class RunReporter:
     def close(self, end: RunEnd) -> dict[str, Any]:
         """Write report.json and say how the run went; return the report. First rank only."""
         report = self._report(end)
-        text = json.dumps(report, indent=2) + "\n"
-        (self.output_dir / "report.json").write_text(text, encoding="utf-8")
+        write_json(self.output_dir / "report.json", report)
         rows = closing_rows(report)
         if "routers" in end.written:
             is_static = self._config.router.budget == "static"
@@ -160,7 +161,8 @@ class RunReporter:
     def _report(self, end: RunEnd) -> dict[str, Any]:
         assert self._metrics is not None, "the first rank closes a run inside open()"
         written = {"metrics": self.output_dir / FILE, **end.written}
-        picture = self._metrics.heatmap(end.step)
+        with write_errors(self.output_dir):
+            picture = self._metrics.heatmap(end.step)
         if picture is not None:
             written["picture"] = picture
         window = self._metrics.history[-_WINDOW:]

@@ -92,12 +92,17 @@ def discard_if_empty(folder: Path) -> None:
 def reopen(folder: Path) -> None:
     """Remove report.json of a finished run that goes on, and warn that its calibrated capacities
     will no longer hold."""
-    (folder / "report.json").unlink(missing_ok=True)
+    try:
+        (folder / "report.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}/report.json: cannot be removed ({error.strerror})"
+        ) from None
     stored = folder / "routers" / CONFIG
     if stored.is_file() and read_json(stored).get("calibrated"):
         logger.warning(
             "%s has calibrated capacities, which are those of the routers so far: run "
-            "megaskip calibrate again when this run is done",
+            "tools/calibrate.py again when this run is done",
             stored.parent,
         )
 

@@ -18,6 +18,9 @@ class RouterSource(Checked):
     """Router folder (routers.safetensors, router_config.json)."""
     base: str | None = option(None, metavar="MODEL")
     """Base model, folder or hub id [what the routers name]."""
+    trust_remote_code: bool = False
+    """Run code that comes with the base model or the tokenizer, as --trust_remote_code of `megaskip
+    train` has allowed it for the run."""
 
     def _problems(self) -> Iterator[str]:
         yield from exactly_one({"run": self.run, "routers": self.routers})

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from transformers import AutoConfig
 
@@ -28,6 +29,11 @@ logger = get_logger(__name__)
 DEMO_FOLDER = Path(__file__).parents[2] / "demo"
 _SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.py")
 _WEIGHT_FILES = ("*.safetensors",)
+_CONFIG_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RecursionError, ImportError, StrictDataclassError),
+)
+"""What transformers and its configuration classes raise for values that they do not expect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +82,7 @@ def resolve_source(config: ModelConfig, folder: Path | None = None) -> ModelSour
     folder = find_model_folder(config) if folder is None else folder
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except _CONFIG_ERRORS as error:
         raise ConfigError(
             f"--model {folder}: cannot read its config.json ({first_line(error)})"
         ) from None
