@@ -93,7 +93,7 @@ class RoutingConfig:
         listed = ", ".join(f"{known:g}" for known, _ in self.calibrated) or "none"
         raise ConfigError(
             f"capacity {capacity:g} is not calibrated (calibrated: {listed}); add it with "
-            f"tools/calibrate.py --capacity {capacity:g}, or choose one of these"
+            f"megaskip calibrate --capacity {capacity:g}, or choose one of these"
         )
 
     @classmethod

@@ -31,9 +31,9 @@ def is_of(value: Any, hint: Any) -> bool:
     kind, members = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
         return any(is_of(value, member) for member in members)
-    if kind in (tuple, collections.abc.Sequence):
+    if kind in (tuple, list, collections.abc.Sequence):
         return _holds(value, members)
-    if kind is collections.abc.Mapping:
+    if kind in (dict, collections.abc.Mapping):
         return isinstance(value, collections.abc.Mapping) and all(
             is_of(k, members[0]) and is_of(v, members[1]) for k, v in value.items()
         )
@@ -58,9 +58,9 @@ def type_name(hint: Any) -> str:
     members = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(type_name(m) for m in members if m is not type(None))
-    if typing.get_origin(hint) in (tuple, collections.abc.Sequence):
+    if typing.get_origin(hint) in (tuple, list, collections.abc.Sequence):
         return f"a list of {_PLURALS.get(members[0], type_name(members[0]))}"
-    if typing.get_origin(hint) is collections.abc.Mapping:
+    if typing.get_origin(hint) in (dict, collections.abc.Mapping):
         return "an object"
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 

@@ -7,6 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 
+from megaskip.data.columns import ColumnCounts
 from megaskip.data.fields import Fields, Place
 from megaskip.data.formats import Sample, detect_format, normalise
 from megaskip.data.source import Source, read_every_row
@@ -35,11 +36,14 @@ class ParsedRow:
     """The error where the row holds no sample."""
 
 
-def read_samples(source: Source) -> Iterator[Sample]:
-    """Yield the samples of a source; the first row that holds none is a DataError."""
+def read_samples(source: Source, columns: ColumnCounts) -> Iterator[Sample]:
+    """Yield the samples of a source and count its columns; the first row that holds no sample is a
+    DataError."""
     for row in parse_rows(source):
         if isinstance(row.sample, DataError):
             raise row.sample
+        if row.fields is not None:
+            columns.add(row.fields)
         yield row.sample
 
 

@@ -5,7 +5,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -31,7 +31,7 @@ from megaskip.data.store import (
     write_meta,
     write_plan,
 )
-from megaskip.data.streaming import StreamingRows, count, take_held_out
+from megaskip.data.streaming import StreamingRows, take_held_out
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.data.vocabulary import has_unknown_tokens, require_known_token
 from megaskip.errors import DataError
@@ -71,7 +71,9 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
     train, held_out = find_sources(config)
     key = fingerprint(config, tokenizer, sample_tokenizer, train, held_out)
     if config.streaming:
-        return _stream(config, sample_tokenizer, train, held_out, key)
+        data = _stream(config, sample_tokenizer, train, held_out, key)
+        _log_notes(data.stats)
+        return data
     root = Path(config.cache_dir or "~/.cache/megaskip/data").expanduser()
     folder = root / key
     if not folder.is_dir():
@@ -82,8 +84,15 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
                 _build(folder, config, sample_tokenizer, train, held_out)
     with _cache_errors(root):
         rows, kept, stats = open_store(folder)
-    stats = stats.named(source.name for source in (*train, *held_out))
+    stats = stats.of_sources((*train, *held_out))
+    _log_notes(stats)
     return TokenizedData(train=rows, held_out=kept, stats=stats, fingerprint=key)
+
+
+def _log_notes(stats: DataStats) -> None:
+    for source in stats.sources:
+        for note in source.notes():
+            logger.info("%s", note)
 
 
 def find_sources(config: DataConfig) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
@@ -194,13 +203,13 @@ def _write(
     held_out: Sequence[Source],
 ) -> None:
     stats = [SourceStats(name=source.name) for source in (*train, *held_out)]
-    jobs = islice(_jobs(train, first=0), config.max_samples)
+    jobs = islice(_jobs(train, stats, first=0), config.max_samples)
     with RowWriter(work) as writer:
         _tokenise(jobs, writer, stats, tokenizer, config)
         check_losses(stats[: len(train)], seq_length=config.seq_length)
         num_train = len(writer.sources)
         if held_out:
-            _tokenise(_jobs(held_out, first=len(train)), writer, stats, tokenizer, config)
+            _tokenise(_jobs(held_out, stats, first=len(train)), writer, stats, tokenizer, config)
             check_losses(stats[len(train) :], seq_length=config.seq_length)
     lengths = np.diff(writer.starts)
     plan = plan_rows(config, train, writer.hashes, writer.sources, lengths, num_train=num_train)
@@ -213,26 +222,31 @@ def _write(
             train_tokens=int(lengths[plan.train].sum()),
             held_out_rows=len(plan.held_out),
             duplicates_of_held_out=len(plan.duplicates),
+            not_drawn=plan.num_not_drawn(len(lengths)),
+            repeated_rows=len(lengths) - len(np.unique(writer.hashes)),
         ),
     )
 
 
-def read_in_turns(
-    sources: Sequence[Source], read: Callable[[Source], Iterator[T]], *, first: int
-) -> Iterator[tuple[int, T]]:
-    """Yield (index of the source, counted from `first`; what `read` gives) of all sources in turns.
+def read_in_turns(streams: Sequence[Iterator[T]], *, first: int) -> Iterator[tuple[int, T]]:
+    """Yield (index of the source, counted from `first`; what its stream gives) of all in turns.
 
     Sources take turns so that --max_samples is a cut through all of them.
     """
 
     def numbered(index: int) -> Iterator[tuple[int, T]]:
-        return ((first + index, item) for item in read(sources[index]))
+        return ((first + index, item) for item in streams[index])
 
-    return interleave([numbered(i) for i in range(len(sources))], rates=[1.0] * len(sources))
+    return interleave([numbered(i) for i in range(len(streams))], rates=[1.0] * len(streams))
 
 
-def _jobs(sources: Sequence[Source], *, first: int) -> Iterator[Job]:
-    return read_in_turns(sources, read_samples, first=first)
+def _jobs(sources: Sequence[Source], stats: Sequence[SourceStats], *, first: int) -> Iterator[Job]:
+    """Yield the samples of sources in turns; `stats` are those of all sources."""
+    streams = [
+        read_samples(source, counts.columns)
+        for source, counts in zip(sources, stats[first:], strict=False)
+    ]
+    return read_in_turns(streams, first=first)
 
 
 def _tokenise(
@@ -264,17 +278,20 @@ def _stream(
         packing=config.packing,
         max_samples=config.max_samples,
     )
+    stats = [SourceStats(name=source.name) for source in (*train, *held_out)]
     if held_out:
-        jobs = _jobs(held_out, first=len(train))
-        done = tokenise_all(jobs, tokenizer, workers=config.tokenize_workers)
-        kept = [row for _, tokenised in done for row in tokenised.rows]
+        jobs = _jobs(held_out, stats, first=len(train))
+        kept: list[Row] = []
+        for index, tokenised in tokenise_all(jobs, tokenizer, workers=config.tokenize_workers):
+            stats[index].add(tokenised)
+            kept += tokenised.rows
     else:
         kept, stream = take_held_out(stream, config.held_out)
-    stats = DataStats(
-        sources=count(kept, (*train, *held_out)),
+    known = DataStats(
+        sources=tuple(stats),
         train_rows=0,
         train_tokens=0,
         held_out_rows=len(kept),
-        duplicates_of_held_out=0,
-    )
-    return TokenizedData(train=stream, held_out=kept, stats=stats, fingerprint=key)
+        streamed=True,
+    ).of_sources((*train, *held_out))
+    return TokenizedData(train=stream, held_out=kept, stats=known, fingerprint=key)

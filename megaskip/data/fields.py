@@ -66,13 +66,6 @@ class Fields:
             for column in inner.filled():
                 yield replace(column, name=f"{key}[].{column.name}")
 
-    def columns(self) -> dict[str, bool]:
-        """Return {name of a filled column: whether it was looked up so far}."""
-        columns: dict[str, bool] = {}
-        for column in self.filled():
-            columns[column.name] = column.used or columns.get(column.name, False)
-        return columns
-
     def text(self, key: str) -> str:
         value = self._present(key)
         if not isinstance(value, str):

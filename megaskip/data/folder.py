@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaskip.data.card import Subset, choose_subset, subsets_of
 from megaskip.data.readers import is_readable, is_saved_dataset, kind_of, known_kinds
 from megaskip.errors import DataError
 
@@ -65,15 +66,18 @@ def choose_in_folder(folder: Path, *, held_out: bool) -> Choice:
     """
     if is_saved_dataset(folder):
         return Choice(files=(folder,))
-    choice = _choose(folder, [folder], by_split=True, held_out=held_out)
-    if choice.files:
-        return choice
-    reasons = summarise(choice.left_out)
-    raise DataError(
-        f"{folder}: the folder holds nothing to {'evaluate' if held_out else 'train'} on"
-        f"{' (' + reasons + ')' if reasons else ''}; expected files that end in {known_kinds()}. "
-        "To read a file that is left out, give its own path"
-    )
+    subsets = subsets_of(folder)
+    subset = choose_subset(folder, subsets) if subsets else None
+    return _choose_some(folder, subset, held_out=held_out)
+
+
+def choose_in_subset(path: Path, *, held_out: bool) -> Choice | None:
+    """Return what is read of a subset that the README.md of the folder above `path` declares under
+    its name; None where there is no such subset."""
+    for subset in subsets_of(path.parent) if path.parent.is_dir() else []:
+        if subset.name == path.name:
+            return _choose_some(path.parent, subset, held_out=held_out)
+    return None
 
 
 def choose_by_pattern(pattern: str, *, held_out: bool) -> Choice | None:
@@ -99,7 +103,26 @@ def summarise(left_out: Sequence[LeftOut], *, shown: int = 3) -> str:
     )
 
 
-def _choose(root: Path, paths: Iterable[Path], *, by_split: bool, held_out: bool) -> Choice:
+def _choose_some(folder: Path, subset: Subset | None, *, held_out: bool) -> Choice:
+    choice = _choose(folder, [folder], subset=subset, held_out=held_out)
+    if choice.files:
+        return choice
+    reasons = summarise(choice.left_out)
+    raise DataError(
+        f"{folder}: the folder holds nothing to {'evaluate' if held_out else 'train'} on"
+        f"{' (' + reasons + ')' if reasons else ''}; expected files that end in {known_kinds()}. "
+        "To read a file that is left out, give its own path"
+    )
+
+
+def _choose(
+    root: Path,
+    paths: Iterable[Path],
+    *,
+    subset: Subset | None = None,
+    by_split: bool = True,
+    held_out: bool,
+) -> Choice:
     """Return what is read of files and folders that are below `root`."""
     reasons: dict[Path, str] = {}
     for path in paths:
@@ -109,7 +132,8 @@ def _choose(root: Path, paths: Iterable[Path], *, by_split: bool, held_out: bool
         if kind_of(path.name) != path.suffix.lower() and reasons.get(uncompressed) == "":
             reasons[path] = COPY
     if by_split:
-        reasons |= _other_split(root, [p for p in reasons if not reasons[p]], held_out=held_out)
+        readable = [path for path, reason in reasons.items() if not reason]
+        reasons |= _other_split(root, readable, subset, held_out=held_out)
     return Choice(
         files=tuple(sorted(path for path, reason in reasons.items() if not reason)),
         left_out=tuple(
@@ -154,17 +178,27 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith((".", "__")) or path.name == "_temporary"
 
 
-def _other_split(root: Path, paths: Sequence[Path], *, held_out: bool) -> dict[Path, str]:
-    """Return the files whose names say that they are not of the wanted split, and the reason."""
+def _other_split(
+    root: Path, paths: Sequence[Path], subset: Subset | None, *, held_out: bool
+) -> dict[Path, str]:
+    """Return the files that are not of the wanted split or subset, and the reason.
+
+    A split is told by what the README.md says, else by the names of the file and its folders.
+    """
+    outside = {path for path in paths if subset is not None and path not in subset.split_of}
     splits = {}
     for path in paths:
-        names = [_split_of(part) for part in path.relative_to(root).parts]
-        splits[path] = next((split for split in names if split is not None), None)
+        names = path.relative_to(root).parts
+        if subset is not None and path not in outside:
+            names = (subset.split_of[path],)
+        splits[path] = next(filter(None, map(_split_of, names)), None)
+    reasons = dict.fromkeys(outside, f"not of the subset {subset.name}") if subset else {}
+    inside = [path for path in paths if path not in outside]
     if not held_out:
-        return {path: f"{split} split" for path, split in splits.items() if split is not None}
-    if not any(splits.values()):
-        return {}
-    return {path: TRAINING for path, split in splits.items() if split is None}
+        reasons |= {path: f"{splits[path]} split" for path in inside if splits[path]}
+    elif any(splits[path] for path in inside):
+        reasons |= {path: TRAINING for path in inside if not splits[path]}
+    return reasons
 
 
 def _split_of(name: str) -> str | None:

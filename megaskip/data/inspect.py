@@ -12,6 +12,7 @@ from megaskip.config import DataConfig
 from megaskip.data.corpus import AnyJob, ParsedRow, parse_rows, try_all
 from megaskip.data.dataset import find_sources, read_in_turns
 from megaskip.data.row import Row
+from megaskip.data.stats import CUT_AWAY, UNLEARNABLE
 from megaskip.data.tokenize import SampleTokenizer, Tokenised
 from megaskip.errors import DataError
 
@@ -19,8 +20,6 @@ UNREADABLE = "cannot be read"
 NO_FORMAT = "belongs to no known format"
 MALFORMED = "does not fit the format"
 NOT_TOKENISED = "does not fit the chat template"
-CUT_AWAY = "all that would be learnt lies beyond --seq_length"
-UNLEARNABLE = "no text or assistant turn to learn"
 
 ERRORS = (UNREADABLE, NO_FORMAT, MALFORMED, NOT_TOKENISED)
 """Reasons for which training does not start; the other rows are dropped and counted."""
@@ -77,9 +76,9 @@ def inspect_samples(config: DataConfig, tokenizer: SampleTokenizer) -> Iterator[
     Raises DataError for a source that is not there; a bad row is an outcome, not an error.
     """
     train, held_out = find_sources(config)
-    train_rows = islice(read_in_turns(train, parse_rows, first=0), config.max_samples)
+    train_rows = islice(read_in_turns([*map(parse_rows, train)], first=0), config.max_samples)
     yield from _outcomes(train_rows, tokenizer, workers=config.tokenize_workers)
-    held_out_rows = read_in_turns(held_out, parse_rows, first=len(train))
+    held_out_rows = read_in_turns([*map(parse_rows, held_out)], first=len(train))
     yield from _outcomes(held_out_rows, tokenizer, workers=config.tokenize_workers)
 
 

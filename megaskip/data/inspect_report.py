@@ -33,14 +33,10 @@ class SourceReport:
 
     source: Source
     stats: SourceStats
-    """Of the samples that could be tokenised."""
+    """Of the samples that could be tokenised; the columns of all rows that fit the format."""
     formats: Counter[str] = field(default_factory=Counter)
     """Format of each row; the first good row decides it, so there is one at most."""
     rows_by_file: Counter[str] = field(default_factory=Counter)
-    columns: Counter[str] = field(default_factory=Counter)
-    """Column -> rows in which it is filled, among those that fit the format."""
-    used: set[str] = field(default_factory=set)
-    """The columns that the format reads."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Reason -> rows of the file that are dropped for it."""
     examples: dict[str, list[InspectedRow]] = field(default_factory=dict)
@@ -77,9 +73,7 @@ class SourceReport:
         self.rows_by_file[parsed.place.file] += 1
         if not isinstance(parsed.sample, DataError) and parsed.fields is not None:
             self.formats[parsed.format_name] += 1
-            columns = parsed.fields.columns()
-            self.columns.update(list(columns))
-            self.used |= {name for name, is_read in columns.items() if is_read}
+            self.stats.columns.add(parsed.fields)
         if outcome.tokenised is not None:
             self.stats.add(outcome.tokenised)
         for inspected in outcome.rows:
@@ -231,8 +225,7 @@ class RowFates:
     @property
     def num_not_drawn(self) -> int:
         """Rows that are neither trained on nor held out, though no held-out row is like them."""
-        outside = len(self._held_out) + len(self._copies)
-        return len(self._times) - int((self._times > 0).sum()) - outside
+        return self.plan.num_not_drawn(len(self._times))
 
     def num_neighbours(self, index: int) -> int:
         """Return how many other samples share the row of a batch with it: 0 without --packing."""

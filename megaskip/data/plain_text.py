@@ -20,9 +20,8 @@ class PlainTextEncoder:
         return self.started(self.ids(text))
 
     def started(self, ids: Sequence[int]) -> list[int]:
-        """Return `ids` behind the start, unless they bring it themselves."""
-        length = len(self.start)
-        return list(ids) if tuple(ids[:length]) == self.start else [*self.start, *ids]
+        """Return `ids` behind the start, of which they may bring the end or all themselves."""
+        return [*self.start, *_behind(self.start, ids)]
 
     def split(self, text: str) -> tuple[list[int], list[int]]:
         """Return (what the first token of a text is predicted from, the tokens of the text).
@@ -30,19 +29,26 @@ class PlainTextEncoder:
         Where the tokenizer puts nothing in front of a text, that is its begin token, or its end
         token where it has none (as in lm-eval). Raises DataError where it has neither.
         """
-        ids = self.ids(text)
-        begin = list(self.start) or self._begin()
-        return begin, ids[len(begin) :] if ids[: len(begin)] == begin else ids
+        begin = self.start or self._begin()
+        return list(begin), _behind(begin, self.ids(text))
 
-    def _begin(self) -> list[int]:
+    def _begin(self) -> tuple[int, ...]:
         for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             if token is not None:
-                return [token]
+                return (token,)
         raise DataError("the tokenizer has no token to begin a text with, neither bos nor eos")
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of the text alone. Special tokens that it spells out are special."""
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _behind(start: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Return `ids` without their longest beginning with which `start` ends."""
+    for length in range(len(start), 0, -1):
+        if list(ids[:length]) == list(start[-length:]):
+            return list(ids[length:])
+    return list(ids)
 
 
 def _start(tokenizer: Any) -> tuple[int, ...]:

@@ -33,6 +33,12 @@ class RowPlan:
         """Rows of one epoch, after weights and packing."""
         return len(self.train) if self.packs is None else len(self.packs)
 
+    def num_not_drawn(self, num_rows: int) -> int:
+        """Return how many of `num_rows` rows are neither trained on nor held out, though no
+        held-out row is like them: the weight of their source is below 1."""
+        outside = len(self.held_out) + len(self.duplicates)
+        return num_rows - len(np.unique(self.train)) - outside
+
 
 def plan_rows(
     config: DataConfig,

@@ -31,8 +31,8 @@ def refuse_unread(row: Fields, texts: Iterable[str]) -> None:
     unread = [column for column in row.filled() if not column.used]
     for column in unread:
         if _MEDIA.fullmatch(column.key) or _is_medium(column.value):
-            expected = "no media: megaskip trains on text only. Leave such rows out, or, if the "
-            row.wrong_at(column, f"{expected}text is complete without it, the column")
+            expected = "no media: megaskip trains on text only. Leave out such rows; or this column"
+            row.wrong_at(column, f"{expected}, if the text is complete without it")
         by_turn = "[]." in column.name or isinstance(column.value, list)
         if by_turn and _LOSS.search(column.key):
             expected = f"another field of a turn ({', '.join(SWITCHES)}) to take it out of the loss"

@@ -10,7 +10,13 @@ from typing import Any
 
 from megaskip.config.checks import closest
 from megaskip.config.value_types import shown
-from megaskip.data.folder import Choice, LeftOut, choose_by_pattern, choose_in_folder
+from megaskip.data.folder import (
+    Choice,
+    LeftOut,
+    choose_by_pattern,
+    choose_in_folder,
+    choose_in_subset,
+)
 from megaskip.data.readers import (
     RawRow,
     ReadRow,
@@ -24,6 +30,8 @@ from megaskip.errors import DataError
 from megaskip.extras import extra
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
+_NO_SPLIT = re.compile("(Unknown|Bad) split")
+"""What the datasets library says of a split that a data set does not have."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
@@ -42,6 +50,8 @@ class Source:
     """What is in the folder, or fits the pattern, and is not read."""
     streaming: bool = False
     """Read a hub data set without downloading it first."""
+    held_out: bool = False
+    """Of --eval_data: a held-out split of a hub data set is read."""
 
 
 def find_source(entry: str, *, streaming: bool = False, held_out: bool = False) -> Source:
@@ -58,7 +68,7 @@ def find_source(entry: str, *, streaming: bool = False, held_out: bool = False) 
     if choice is not None:
         return Source(name=name, weight=weight, files=choice.files, left_out=choice.left_out)
     if _looks_like_hub(name):
-        return Source(name=name, weight=weight, streaming=streaming)
+        return Source(name=name, weight=weight, streaming=streaming, held_out=held_out)
     raise DataError(f"data {name!r}: no such file or folder{_nearby(Path(name).expanduser())}")
 
 
@@ -85,7 +95,10 @@ def _find_files(name: str, *, held_out: bool) -> Choice | None:
         return Choice(files=(_known_kind(path),))
     if path.is_dir():
         return choose_in_folder(path, held_out=held_out)
-    return choose_by_pattern(str(path), held_out=held_out) if glob.has_magic(name) else None
+    subset = choose_in_subset(path, held_out=held_out)
+    if subset is not None or not glob.has_magic(name):
+        return subset
+    return choose_by_pattern(str(path), held_out=held_out)
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
@@ -129,22 +142,29 @@ def _nearby(path: Path) -> str:
 
 def _read_hub(source: Source) -> Iterator[ReadRow]:
     rows = load_hub(source)
-    yield from number_rows(rows if source.streaming else rows.to_iterable_dataset(), source.name)
+    name = f"{source.name} ({rows.split} split)" if source.held_out else source.name
+    yield from number_rows(rows if source.streaming else rows.to_iterable_dataset(), name)
 
 
 def load_hub(source: Source) -> Any:
-    """Return the train split of a hub data set `org/name` or `org/name/subset`."""
+    """Return a split of a hub data set `org/name` or `org/name/subset`: train, or for held-out data
+    the first of validation, test and train that it has."""
     with extra("train"):
         import datasets
 
     parts = source.name.split("/")
     subset = parts[2] if len(parts) == 3 else None
-    try:
-        return datasets.load_dataset(
-            "/".join(parts[:2]), subset, split="train", streaming=source.streaming
-        )
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"data {source.name!r}: no such local file, and the hub did not give its train split "
-            f"({first_line(error)}). Check the name, or download it and pass the files"
-        ) from error
+    splits = ("validation", "test", "train") if source.held_out else ("train",)
+    for split in splits:
+        try:
+            return datasets.load_dataset(
+                "/".join(parts[:2]), subset, split=split, streaming=source.streaming
+            )
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            if split != splits[-1] and _NO_SPLIT.search(str(error)):
+                continue
+            raise DataError(
+                f"data {source.name!r}: no such local file, and the hub did not give its {split} "
+                f"split ({first_line(error)}). Check the name, or download it and pass the files"
+            ) from error
+    raise AssertionError("the last split is returned or an error")

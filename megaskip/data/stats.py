@@ -1,14 +1,28 @@
 """What became of the data, in numbers, and when that is worth a warning or an error."""
 
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+from megaskip.data.columns import ColumnCounts
+from megaskip.data.folder import summarise
+from megaskip.data.source import Source
 from megaskip.data.tokenize import Tokenised
 from megaskip.errors import DataError
 from megaskip.log import get_logger
 
 logger = get_logger(__name__)
+
+CUT_AWAY = "all that would be learnt lies beyond --seq_length"
+UNLEARNABLE = "no text or assistant turn to learn"
+_COUNTS = (
+    "samples",
+    "rows",
+    "tokens",
+    "supervised_tokens",
+    "truncated",
+    "cut_away",
+    "unlearnable",
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,6 +42,9 @@ class SourceStats:
     """Samples dropped because all of their supervised tokens lie beyond seq_length."""
     unlearnable: int = 0
     """Samples dropped because they have nothing to learn at any length."""
+    columns: ColumnCounts = field(default_factory=ColumnCounts)
+    left_out: str = ""
+    """Files that are not read, and why."""
 
     @property
     def dropped(self) -> int:
@@ -47,6 +64,28 @@ class SourceStats:
         self.cut_away += tokenised.truncated and tokenised.dropped
         self.unlearnable += tokenised.dropped and not tokenised.truncated
 
+    def line(self) -> str:
+        """Return the counts as one line: rows read, used, cut, and dropped by reason."""
+        cut = f" ({self.truncated:,} cut at --seq_length)" if self.truncated else ""
+        reasons = {CUT_AWAY: self.cut_away, UNLEARNABLE: self.unlearnable}
+        why = "; ".join(f"{count:,}: {reason}" for reason, count in reasons.items() if count)
+        dropped = f"{self.dropped:,} dropped{f' ({why})' if why else ''}"
+        return (
+            f"data {self.name}: {self.samples:,} rows read, {self.samples - self.dropped:,} used"
+            f"{cut}, {dropped}; {self.tokens:,} tokens in {self.rows:,} rows, "
+            f"{self.supervised_fraction:.1%} learnt"
+        )
+
+    def notes(self) -> list[str]:
+        """Return what is not used of the source: columns and files, one line each."""
+        notes = []
+        if ignored := self.columns.ignored:
+            shares = f"{self.columns.shares(ignored)} of the rows{self.columns.advice()}"
+            notes.append(f"data {self.name}: columns that nothing reads: {shares}")
+        if self.left_out:
+            notes.append(f"data {self.name}: files left out: {self.left_out}")
+        return notes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataStats:
@@ -59,14 +98,26 @@ class DataStats:
     train_tokens: int
     """Real tokens of one epoch, after weights."""
     held_out_rows: int
-    duplicates_of_held_out: int
+    duplicates_of_held_out: int = 0
     """Training rows left out because a held-out row has the same tokens."""
+    not_drawn: int = 0
+    """Training rows left out because the weight of their source is below 1."""
+    repeated_rows: int = 0
+    """Rows that have the same tokens as an earlier one."""
+    streamed: bool = False
+    """The counts are of the held-out data alone: the others are read while training."""
 
-    def named(self, names: Iterable[str]) -> "DataStats":
-        """Return the same counts under other names of the sources: a cache stores those of the run
-        that wrote it."""
-        pairs = zip(self.sources, names, strict=True)
-        return replace(self, sources=tuple(replace(source, name=name) for source, name in pairs))
+    def of_sources(self, sources: Sequence[Source]) -> "DataStats":
+        """Return the same counts with the names of the sources and the files that they leave out:
+        a cache holds what the run that wrote it knew."""
+        pairs = zip(self.sources, sources, strict=True)
+        return replace(
+            self,
+            sources=tuple(
+                replace(stats, name=source.name, left_out=summarise(source.left_out))
+                for stats, source in pairs
+            ),
+        )
 
     @property
     def total(self) -> SourceStats:
@@ -75,15 +126,24 @@ class DataStats:
 
     def lines(self) -> list[str]:
         """Return text for the head of a run: one line per source, one for the result."""
-        lines = [
-            f"data {s.name}: {s.samples} samples -> {s.rows} rows, {s.tokens} tokens, "
-            f"{s.supervised_fraction:.1%} supervised; {s.truncated} truncated, {s.dropped} dropped"
-            for s in self.sources
-        ]
+        lines = [source.line() for source in self.sources if source.samples]
+        if self.streamed:
+            lines += [
+                f"data {source.name}: read while training"
+                for source in self.sources
+                if not source.samples
+            ]
+            return [*lines, f"{self.held_out_rows:,} rows held out"]
+        counts = {
+            "copies of held-out rows left out": self.duplicates_of_held_out,
+            "not drawn for weights below 1": self.not_drawn,
+            "with the same tokens as an earlier row": self.repeated_rows,
+        }
+        more = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
         return [
             *lines,
-            f"training on {self.train_rows} rows an epoch ({self.train_tokens} tokens), "
-            f"{self.held_out_rows} held out",
+            f"training on {self.train_rows:,} rows an epoch ({self.train_tokens:,} tokens), "
+            f"{self.held_out_rows:,} held out{more}",
         ]
 
 
@@ -102,14 +162,12 @@ def check_losses(sources: Sequence[SourceStats], *, seq_length: int) -> None:
             f"{names}: no supervised token is left in {total.samples} samples: {reasons}. Raise "
             "--seq_length, or check that the assistant turns carry the answers"
         )
-    if total.dropped:
-        level = logging.WARNING if 2 * total.dropped > total.samples else logging.INFO
+    if 2 * total.dropped > total.samples:
         lost = f"{total.dropped} of {total.samples} samples are dropped"
-        logger.log(level, "%s: %s: %s.", names, lost, reasons)
+        logger.warning("%s: %s: %s.", names, lost, reasons)
 
 
 def _total(sources: Sequence[SourceStats]) -> SourceStats:
-    counts = [field.name for field in fields(SourceStats) if field.name != "name"]
     return SourceStats(
-        name="all", **{name: sum(getattr(s, name) for s in sources) for name in counts}
+        name="all", **{name: sum(getattr(s, name) for s in sources) for name in _COUNTS}
     )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megaskip.config.value_types import shown, wrong_types
+from megaskip.data.columns import ColumnCounts
 from megaskip.data.row import PackedRow, Row
 from megaskip.data.stats import DataStats, SourceStats
 from megaskip.errors import DataError
@@ -168,9 +169,12 @@ def open_store(folder: Path) -> tuple[StoredRows, StoredRows, DataStats]:
 def _read_meta(folder: Path) -> tuple[dict[str, int], DataStats]:
     """Return the size of every file and the stats."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    sources = tuple(SourceStats(**source) for source in meta["stats"].pop("sources"))
+    sources = tuple(
+        SourceStats(columns=ColumnCounts(**source.pop("columns")), **source)
+        for source in meta["stats"].pop("sources")
+    )
     stats = DataStats(sources=sources, **meta["stats"])
-    for counted in (*sources, stats):
+    for counted in (*sources, *(source.columns for source in sources), stats):
         for problem in wrong_types(counted, ""):
             raise ValueError(problem)
     return meta["sizes"], stats

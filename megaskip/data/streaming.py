@@ -1,7 +1,7 @@
 """Rows read and tokenised on the fly, in a deterministic order. Knows no cache."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from megaskip.data.corpus import Job, read_samples
@@ -13,9 +13,12 @@ from megaskip.data.stats import SourceStats, check_losses
 from megaskip.data.store import content_hash
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.data.vocabulary import require_known_token
+from megaskip.log import get_logger
+
+logger = get_logger(__name__)
 
 _FIRST_CHECK = 1000
-"""Samples after which a stream that loses too much says so."""
+"""Samples after which a stream says what became of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +40,8 @@ class StreamingRows:
     """Rows to pass over, as after a resume."""
     vocabulary: int | None = None
     """Rows of the model's embedding: a token beyond is an error. None where all are known."""
+    said: set[str] = field(default_factory=set, compare=False)
+    """What was logged of the counts so far, by whichever stream of the same rows."""
 
     def skip(self, rows: int) -> "StreamingRows":
         """Return the stream that begins `rows` rows later; those are tokenised and thrown away."""
@@ -55,26 +60,41 @@ class StreamingRows:
 
     def _rows(self) -> Iterator[Row]:
         counts = [SourceStats(name=source.name) for source in self.sources]
-        streams = [self._source_stream(index) for index in range(len(self.sources))]
+        streams = [self._source_stream(index, counts) for index in range(len(self.sources))]
         weights = [source.weight for source in self.sources]
         jobs = islice(interleave(streams, rates=weights), self.max_samples)
-        seen = 0
-        for seen, (index, sample) in enumerate(jobs, start=1):
-            tokenised = self.tokenizer.tokenise(sample, source=index)
-            counts[index].add(tokenised)
-            if seen == _FIRST_CHECK:
-                check_losses(counts, seq_length=self.seq_length)
-            for row in tokenised.rows:
-                if self.vocabulary is not None:
-                    require_known_token(int(row.input_ids.max()), self.vocabulary)
-                yield row
-        if seen < _FIRST_CHECK:
-            check_losses(counts, seq_length=self.seq_length)
+        try:
+            for seen, (index, sample) in enumerate(jobs, start=1):
+                tokenised = self.tokenizer.tokenise(sample, source=index)
+                counts[index].add(tokenised)
+                if seen == _FIRST_CHECK:
+                    self._report(counts, "the first rows of the stream")
+                for row in tokenised.rows:
+                    if self.vocabulary is not None:
+                        require_known_token(int(row.input_ids.max()), self.vocabulary)
+                    yield row
+        except GeneratorExit:  # no more rows are wanted
+            if not self.said and any(source.samples for source in counts):
+                self._say(counts, "the first rows of the stream")
+            raise
+        self._report(counts, "the whole stream")
 
-    def _source_stream(self, index: int) -> Iterator[Job]:
-        source = self.sources[index]
+    def _report(self, counts: Sequence[SourceStats], what: str) -> None:
+        """Say what became of the rows, once; raise DataError when nothing is left to learn."""
+        if what not in self.said:
+            check_losses(counts, seq_length=self.seq_length)
+            self._say(counts, what)
+
+    def _say(self, counts: Sequence[SourceStats], what: str) -> None:
+        self.said.add(what)
+        for source in counts:
+            for line in (source.line(), *source.notes()):
+                logger.info("%s: %s", what, line)
+
+    def _source_stream(self, index: int, counts: Sequence[SourceStats]) -> Iterator[Job]:
+        source, columns = self.sources[index], counts[index].columns
         for number in range(num_passes(source.weight)):
-            for position, sample in enumerate(read_samples(source)):
+            for position, sample in enumerate(read_samples(source, columns)):
                 if in_pass(
                     position, weight=source.weight, number=number, seed=self.seed, source=index
                 ):
@@ -90,15 +110,3 @@ def take_held_out(stream: StreamingRows, wanted: int) -> tuple[list[Row], Stream
         distinct.setdefault(content_hash(row), row)
     chosen = dict(islice(distinct.items(), min(wanted, len(first) // 5)))
     return list(chosen.values()), replace(stream, held_out=frozenset(chosen))
-
-
-def count(rows: Sequence[Row], sources: Sequence[Source]) -> tuple[SourceStats, ...]:
-    """Return the counts of the held-out rows: of streamed data no others are known before they are
-    read."""
-    stats = tuple(SourceStats(name=source.name) for source in sources)
-    for row in rows:
-        source_stats = stats[row.source]
-        source_stats.rows += 1
-        source_stats.tokens += len(row)
-        source_stats.supervised_tokens += int(row.supervised.sum())
-    return stats

@@ -109,8 +109,8 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
     shared = report["disk"]["shared_memory"]["free_bytes"]
     if report["gpus"] and shared < _SMALL_SHARED_MEMORY:
         yield (
-            f"/dev/shm has {human_bytes(shared)}, which NCCL may not come by with: start the "
-            "container with --shm-size 8g or --ipc host"
+            f"/dev/shm has {human_bytes(shared)} free, which may be too little for NCCL: start "
+            "the container with --shm-size 8g or --ipc host"
         )
 
 

@@ -47,20 +47,27 @@ def evaluate_model(
     batch_size: int = 8,
     dense: Outcome | None = None,
     paired: bool = True,
+    lm_eval_compatible: bool = False,
     **settings: Any,
 ) -> EvalReport:
     """Evaluate a model in this process and return the report.
 
     `model` is an HF model in evaluation mode; its `skip_routers` are used unless `routers` are
     given; overrides of their decisions stay in force. With `paired` the unrouted model answers the
-    same requests, or its answers are those of `dense`, an earlier report's. `settings` are those of
-    EvalSettings.
+    same requests, or its answers are those of `dense`, an earlier report's. Texts become tokens as
+    in training, or with `lm_eval_compatible` as in lm-eval. `settings` are those of EvalSettings.
     """
     quiet_lm_eval()
     asked = EvalSettings(tasks=tuple(tasks), **settings)
     found_tasks = find_tasks(asked)
     runner = None if routers is None else LocalRunner(model, routers)
-    lm = MegaskipLM(model, tokenizer, runner=runner, batch_size=batch_size)
+    lm = MegaskipLM(
+        model,
+        tokenizer,
+        runner=runner,
+        batch_size=batch_size,
+        lm_eval_compatible=lm_eval_compatible,
+    )
     return evaluate_lm(lm, found_tasks, asked, dense=dense, paired=paired)
 
 
@@ -104,6 +111,7 @@ def evaluate_lm(
     about = {
         "settings": {name: getattr(settings, name) for name in settings.__slots__},
         "batch_size": lm.batch_size,
+        "lm_eval_compatible": lm.lm_eval_compatible,
         "versions": {**versions(), "lm_eval": lm_eval.__version__},
     }
     return EvalReport(outcome=outcome, dense=dense if paired else None, about=about)
@@ -111,6 +119,7 @@ def evaluate_lm(
 
 def _answers(lm: MegaskipLM, tasks: dict[str, Any], settings: EvalSettings) -> Outcome:
     lm.spent = defaultdict(Cost)
+    lm.asks_in_chat = False
     results = lm_eval.evaluate(
         lm=lm,
         task_dict={"tasks": tasks, "groups": {}, "group_map": {}},

@@ -99,6 +99,7 @@ def _lm(options: EvaluateOptions, topology: Topology) -> MegaskipLM:
         shape=loaded.shape,
         batch_size=options.batch_size,
         max_length=options.max_length,
+        lm_eval_compatible=options.lm_eval_compatible,
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megaskip.data.tokenizer import load_tokenizer
-from megaskip.errors import ConfigError
+from megaskip.errors import ConfigError, DataError
+from megaskip.evaluation.encoding_lm import EncodingLM
 from megaskip.evaluation.rank_pool import RankPool
 from megaskip.evaluation.runner import Kept, LocalRunner, Runner, StopRows
 from megaskip.evaluation.scored_text import ScoredText, chunks, token_batch
@@ -22,9 +23,7 @@ from megaskip.routing import PREFIX
 
 with extra("eval"):
     from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 Document = tuple[str, int]
 """Task and index."""
@@ -35,7 +34,7 @@ _SEED = 1234
 
 
 @register_model("megaskip")
-class MegaskipLM(HFLM):
+class MegaskipLM(EncodingLM):
     """lm-eval's HFLM for a routed or a dense model, on one rank or many."""
 
     def __init__(
@@ -51,6 +50,7 @@ class MegaskipLM(HFLM):
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
         max_length: int | None = None,
+        lm_eval_compatible: bool = False,
     ) -> None:
         if not str(batch_size).isdigit() or not int(batch_size):
             raise ConfigError(f"--batch_size {batch_size!r} must be a number from 1 on")
@@ -68,6 +68,7 @@ class MegaskipLM(HFLM):
             backend="causal",
             batch_size=int(batch_size),
             max_length=max_length,
+            lm_eval_compatible=lm_eval_compatible,
         )
         self.runner: Runner = runner or LocalRunner(pretrained, routers_of(pretrained))
         self._costs = CostModel(shape or pretrained, self.runner.routers)
@@ -120,15 +121,6 @@ class MegaskipLM(HFLM):
         self._add_costs(requests)
         return sums
 
-    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        rolling = get_rolling_token_windows(
-            token_list=self.tok_encode(text),
-            prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
-            context_len=1,
-        )
-        return map(make_disjoint_window, rolling)
-
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Return the text generated for each prompt; the prompt is what routers judge by."""
         groups: dict[str, list[int]] = defaultdict(list)
@@ -140,7 +132,9 @@ class MegaskipLM(HFLM):
         for numbers in groups.values():
             numbers.sort(key=lambda number: self._generation_key(requests[number].args[0]))
             order += chunks(numbers, self.batch_size)
-        batches = [[requests[number].args for number in chunk] for chunk in order]
+        batches = [
+            (self.asks_in_chat, [requests[number].args for number in chunk]) for chunk in order
+        ]
         answers: dict[int, tuple[str, Cost]] = {}
         answered = self.rank_pool.run("generating", batches, sizes=[len(chunk) for chunk in order])
         for numbers, of_batch in zip(order, answered, strict=True):
@@ -158,7 +152,9 @@ class MegaskipLM(HFLM):
 
     def _generation_key(self, context: str) -> tuple[int, str]:
         # As HFLM sorts a batch, so that its rows come back in the order they were given.
-        return -len(self.tok_encode(context)), context
+        ids = self.tok_encode(context)
+        self._require_known(ids, context)
+        return -len(ids), context
 
     def _add_costs(self, requests: Any) -> None:
         for request, cost in zip(requests, self._last_call, strict=True):
@@ -187,13 +183,20 @@ class MegaskipLM(HFLM):
     def _scored_text(
         self, text: Any, context: Sequence[int], continuation: Sequence[int]
     ) -> ScoredText:
-        if len(continuation) > self.max_length:
-            raise ConfigError(
-                f"an answer has {len(continuation)} tokens, which is more than a text of "
-                f"--max_length {self.max_length} holds"
-            )
-        tokens = tuple([*context, *continuation][-(self.max_length + 1) :][:-1])
         length = len(continuation)
+        if not length:
+            raise DataError(
+                f"the answer {text[1]!r} behind {text[0][-40:]!r} has no token, so nothing says "
+                "how likely it is; mend the task's data"
+            )
+        whole = self._cut([*context, *continuation], self.max_length + 1)
+        if length >= len(whole) or whole[-length:] != list(continuation):
+            raise ConfigError(
+                f"an answer has {length} tokens, which is more than a text of --max_length "
+                f"{self.max_length} holds"
+            )
+        self._require_known(whole, "a window of a text" if text is None else text[1])
+        tokens = tuple(whole[:-1])
         is_plain = text is None or text[0] == ""
         prompt = self._prompt_tokens if is_plain else len(tokens) + 1 - length
         prompt = max(min(prompt, len(tokens)), 1)
@@ -206,8 +209,7 @@ class MegaskipLM(HFLM):
 
     def _score(self, texts: list[ScoredText]) -> dict[int, ScoredAnswer]:
         """Return the answers to the requests about `texts`, by the number of the request."""
-        pad = self.tokenizer.pad_token_id
-        batch = token_batch(texts, pad_token_id=pad, device=self.runner.device)
+        batch = token_batch(texts, pad_token_id=self._pad_token_id, device=self.runner.device)
         logits, kept = self.runner.logits(batch)
         answers: dict[int, ScoredAnswer] = {}
         if not self.runner.answers:
@@ -227,8 +229,11 @@ class MegaskipLM(HFLM):
 
     # -- generation
 
-    def _generate(self, batch: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, Cost]]:
-        asked = [SimpleNamespace(args=(text, copy.deepcopy(options))) for text, options in batch]
+    def _generate(
+        self, batch: tuple[bool, list[tuple[str, dict[str, Any]]]]
+    ) -> list[tuple[str, Cost]]:
+        self.asks_in_chat, prompts = batch
+        asked = [SimpleNamespace(args=(text, copy.deepcopy(options))) for text, options in prompts]
         texts = super().generate_until(asked, disable_tqdm=True)
         if not self.runner.answers:
             return []
@@ -254,7 +259,7 @@ class MegaskipLM(HFLM):
             mask,
             criterion,
             max_length=max_length,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self._pad_token_id,
             **options,
         )
         if not self.runner.answers:

@@ -144,12 +144,12 @@ class EvalReport:
         ]
 
     def lines(self) -> list[str]:
-        """Return the table, a line for each metric of each task."""
+        """Return the table, a line for each metric of each task, and whose tokens were used."""
         rows = [_TITLES if self.dense else _TITLES[:4] + _TITLES[7:]]
         for name, task in self.outcome.items():
             for number, metric in enumerate(task.metrics):
                 rows.append(self._cells(name, metric, is_first=number == 0))
-        return _align(rows)
+        return [*_align(rows), _TOKENS[bool(self.about.get("lm_eval_compatible"))]]
 
     def _cells(self, name: str, metric: str, *, is_first: bool) -> list[str]:
         task, gap = self.outcome[name], self.difference(name, metric)
@@ -175,6 +175,11 @@ class EvalReport:
 def _interval(gap: Difference) -> str:
     return f"[{gap.low:+.4f}, {gap.high:+.4f}]"
 
+
+_TOKENS = {
+    False: "texts become tokens as in training; --lm_eval_compatible gives lm-eval's own numbers",
+    True: "texts become tokens as lm-eval makes them (--lm_eval_compatible)",
+}
 
 _TITLES = [
     *("task", "n", "metric", "value (std. error)", "dense", "difference", "95 % interval"),

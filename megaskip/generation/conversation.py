@@ -12,6 +12,7 @@ from transformers import DynamicCache, TextStreamer
 
 from megaskip.arch import find_decoder
 from megaskip.config.commands.generate import GenerateOptions
+from megaskip.data.vocabulary import require_known_token
 from megaskip.errors import DataError
 from megaskip.generation.prompts import Messages
 from megaskip.generation.record import RunRecord
@@ -44,6 +45,8 @@ class Conversation:
         """Stream the answer to one more turn, print what was skipped, and return both."""
         self.messages = self.messages + turn
         ids = self._encode()
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        require_known_token(int(ids.max()), vocabulary, text="a prompt")
         if not torch.equal(ids[:, : self._seen.shape[1]], self._seen):
             # The template has rewritten the past: its keys and values are of another text.
             messages = self.messages

@@ -64,7 +64,7 @@ class RoutedModel(AdaptedModel):
         return _routers_of(self).capacity()
 
     def set_capacity(self, capacity: float) -> None:
-        """Skip more or less from now on: `capacity` is one that tools/calibrate.py calibrated."""
+        """Skip more or less from now on: `capacity` is one that megaskip calibrate calibrated."""
         routers = _routers_of(self)
         routers.set_capacity(capacity)
         chosen = {"capacity": routers.config.capacity, "threshold": routers.config.threshold}

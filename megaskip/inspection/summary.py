@@ -23,7 +23,11 @@ def source_lines(view: View, report: SourceReport, reader: RowReader) -> Iterato
     yield view.title(f"data {report.source.name}")
     yield _line("format", ", ".join(report.formats) or "not known: no row fits a format")
     yield from _files(view, report)
-    if len(report.columns) > 1 or report.num_parsed and "plain text" not in report.formats:
+    if (
+        len(report.stats.columns.filled) > 1
+        or report.num_parsed
+        and "plain text" not in report.formats
+    ):
         yield from _columns(view, report)
     cut, used, dropped = report.stats.truncated, report.num_used, report.num_read - report.num_used
     cut_text = f" ({cut:,} cut at --seq_length)" if cut else ""
@@ -54,14 +58,11 @@ def _files(view: View, report: SourceReport) -> Iterator[str]:
 
 
 def _columns(view: View, report: SourceReport) -> Iterator[str]:
-    def shares(names: Sequence[str]) -> str:
-        return _listed([f"{n} {report.columns[n] / report.num_parsed:.0%}" for n in names])
-
-    names = [name for name, _ in report.columns.most_common()]
-    ignored = [name for name in names if name not in report.used]
-    yield _line("columns used", escape(shares([n for n in names if n in report.used])) or "none")
-    text = view.paint(escape(shares(ignored)), _YELLOW) if ignored else "none"
-    yield _line("columns ignored", text)
+    columns = report.stats.columns
+    ignored = columns.ignored
+    yield _line("columns used", escape(columns.shares(columns.used)) or "none")
+    text = f"{columns.shares(ignored)}{columns.advice()}"
+    yield _line("columns ignored", view.paint(escape(text), _YELLOW) if ignored else "none")
 
 
 def _tokens(view: View, report: SourceReport, reader: RowReader) -> Iterator[str]:

@@ -143,7 +143,7 @@ def _problems(trainer: Any, config: RouterConfig | None, calibration_rows: int) 
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         problems.append(
             "the trainer shards the model (DeepSpeed or FSDP), which routers in its loop do not "
-            "support: use launch/train.py, which trains them under ZeRO-3 and in stages"
+            "support: use megaskip train, which trains them under ZeRO-3 and in stages"
         )
     if args.n_gpu > 1:
         problems.append(

@@ -102,7 +102,7 @@ def reopen(folder: Path) -> None:
     if stored.is_file() and read_json(stored).get("calibrated"):
         logger.warning(
             "%s has calibrated capacities, which are those of the routers so far: run "
-            "tools/calibrate.py again when this run is done",
+            "megaskip calibrate again when this run is done",
             stored.parent,
         )
 

@@ -1,8 +1,10 @@
 """Data are tokenised once, whole or not at all, split without leaks, streamed in the same order."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,8 @@ from megaskip.data.tokenize import SampleTokenizer, Tokenised
 from megaskip.data.vocabulary import padding_token
 from megaskip.errors import DataError
 
+CHATML_WITHOUT_END = CHATML.replace("<|im_end|>\n{% endfor", "{% endfor")
+"""An empty answer leaves nothing to learn."""
 TOKENISE = "megaskip.data.dataset.tokenise_all"
 
 
@@ -97,6 +101,70 @@ def test_stats_add_up(config: DataConfig, tmp_path: Path) -> None:
     assert data.stats.train_tokens == sum(len(row) for row in data.train)
     assert one.tokens == sum(len(row) for row in rows if row.source == 0)
     assert 0 < one.supervised_fraction < 1 and len(data.stats.lines()) == 3
+
+
+MIXED = [
+    *questions(30),
+    *({**row, "id": 1} for row in questions(10)),
+    {"question": "what", "answer": ""},
+    {"question": "hello " * 80, "answer": "fine"},
+]
+"""Rows that are used, repeated, without an answer and with one beyond 64 tokens."""
+
+
+@pytest.fixture
+def mixed(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """Return a config whose data are a folder with all sorts of losses; the log is heard."""
+    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", MIXED)
+    write_lines(folder / "test.jsonl", questions(9))
+    return changed(config, data=(f"{folder}:0.5",), held_out=3)
+
+
+def test_all_that_is_lost_is_said_by_every_run_on_the_data(
+    mixed: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_dataset(mixed, fast_tokenizer(CHATML_WITHOUT_END))
+    for _ in range(2):  # the second run reads the cache
+        caplog.clear()
+        with caplog.at_level("INFO", logger="megaskip"):
+            stats = build_dataset(mixed, fast_tokenizer(CHATML_WITHOUT_END)).stats
+        name = mixed.data[0].removesuffix(":0.5")
+        counts, result = stats.lines()
+        assert counts.startswith(
+            f"data {name}: 42 rows read, 40 used, 2 dropped (1: all that would be learnt lies "
+            "beyond --seq_length; 1: no text or assistant turn to learn); "
+        )
+        assert re.search(r"rows an epoch .*, 3 held out, .* 10 with the same tokens", result)
+        assert stats.not_drawn > 0 and "not drawn for weights below 1" in result
+        assert [record.message for record in caplog.records][-2:] == [
+            f"data {name}: columns that nothing reads: id 24% of the rows",
+            f"data {name}: files left out: test split: test.jsonl",
+        ]
+
+
+@pytest.mark.parametrize(("read", "said"), [(None, "the whole stream"), (5, "the first rows")])
+def test_a_stream_says_what_was_lost_once_when_it_is_read_or_left(
+    mixed: DataConfig, caplog: pytest.LogCaptureFixture, read: int | None, said: str
+) -> None:
+    streamed = changed(
+        mixed, streaming=True, held_out=0, data=(mixed.data[0].removesuffix(":0.5"),)
+    )
+    with caplog.at_level("INFO", logger="megaskip"):
+        data = build_dataset(streamed, fast_tokenizer(CHATML_WITHOUT_END))
+        assert data.stats.lines()[0].endswith("read while training")
+        assert "files left out: test split: test.jsonl" in caplog.messages[-1]
+        assert isinstance(data.train, StreamingRows)
+        caplog.clear()
+        for _ in range(2):
+            list(islice(data.train.skip(1), read))
+    counts = [message for message in caplog.messages if "rows read" in message]
+    assert len(counts) == 1 and counts[0].startswith(said)
+    if read is None:
+        assert "42 rows read, 40 used, 2 dropped (1: all that would be" in counts[0]
+        assert caplog.messages[-1].endswith("columns that nothing reads: id 24% of the rows")
 
 
 def test_packing_keeps_every_row_whole_and_held_out_rows_apart(config: DataConfig) -> None:

@@ -104,6 +104,53 @@ def test_folder_without_a_training_split_says_what_it_holds(tmp_path: Path) -> N
     assert names_read(find_source(str(folder / ".old"))) == [".old/train.jsonl"]
 
 
+CARD = """---
+license: mit
+configs:
+- config_name: first
+  data_files:
+  - split: train_sft
+    path: "a/part*"
+  - split: test_sft
+    path: [a/rest.jsonl]
+- config_name: second
+  data_dir: b
+{more}---
+# A data set
+"""
+
+
+def test_card_of_a_hub_data_set_tells_subsets_and_splits(tmp_path: Path) -> None:
+    folder = make_files(
+        tmp_path / "set [1]", "a/part-1.jsonl", "a/rest.jsonl", "b/c.jsonl", "d.txt"
+    )
+    (folder / "README.md").write_text(CARD.format(more=""))
+    with pytest.raises(DataError, match=r"several subsets; name one of .*/first, .*/second"):
+        find_source(str(folder))
+    source = find_source(str(folder / "first:2"))
+    assert names_read(source) == ["a/part-1.jsonl"] and source.weight == 2
+    assert reasons(source) == {
+        "README.md": "not a kind of file that is read",
+        "a/rest.jsonl": "test split",
+        "b/c.jsonl": "not of the subset first",
+        "d.txt": "not of the subset first",
+    }
+    assert names_read(find_source(str(folder / "first"), held_out=True)) == ["a/rest.jsonl"]
+    assert names_read(find_source(str(folder / "second"))) == ["b/c.jsonl"]
+    (folder / "README.md").write_text(CARD.format(more="  default: true\n"))
+    assert names_read(find_source(str(folder))) == ["b/c.jsonl"]
+    (folder / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(DataError, match=r"README\.md: its head is not YAML"):
+        find_source(str(folder))
+
+
+@pytest.mark.parametrize("head", ["", "# Notes\n---\nx: [\n---\n", "---\nlicense: mit\n---\n"])
+def test_readme_without_subsets_changes_nothing(tmp_path: Path, head: str) -> None:
+    folder = make_files(tmp_path, "a.jsonl", "test.jsonl")
+    (folder / "README.md").write_text(head)
+    assert names_read(find_source(str(folder))) == ["a.jsonl"]
+
+
 def test_links_to_files_are_read_and_links_to_folders_are_named(tmp_path: Path) -> None:
     make_files(tmp_path, "there/a.jsonl", "here/b.jsonl")
     (tmp_path / "here" / "c.jsonl").symlink_to(tmp_path / "there" / "a.jsonl")

@@ -14,6 +14,7 @@ import pyarrow
 import pytest
 from data_samples import write_lines
 
+from megaskip.data.columns import ColumnCounts
 from megaskip.data.corpus import read_samples
 from megaskip.data.readers import TEXT_PIECE
 from megaskip.data.source import find_source, read_rows
@@ -169,7 +170,7 @@ def test_media_in_columns_are_not_opened(tmp_path: Path) -> None:
     rows = {"text": ["a"], "pic": [{"bytes": b"no picture", "path": "a.png"}]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(DataError, match=r"row 1: field 'pic' is the object .* no media"):
-        list(read_samples(find_source(str(tmp_path / "a.parquet"))))
+        list(read_samples(find_source(str(tmp_path / "a.parquet")), ColumnCounts()))
 
 
 def test_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_text_file_is_cut_at_empty_lines_and_loses_nothing(tmp_path: Path) -> No
 def test_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "file.jsonl").write_text(content)
     with pytest.raises(DataError) as error:
-        list(read_samples(find_source(str(tmp_path / "file.jsonl"))))
+        list(read_samples(find_source(str(tmp_path / "file.jsonl")), ColumnCounts()))
     assert str(error.value) == f"{tmp_path}/file.jsonl, {message}"
 
 
@@ -286,3 +287,26 @@ def test_unreachable_hub_is_an_error_that_says_what_to_do(monkeypatch: pytest.Mo
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"did not give its train split \(no network\). Check"):
         list(read_rows(find_source("org/name")))
+
+
+@pytest.mark.parametrize(
+    ("splits", "read", "streaming"),
+    [
+        (["train", "validation", "test"], "validation", False),
+        (["train", "test"], "test", True),
+        (["train"], "train", False),
+    ],
+)
+def test_held_out_data_of_the_hub_are_a_held_out_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: list[str], read: str, streaming: bool
+) -> None:
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    for split in splits:
+        write_lines(folder / f"{split}.jsonl", [{"text": split}])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = find_source("org/name", held_out=True, streaming=streaming)
+    monkeypatch.chdir(tmp_path)  # the library takes a folder for a data set of the hub
+    assert [(str(place), row["text"]) for place, row in read_rows(source)] == [
+        (f"org/name ({read} split), row 1", read)
+    ]

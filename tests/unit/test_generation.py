@@ -274,6 +274,15 @@ def test_a_prompt_that_the_template_rejects_and_an_empty_one_are_named(exported:
         raw.answer([{"role": "user", "content": ""}])
 
 
+def test_a_prompt_with_a_token_beyond_the_embedding_is_one_line(exported: Path) -> None:
+    model, folder = load_routed(str(exported / "exported"), "float32", None)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["@@odd"])
+    conversation = Conversation(model=model, tokenizer=tokenizer, options=parse(["--model", "x"]))
+    with pytest.raises(DataError, match="a prompt: token 1536 is beyond the model's vocabulary"):
+        conversation.answer([{"role": "user", "content": "Hi @@odd"}])
+
+
 def test_answers_do_not_take_the_place_of_prompts(tmp_path: Path) -> None:
     file = str(tmp_path / "prompts.jsonl")
     with pytest.raises(ConfigError, match="is the file of --prompts"):

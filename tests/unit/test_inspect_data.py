@@ -15,11 +15,9 @@ from megaskip.config import DataConfig
 from megaskip.data import PackedRow, Row, build_dataset
 from megaskip.data.dataset import find_sources
 from megaskip.data.inspect import (
-    CUT_AWAY,
     MALFORMED,
     NO_FORMAT,
     NOT_TOKENISED,
-    UNLEARNABLE,
     UNREADABLE,
     InspectedRow,
     inspect_samples,
@@ -35,6 +33,7 @@ from megaskip.data.row_text import (
     RowReader,
     RowText,
 )
+from megaskip.data.stats import CUT_AWAY, UNLEARNABLE
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.inspection.file import row_record
@@ -228,11 +227,15 @@ def test_columns_that_no_format_reads_are_named_with_their_share(tmp_path: Path)
     config = make_config(write_lines(tmp_path / "a.jsonl", rows))
     report = inspection_of(config, fast_tokenizer()).reports[0]
     read = {"messages", "messages[].role", "messages[].content", "messages[].loss", "system"}
-    assert report.used == read
-    ignored = {name: count for name, count in report.columns.items() if name not in report.used}
-    assert ignored == {"messages[].rated": 1, "id": 4}
+    columns = report.stats.columns
+    assert set(columns.used) == read
+    assert {name: columns.filled[name] for name in columns.ignored} == {
+        "messages[].rated": 1,
+        "id": 4,
+    }
     text = "\n".join(source_lines(PLAIN, report, reader_of(config, fast_tokenizer())))
-    assert re.search(r"columns ignored +id 100%, messages\[\]\.rated 25%", text)
+    ignored = r"columns ignored +id 100%, messages\[\]\.rated 25%; if messages\[\]\.rated says"
+    assert re.search(ignored, text)
 
 
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Imports point down the layers, and importing the package touches nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,14 @@ def test_only_evaluation_needs_lm_eval() -> None:
         if any(f"{name}.".startswith("megaskip.evaluation.") for name in imports_of(file))
     }
     assert users <= OWNERS["lm_eval"], "put what others need into megaskip/measures"
+
+
+def test_library_code_names_commands_and_not_files_of_the_repository() -> None:
+    """An installed package has no tools/ and no launch/ beside it; megaskip COMMAND is everywhere.
+    In cli/ they stand where a launcher such as torchrun starts a file."""
+    for file in modules():
+        if part_of(file) != "cli":
+            assert not re.search(r"\b(tools|launch)/\w+\.(py|sh)", file.read_text()), file
 
 
 def test_importing_the_package_touches_no_device_environment_or_process_group() -> None:

@@ -97,4 +97,4 @@ def test_a_finished_run_that_goes_on_is_not_finished(
     save_routers(tmp_path / "routers", attach_routers(tiny_model(), config))
     reopen(tmp_path)
     assert not is_finished(tmp_path)
-    assert "run tools/calibrate.py again" in caplog.text
+    assert "run megaskip calibrate again" in caplog.text

@@ -34,6 +34,8 @@ class EvaluateOptions(Checked):
     """Documents of each task [all]."""
     apply_chat_template: bool = False
     """Ask in the tokenizer's chat format."""
+    lm_eval_compatible: bool = False
+    """Make tokens of texts as lm-eval does, for its own numbers, not as in training."""
     batch_size: int = 8
     """Rows of a batch on a rank."""
     max_length: int | None = None
