@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -44,6 +44,30 @@ def new_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_text_file(path: Path) -> Iterator[TextIO]:
+    """Yield an open temporary file beside `path` that takes its place when the block ends well.
+
+    What is no file, such as /dev/null, is written as it is. Half of a surrogate pair is written as
+    its escape, which is what JSON has for it.
+    """
+    path = path.resolve()  # of a link, what it leads to
+    is_replaced = path.is_file() or not path.exists()
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp") if is_replaced else path
+    try:
+        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        if is_replaced:
+            if path.exists():
+                shutil.copymode(path, draft)
+            os.replace(draft, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if is_replaced:
+            draft.unlink(missing_ok=True)
 
 
 def write_tensors(

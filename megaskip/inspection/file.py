@@ -2,11 +2,11 @@
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from megaskip.checkpoint.atomic import new_text_file
 from megaskip.data.inspect import InspectedRow, SampleOutcome
 from megaskip.data.inspect_report import COPY, NOT_DRAWN, RowFates
 from megaskip.data.row_text import (
@@ -25,16 +25,20 @@ _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 class RowFile:
-    """Writes rows while they are read, into a draft: what training does with each is known last."""
+    """Writes rows while they are read, into a draft: what training does with each is known last.
+
+    The file appears whole, when all went well; one that was there stays until then.
+    """
 
     def __init__(self, path: Path, reader: RowReader, *, keep: Iterable[Path]) -> None:
         """Raises ConfigError when `path` cannot be written or is one of the files to `keep`."""
         self._path = path
         self._reader = reader
+        if path.is_dir():
+            raise ConfigError(f"--output {path} is a folder; name a .jsonl file")
         if path.exists() and any(path.samefile(file) for file in keep):
             raise ConfigError(f"--output {path} is a file of the data; give another name")
         try:
-            self._file = path.open("w", **_TEXT)
             self._draft = tempfile.TemporaryFile("w+", dir=path.parent, **_TEXT)  # noqa: SIM115
         except OSError as error:
             raise ConfigError(
@@ -44,16 +48,8 @@ class RowFile:
     def __enter__(self) -> "RowFile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._draft.close()
-        self._file.close()
-        if error is not None:
-            self._path.unlink()
 
     def add(self, outcome: SampleOutcome) -> None:
         """Append the rows of one row of a file."""
@@ -61,8 +57,13 @@ class RowFile:
             self._draft.write(json.dumps(row_record(self._reader, row), ensure_ascii=False) + "\n")
 
     def finish(self, fates: RowFates | None) -> None:
-        """Write the rows, with what training does with each: copies of held-out rows and rows that
-        a weight leaves out are dropped."""
+        """Write the file, with what training does with each row: copies of held-out rows and rows
+        that a weight leaves out are dropped. Raises CheckpointError when the disk is full."""
+        with new_text_file(self._path) as file:
+            for record in self._records(fates):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _records(self, fates: RowFates | None) -> Iterator[dict[str, Any]]:
         index = 0
         self._draft.seek(0)
         for line in self._draft:
@@ -75,7 +76,7 @@ class RowFile:
                     record |= {"dropped": True, "reason": fate}
                 else:
                     record["used_as"] = fate
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            yield record
 
 
 def row_record(reader: RowReader, row: InspectedRow) -> dict[str, Any]:

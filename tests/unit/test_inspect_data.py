@@ -36,7 +36,7 @@ from megaskip.data.row_text import (
 from megaskip.data.stats import CUT_AWAY, UNLEARNABLE
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.errors import ConfigError, DataError
-from megaskip.inspection.file import row_record
+from megaskip.inspection.file import RowFile, row_record
 from megaskip.inspection.summary import source_lines
 from megaskip.inspection.view import View, row_lines
 
@@ -434,6 +434,19 @@ def test_output_does_not_overwrite_the_data(model: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="is a file of the data"):
         main(["--model", str(model), "--data", data, "--output", data])
     assert len(Path(data).read_text().splitlines()) == 3
+
+
+def test_a_file_that_was_there_stays_until_all_rows_are_read(model: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", [*questions(3), {"question": "what"}])
+    output = tmp_path / "rows.jsonl"
+    output.write_text("earlier")
+    reader: Any = None  # is asked for rows, of which there are none
+    with pytest.raises(KeyboardInterrupt), RowFile(output, reader, keep=[]):
+        raise KeyboardInterrupt
+    assert output.read_text() == "earlier"
+    main(["--model", str(model), "--data", data, "--output", str(output)])
+    assert len(output.read_text().splitlines()) == 4
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_half_characters_reach_the_file_as_escapes(model: Path, tmp_path: Path) -> None:
