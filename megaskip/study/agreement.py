@@ -16,6 +16,9 @@ from megaskip.routing import RouterSet
 from megaskip.study.baselines import Policy
 from megaskip.study.scoring import Numbers
 
+_PROMPT_TOKENS = 32
+"""Of a row, from which the dense model and the others go on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
@@ -79,16 +82,13 @@ class Continuations:
         return logits.argmax(-1), chosen.mean(1)
 
 
-_PROMPT = 32
-
-
 def _prompts(batches: Sequence[Batch], count: int) -> Tensor:
     """Return the first tokens of rows that have enough, int64 [B, 32], from all over `batches`."""
     rows = [
-        ids[:_PROMPT]
+        ids[:_PROMPT_TOKENS]
         for batch in batches
         for ids, real in zip(batch.input_ids, batch.token_mask, strict=True)
-        if int(real.sum()) >= _PROMPT
+        if int(real.sum()) >= _PROMPT_TOKENS
     ]
     chosen = np.linspace(0, len(rows) - 1, num=min(count, len(rows))).astype(int)
     return torch.stack([rows[index] for index in chosen])
