@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from megaskip.checkpoint.weight_index import tensor_files
 from megaskip.errors import MegaskipError
@@ -38,7 +38,7 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
         logger.info("weights are read by rank 0 and scattered (%s)", why)
         return _load_by_transformers(source, ds_config)
     with (
-        transformers.initialization.no_init_weights(),
+        no_init_weights(),
         _exact_arange(),
         deepspeed.zero.Init(config_dict_or_path=_with_dtype(ds_config, source.dtype)),
     ):

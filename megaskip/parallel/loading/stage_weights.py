@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers.initialization import no_init_weights
 
 from megaskip.arch.stage import LayerRange
 from megaskip.checkpoint.weight_index import tensor_files
@@ -94,7 +94,7 @@ def _kept_exact(model: nn.Module) -> Callable[[str], bool]:
 
 def _without_weights(source: ModelSource) -> nn.Module:
     """Return the model with parameters on the meta device and buffers, such as RoPE's, computed."""
-    with transformers.initialization.no_init_weights(), _parameters_on_meta():
+    with no_init_weights(), _parameters_on_meta():
         model = build_model(source, source.dtype)
     # Construction without initialisation leaves tied embeddings apart.
     model.tie_weights()  # type: ignore[operator]
