@@ -145,6 +145,8 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.config = model.config
         self.layer_range = layers
+        self.needs_mask = True
+        """As in TaskLoss."""
         self.head = head_loss(model, chunk_tokens) if layers.is_last else None
         cut(model, layers)
         parts = find_decoder(model)
@@ -162,7 +164,8 @@ class DecoderStage(nn.Module):
 
         `inputs` are token ids [B, T] on the first stage, hidden states [B, T, D] on the others.
         """
-        call = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+        mask = attention_mask if self.needs_mask else None
+        call = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         if self.layer_range.is_first:
             return self.decoder(input_ids=inputs, **call)[0]
         # What arrived enters above the last layer that is elsewhere: a base model may scale what it

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.neighbours import connect
+from megaskip.arch.padding import needs_mask
 from megaskip.arch.stage import DecoderStage, LayerRange, cut, layer_ranges
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.errors import UnsupportedModelError
@@ -26,8 +27,9 @@ _TOLERANCE = 1e-5
 @torch.no_grad()
 def verify_stages(
     config: Any, build: Callable[[Any], nn.Module], *, generates: bool = False
-) -> None:
-    """Raise UnsupportedModelError unless stages of a tiny random copy compute what the whole does.
+) -> bool:
+    """Raise UnsupportedModelError unless stages of a tiny random copy compute what the whole does;
+    return whether it needs a mask for padding (padding.py), which no stage can find out alone.
 
     Compares the hidden states of a batch as in training or, if the stages are to be used as it
     `generates`, the logits of a prompt and of a token after it with the cache. `build` makes a
@@ -37,6 +39,7 @@ def verify_stages(
     try:
         whole = build(tiny_config(config)).float().eval()
         verify_task_loss(TaskLoss(whole, chunk_tokens=_CHUNK_TOKENS))
+        masked = needs_mask(whole)
         error = distance(whole)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as problem:
         raise UnsupportedModelError(
@@ -52,6 +55,7 @@ def verify_stages(
             f"else than in one piece (relative distance of its {compared} {error:.1e}, at most "
             f"{_TOLERANCE:.0e}). Use ZeRO-3 (ds_configs/zero3.json)"
         )
+    return masked
 
 
 def tiny_config(config: Any) -> Any:

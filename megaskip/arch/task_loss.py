@@ -22,6 +22,8 @@ class TaskLoss(nn.Module):
         super().__init__()
         self.model = model
         self.head = head_loss(model, chunk_tokens)
+        self.needs_mask = True
+        """Whether padding must be masked for the real tokens to stay what they are (padding.py)."""
 
     def forward(
         self,
@@ -36,7 +38,7 @@ class TaskLoss(nn.Module):
         each: bool = False,
     ) -> Tensor:
         """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED
-        has no loss.
+        has no loss. Rows are padded on the right; `attention_mask` [B, T] marks the real tokens.
 
         With `states_only` return the hidden states [N, D] that predict them instead. Given back as
         `teacher`, they predict `share` of each label. With `each` return the loss of each of them,
@@ -45,7 +47,7 @@ class TaskLoss(nn.Module):
         decoder = find_decoder(self.model).decoder
         hidden_states = decoder(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if self.needs_mask else None,
             position_ids=position_ids,
             use_cache=False,
         )[0]

@@ -25,13 +25,16 @@ class Batch:
     """bool: what a sequence router pools over, the unsupervised prefix of each sample; of a sample
     without one, its first `prompt_tokens` tokens."""
     position_ids: torch.Tensor
-    """int64: restarts at each sample, and once more where padding begins."""
+    """int64: the columns; in packed rows it restarts at each sample, and where padding begins."""
     segment_ids: torch.Tensor | None = None
     """int64: which sample of the row a token is from, padding -1; None when no row is packed."""
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
-        """The 2-D int64 mask for HF models; None for packed rows, which it would merge."""
+        """The 2-D int64 mask for HF models; None for packed rows, which it would merge.
+
+        Most decoders do without: see megaskip/arch/padding.py.
+        """
         # HF 5.23 reads segments off position_ids only while attention_mask is None
         # (masking_utils._preprocess_mask_arguments; transformers#46634).
         return None if self.segment_ids is not None else self.token_mask.long()
@@ -58,6 +61,7 @@ def collate(
     prompt_mask = np.zeros(shape, dtype=bool)
     segment_ids = np.full(shape, -1, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
+    packed = any(row.packed for row in rows)
     for b, row in enumerate(rows):
         start = 0
         for number, segment in enumerate(row.segments):
@@ -68,9 +72,9 @@ def collate(
             segment_ids[b, start:end] = number
             position_ids[b, start:end] = np.arange(end - start)
             start = end
-        # Padding is a segment of its own, so that no real token of a packed row can see it.
-        position_ids[b, start:] = np.arange(shape[1] - start)
-    packed = any(row.packed for row in rows)
+        # Padding of packed rows is a segment of its own. That of others goes on counting: positions
+        # that restart would make transformers take the row for a packed one.
+        position_ids[b, start:] = np.arange(shape[1] - start) + (0 if packed else start)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),

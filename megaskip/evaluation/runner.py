@@ -3,6 +3,7 @@
 Knows models and routers, not tasks. `Runner` is the seam for other ways to spread a model.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megaskip.arch import find_decoder
+from megaskip.arch.padding import needs_mask
 from megaskip.parallel.loading.staged_model import StagedModel
 from megaskip.routing import Routers
 
@@ -91,6 +93,7 @@ class LocalRunner:
         self.routers = routers
         self.device: torch.device = model.device
         self.share, self.shares, self.lock_step = share, shares, lock_step
+        self._needs_mask = self._find_needs_mask()
 
     @torch.no_grad()
     def logits(self, batch: TokenBatch) -> tuple[Tensor, Kept]:
@@ -99,7 +102,7 @@ class LocalRunner:
             self.routers.set_batch(batch.token_mask, batch.prompt_mask)
         out = self.model(
             input_ids=batch.input_ids,
-            attention_mask=batch.token_mask.long(),
+            attention_mask=batch.token_mask.long() if self._needs_mask else None,
             use_cache=False,
             logits_to_keep=batch.last,
         )
@@ -129,6 +132,11 @@ class LocalRunner:
             handle.remove()
         return ids, calls
 
+    def _find_needs_mask(self) -> bool:
+        """Return whether padding is masked. Under ZeRO-3 collective."""
+        with contextlib.nullcontext() if self.routers is None else self.routers.disabled():
+            return needs_mask(self.model)
+
     def _kept(self, rows: int) -> Kept:
         decisions = () if self.routers is None else self.routers.decisions().values()
         if not decisions:
@@ -146,6 +154,7 @@ class StageRunner(LocalRunner):
     def __init__(
         self, staged: StagedModel, routers: Routers | None, *, share: int, shares: int
     ) -> None:
+        self._staged = staged
         super().__init__(staged.model, routers, share=share, shares=shares)
         self._links = staged.links
         self.answers = staged.layer_range.is_last
@@ -159,6 +168,9 @@ class StageRunner(LocalRunner):
             return super().generate(input_ids, attention_mask, stop, **options)
         finally:
             self._links.shares_logits = False
+
+    def _find_needs_mask(self) -> bool:
+        return self._staged.needs_mask
 
 
 class StopRows(StoppingCriteria):

@@ -7,10 +7,12 @@ from torch import nn
 
 from megaskip.arch import attach_routers, find_decoder, freeze
 from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.arch.padding import needs_mask
 from megaskip.arch.stage import DecoderStage
 from megaskip.arch.stage_proof import verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
+from megaskip.log import get_logger
 from megaskip.parallel.ds_config import require_dtype, zero3_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.full_engine import FullEngine
@@ -22,15 +24,20 @@ from megaskip.parallel.loading.whole import build_tiny, load_whole, skeleton
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet, SparseExecutor
 
+logger = get_logger(__name__)
+
 
 def build_full_engine(config: RunConfig, topology: Topology, source: ModelSource) -> FullEngine:
     """Return the engine that trains every weight (--train full), with the whole model on every
     rank. `source` is the resolved `config.model`; raises MegaskipError when it cannot be loaded."""
     log_if_slow(source.dtype, topology.device)
-    model = load_whole(source, topology.device).train()
+    model = load_whole(source, topology.device).eval()
+    masked = _needs_mask(model)
+    model.train()
     if config.parallel.activation_checkpointing:
         checkpoint_activations(model, 0)
     loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
+    loss.needs_mask = masked
     return FullEngine(loss, config, topology)
 
 
@@ -54,6 +61,7 @@ def build_engine(
     else:
         loss, handle = shard_backbone(source, ds_content, config.parallel.loss_chunk_tokens)
     verify_task_loss(loss)
+    loss.needs_mask = _needs_mask(loss.model)
     routers = attach_routers(loss.model, config.router, register=False)
     _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
@@ -66,7 +74,8 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
     # Only runs with stages pay for the import of DeepSpeed, which has the schedules.
     from megaskip.parallel.pipeline import PipelineEngine
 
-    verify_stages(source.hf_config, functools.partial(build_tiny, source))
+    masked = verify_stages(source.hf_config, functools.partial(build_tiny, source))
+    _log_mask(masked)
     cuts = cuts_for_training(skeleton(source), config.router, config.parallel)
     layers = cuts[topology.stage]
     chunk_tokens = config.parallel.loss_chunk_tokens
@@ -75,11 +84,24 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
         return DecoderStage(model, layers, chunk_tokens=chunk_tokens)
 
     stage = load_stage(source, layers, take_apart, topology.device)
+    stage.needs_mask = masked
     routers = attach_routers(stage, config.router, register=False)
     _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(stage.decoder, routers.layers[0])
     return PipelineEngine(stage, routers, config, topology)
+
+
+def _needs_mask(model: nn.Module) -> bool:
+    """Return whether padding is masked, and say so where it is. Under ZeRO-3 collective."""
+    needed = needs_mask(find_decoder(model).decoder)
+    _log_mask(needed)
+    return needed
+
+
+def _log_mask(needed: bool) -> None:
+    if needed:
+        logger.info("in this model padding changes real tokens, so it is masked; that costs time")
 
 
 def _choose_executor(routers: RouterSet, config: RunConfig) -> None:

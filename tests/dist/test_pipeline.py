@@ -91,6 +91,7 @@ def test_stages_have_the_numbers_of_one_process(
 
 
 def same_numbers(mine: dict[str, Any], truth: dict[str, Any], what: str) -> None:
+    assert mine["masked"] == 0, "padding is on the right, so attention needs no mask"
     for key in ("loss_task", "loss_penalty"):
         assert math.isfinite(truth[key])
         assert mine[key] == pytest.approx(truth[key], rel=1e-6), (what, key)

@@ -96,6 +96,7 @@ def disagree(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def same_numbers(mine: dict[str, Any], truth: dict[str, Any], case: str) -> None:
     """Compare with the single process: to rounding, for sums are taken in another order."""
+    assert mine["masked"] == 0, "padding is on the right, so attention needs no mask"
     assert mine["loss_task"] == pytest.approx(truth["loss_task"], rel=1e-6), case
     assert mine["loss_penalty"] == pytest.approx(truth["loss_penalty"], rel=1e-6), case
     assert mine["capacity_per_layer"] == pytest.approx(truth["capacity_per_layer"]), case

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensor_calls import AttentionMasks
 
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
@@ -44,7 +45,8 @@ def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
         batches = [_batch(part, case.get("packed", False)) for part in everywhere]
         share = len(batches) // topology.num_replicas
         mine = batches[topology.replica * share : (topology.replica + 1) * share]
-        with _keep_cut_off() if case.get("cut_off_keep") else contextlib.nullcontext():
+        cut_off = _keep_cut_off() if case.get("cut_off_keep") else contextlib.nullcontext()
+        with cut_off, AttentionMasks() as attention:
             result = engine.train_step(mine, 0.0)
         return {
             "loss_task": result.loss_task,
@@ -52,6 +54,7 @@ def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
             "capacity_per_layer": result.capacity_per_layer,
             "gradients": {n: p.grad.clone() for n, p in engine.parameters.items()},
             "kept": {k: d.keep.detach().clone() for k, d in routers.decisions().items()},
+            "masked": 0 if case.get("packed") else attention.masked,
             "bytes": bytes_by_kind(engine),
             "bytes_sent": getattr(engine, "bytes_sent", [0, 0]),
         }

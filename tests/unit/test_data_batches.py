@@ -46,6 +46,7 @@ def test_packed_logits_equal_those_of_the_samples_alone() -> None:
     packs = [PackedRow(segments=tuple(rows[:3])), PackedRow(segments=(rows[3],))]
     batch = collate(packs, pad_token_id=0, prompt_tokens=4)
     assert batch.attention_mask is None and batch.segment_ids is not None
+    assert batch.position_ids[1].tolist() == [*range(5), *range(19)]  # padding begins anew
     with torch.no_grad():
         packed = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         for number, row in enumerate(rows):
@@ -93,7 +94,7 @@ def test_padding_is_on_the_right_in_multiples_and_marked_everywhere() -> None:
     assert batch.token_mask.sum(1).tolist() == [3, 9]
     assert batch.segment_ids is None
     assert batch.attention_mask is not None and batch.attention_mask.dtype == torch.int64
-    assert batch.position_ids[0].tolist() == [0, 1, 2, *range(13)]
+    assert batch.position_ids.tolist() == [[*range(16)]] * 2
     assert (
         collate([make_row(9)], pad_token_id=0, prompt_tokens=4, pad_to_multiple=1).input_ids.shape[
             1

@@ -22,9 +22,18 @@ from megaskip.routing import Routers
 class StagedModel:
     """What one rank holds of a model, and what ties it to its neighbours."""
 
-    def __init__(self, model: Any, shape: Any, layers: LayerRange, topology: Topology) -> None:
-        """`shape` is the whole model without weights."""
+    def __init__(
+        self,
+        model: Any,
+        shape: Any,
+        layers: LayerRange,
+        topology: Topology,
+        *,
+        needs_mask: bool = True,
+    ) -> None:
+        """`shape` is the whole model without weights; `needs_mask` as in TaskLoss."""
         self.model = model
+        self.needs_mask = needs_mask
         self.shape = shape
         self.layer_range = layers
         self.links = StageLinks(topology)
@@ -69,7 +78,7 @@ def load_staged(source: ModelSource, topology: Topology) -> StagedModel:
     Every rank calls it by itself and reads its own tensors. Raises UnsupportedModelError for a
     family whose stages do not compute what the whole does.
     """
-    verify_stages(source.hf_config, functools.partial(build_tiny, source), generates=True)
+    masked = verify_stages(source.hf_config, functools.partial(build_tiny, source), generates=True)
     shape = skeleton(source)
     layers = cuts_for_inference(shape, topology.num_stages)[topology.stage]
 
@@ -81,4 +90,4 @@ def load_staged(source: ModelSource, topology: Topology) -> StagedModel:
     model.requires_grad_(False)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
-    return StagedModel(model, shape, layers, topology)
+    return StagedModel(model, shape, layers, topology, needs_mask=masked)
