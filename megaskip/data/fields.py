@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
 
 from megaskip.errors import DataError
 
@@ -22,8 +22,7 @@ class Place:
         return f"{self.file}, {self.unit} {self.number}" if self.number else self.file
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """One filled field of a row."""
 
     name: str
@@ -43,13 +42,17 @@ class Column:
 class Fields:
     """One row with its place: typed look-ups that say what is wrong where."""
 
-    def __init__(self, fields: Mapping[str, Any], place: Place, prefix: str = "") -> None:
+    def __init__(
+        self, fields: Mapping[str, Any], place: Place, prefix: str = "", column: str = ""
+    ) -> None:
+        """`prefix` is the path of an object in a row, `column` the same without indices."""
         self.place = place
         self.raw = fields
         self._prefix = prefix
+        self._column = column
         self._fields = {key.lower(): value for key, value in fields.items()}
         self._asked: set[str] = set()
-        self._nested: list[tuple[str, Fields]] = []
+        self._nested: list[Fields] = []
 
     def get(self, key: str) -> Any:
         self._asked.add(key)
@@ -60,11 +63,9 @@ class Fields:
         empty text, list or object, which is what Arrow and CSV files have where a row has none."""
         for key, value in self._fields.items():
             if not is_empty(value):
-                path, used = self._prefix + key, key in self._asked
-                yield Column(name=key, path=path, value=value, used=used)
-        for key, inner in self._nested:
-            for column in inner.filled():
-                yield replace(column, name=f"{key}[].{column.name}")
+                yield Column(self._column + key, self._prefix + key, value, key in self._asked)
+        for inner in self._nested:
+            yield from inner.filled()
 
     def text(self, key: str) -> str:
         value = self._present(key)
@@ -91,11 +92,11 @@ class Fields:
         """Return the list of objects under `key`, each with its own place in error texts."""
         inner = []
         for index, value in enumerate(self.entries(key)):
-            path = f"{self._prefix}{key}[{index}]"
             if not isinstance(value, Mapping):
                 self.wrong(f"{key}[{index}]", value, "an object")
-            inner.append(Fields(value, self.place, f"{path}."))
-        self._nested += [(key, fields) for fields in inner]
+            path, column = f"{self._prefix}{key}[{index}].", f"{self._column}{key}[]."
+            inner.append(Fields(value, self.place, path, column))
+        self._nested += inner
         return inner
 
     def _present(self, key: str) -> Any:
@@ -121,7 +122,7 @@ class Fields:
 
 def is_empty(value: Any) -> bool:
     """Return whether a field holds nothing."""
-    return value is None or (isinstance(value, str | list | Mapping) and not value)
+    return value is None or (not value and isinstance(value, str | list | Mapping))
 
 
 def from_json(text: str) -> Any:

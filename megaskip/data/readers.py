@@ -235,6 +235,7 @@ def _read_columns(path: Path) -> Iterator[ReadRow]:
     """Read a .parquet or .arrow file."""
     with extra("train"):
         import datasets
+        from pyarrow.lib import ArrowException
 
     kind = kind_of(path.name)[1:]
     # A name is a pattern to the library. streaming=True reads the file itself; False would first
@@ -243,7 +244,7 @@ def _read_columns(path: Path) -> Iterator[ReadRow]:
     try:
         rows = datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
         yield from number_rows(rows, str(path))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, ArrowException, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: not a readable {kind} file ({first_line(error)})") from error
 
 

@@ -18,7 +18,7 @@ from megaskip.log import get_logger
 logger = get_logger(__name__)
 
 _FIRST_CHECK = 1000
-"""Samples after which a stream says what became of them."""
+"""Samples after which a stream says what became of them; it does again after ten times as many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,19 +63,21 @@ class StreamingRows:
         streams = [self._source_stream(index, counts) for index in range(len(self.sources))]
         weights = [source.weight for source in self.sources]
         jobs = islice(interleave(streams, rates=weights), self.max_samples)
+        seen, checked = 0, _FIRST_CHECK
         try:
             for seen, (index, sample) in enumerate(jobs, start=1):
                 tokenised = self.tokenizer.tokenise(sample, source=index)
                 counts[index].add(tokenised)
-                if seen == _FIRST_CHECK:
-                    self._report(counts, "the first rows of the stream")
+                if seen == checked:
+                    self._report(counts, f"the first {seen:,} rows of the stream")
+                    checked *= 10
                 for row in tokenised.rows:
                     if self.vocabulary is not None:
                         require_known_token(int(row.input_ids.max()), self.vocabulary)
                     yield row
         except GeneratorExit:  # no more rows are wanted
-            if not self.said and any(source.samples for source in counts):
-                self._say(counts, "the first rows of the stream")
+            if not self.said and seen:
+                self._say(counts, f"the first {seen:,} rows of the stream")
             raise
         self._report(counts, "the whole stream")
 

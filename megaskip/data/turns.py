@@ -83,6 +83,8 @@ def content_of(turn: Fields, key: str) -> str:
 def is_learnt(turn: Fields, role: str) -> bool:
     """Return whether the model learns this turn: an assistant turn that no switch takes out."""
     switched = {key: _switch(turn, key) for key in SWITCHES if turn.get(key) is not None}
+    if not switched:
+        return role == "assistant"
     for key, on in switched.items():
         if role != "assistant" and on and key != "mask":
             expected = f"0, since a {role} turn is never learnt, only assistant turns are"

@@ -145,7 +145,7 @@ def test_all_that_is_lost_is_said_by_every_run_on_the_data(
         ]
 
 
-@pytest.mark.parametrize(("read", "said"), [(None, "the whole stream"), (5, "the first rows")])
+@pytest.mark.parametrize(("read", "said"), [(None, "the whole stream"), (5, "the first 6 rows")])
 def test_a_stream_says_what_was_lost_once_when_it_is_read_or_left(
     mixed: DataConfig, caplog: pytest.LogCaptureFixture, read: int | None, said: str
 ) -> None:

@@ -204,6 +204,16 @@ def test_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None:
     assert str(error.value) == f"{tmp_path}/file.jsonl, {message}"
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("value", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, "9" * 5000])
+def test_json_beyond_the_limits_of_the_reader_is_one_message(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    (tmp_path / name).write_text(f'{{"text": {value}}}\n{{"text": "b"}}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl?, line 1(, column \d+)?: (not valid )?JSON"):
+        texts(tmp_path / name)
+
+
 def test_bad_json_array_names_line_and_column(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[\n {"text": "a"},\n {"text" "b"}\n]')
     with pytest.raises(DataError, match=r"a\.json, line 3, column 10: not valid JSON"):
