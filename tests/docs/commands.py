@@ -86,7 +86,7 @@ SAME_COMMAND = {
 }
 
 EXIST = (
-    r"bash (launch/quickstart|tests/run)\.sh",
+    r"bash (launch/quickstart|tests/run|tests/lowest)\.sh",
     r"\. launch/setup\.sh( dev)?",
     r"python tests/two_nodes\.py",
     # They start ranks of their own, one after another, which takes a minute.
