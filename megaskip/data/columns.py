@@ -4,10 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from megaskip.data.fields import Fields
+from megaskip.data.formats import OPTIONAL_COLUMNS
 from megaskip.data.refused import is_flag
 
 _LISTED = 12
 """Columns that are listed; more are counted."""
+_ADVICE = 2
+"""Columns for which there is advice."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,10 +51,19 @@ class ColumnCounts:
         return ", ".join(shown) + more
 
     def advice(self) -> str:
-        """Return what to do about fields of turns that may be meant to switch the loss, or ""."""
-        flags = [name for name in self.flags if name not in self.used]
-        if not flags:
-            return ""
-        return (
-            f"; if {flags[0]} says whether a turn is learnt, call it train (or mask, if true is no)"
-        )
+        """Return what to do about columns that may be meant to be read, or ""."""
+        advice = []
+        for name in self.flags:
+            if name not in self.used:
+                advice.append(f"if {name} says whether a turn is learnt, call it train or mask")
+        for name in self.ignored:
+            if (near := _known_column(name)) is not None:
+                advice.append(f"if {name} is what {near} is elsewhere, call it that")
+        return "".join(f"; {text}" for text in advice[:_ADVICE])
+
+
+def _known_column(name: str) -> str | None:
+    """Return the column that `name` may be meant for: its singular, or its plural, or more words,
+    such as system_message."""
+    stems = {column.rstrip("s"): column for column in OPTIONAL_COLUMNS}
+    return next((column for stem, column in stems.items() if name.startswith(stem)), None)

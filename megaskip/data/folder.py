@@ -37,6 +37,8 @@ _METADATA = {
     "dataset_infos.json",
     "state.json",
 }
+_ABOUT = {"readme", "license", "licence", "notice", "changelog", "requirements"}
+"""Names, without their suffix, of texts that accompany data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +170,7 @@ def _reason(path: Path) -> str:
         return HIDDEN
     if not path.is_file():
         return LINK
-    if path.name in _METADATA:
+    if path.name in _METADATA or path.name.lower().split(".")[0] in _ABOUT:
         return METADATA
     return "" if is_readable(path) else UNKNOWN
 

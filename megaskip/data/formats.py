@@ -24,6 +24,8 @@ from megaskip.errors import DataError
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")
 _SYSTEM = ("system", "system_prompt")
 """Columns with the text of a system turn."""
+OPTIONAL_COLUMNS = (*_SYSTEM, "context", "tools", "history")
+"""Columns that formats of chats read where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

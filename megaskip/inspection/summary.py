@@ -21,7 +21,7 @@ _NAME = 17
 def source_lines(view: View, report: SourceReport, reader: RowReader) -> Iterator[str]:
     """Yield what is known of one source."""
     yield view.title(f"data {report.source.name}")
-    yield _line("format", ", ".join(report.formats) or "not known: no row fits a format")
+    yield _line("format", _format(report))
     yield from _files(view, report)
     if (
         len(report.stats.columns.filled) > 1
@@ -41,6 +41,13 @@ def source_lines(view: View, report: SourceReport, reader: RowReader) -> Iterato
         yield from view.wrapped(text, "", " " * (_NAME + 5))
     if report.lengths:
         yield from _tokens(view, report, reader)
+
+
+def _format(report: SourceReport) -> str:
+    """Return the format of the rows, or the one that their columns tell where no row fits it."""
+    told = {row.parsed.format_name for rows in report.examples.values() for row in rows} - {""}
+    refused = f"{', '.join(sorted(told))}, but no row fits it"
+    return ", ".join(report.formats) or (refused if told else "not known: no row fits a format")
 
 
 def _files(view: View, report: SourceReport) -> Iterator[str]:

@@ -42,7 +42,8 @@ def reasons(source: Source) -> dict[str, str]:
             {
                 "data/test-00000-of-00001.parquet": "test split",
                 "data/validation-00000-of-00001.parquet": "validation split",
-                "README.md": "not a kind of file that is read",
+                "README.md": "describes the data",
+                "LICENSE.txt": "describes the data",
                 "dataset_infos.json": "describes the data",
                 ".gitattributes": "hidden",
             },
@@ -130,7 +131,7 @@ def test_card_of_a_hub_data_set_tells_subsets_and_splits(tmp_path: Path) -> None
     source = find_source(str(folder / "first:2"))
     assert names_read(source) == ["a/part-1.jsonl"] and source.weight == 2
     assert reasons(source) == {
-        "README.md": "not a kind of file that is read",
+        "README.md": "describes the data",
         "a/rest.jsonl": "test split",
         "b/c.jsonl": "not of the subset first",
         "d.txt": "not of the subset first",

@@ -238,6 +238,17 @@ def test_columns_that_no_format_reads_are_named_with_their_share(tmp_path: Path)
     assert re.search(ignored, text)
 
 
+def test_columns_and_formats_that_are_nearly_right_come_with_advice(tmp_path: Path) -> None:
+    rows = [{"question": "what", "answer": "four", "system_message": "be short", "id": 1}]
+    config = make_config(write_lines(tmp_path / "a.jsonl", rows))
+    advice = inspection_of(config, fast_tokenizer()).reports[0].stats.columns.advice()
+    assert advice == "; if system_message is what system is elsewhere, call it that"
+    config = make_config(write_lines(tmp_path / "a.jsonl", [{**rows[0], "images": ["a.png"]}]))
+    report = inspection_of(config, fast_tokenizer()).reports[0]
+    text = "\n".join(source_lines(PLAIN, report, reader_of(config, fast_tokenizer())))
+    assert re.search(r"format +question/answer, but no row fits it", text)
+
+
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", questions(2))
     (tmp_path / "b.csv").write_text("question,answer\n")
