@@ -43,7 +43,7 @@ def given_tokenizer(source: str | Path, template: str | None, *, trust_remote_co
 
 def _template_in(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(

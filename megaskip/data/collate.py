@@ -22,8 +22,8 @@ class Batch:
     token_mask: torch.Tensor
     """bool: real tokens."""
     prompt_mask: torch.Tensor
-    """bool: what a sequence router pools over, the unsupervised prefix of each sample; of a sample
-    without one, its first `prompt_tokens` tokens."""
+    """bool: what a sequence router pools over, the prompt of each sample; of a sample without one,
+    its first `prompt_tokens` tokens."""
     position_ids: torch.Tensor
     """int64: the columns; in packed rows it restarts at each sample, and where padding begins."""
     segment_ids: torch.Tensor | None = None

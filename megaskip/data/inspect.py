@@ -11,6 +11,7 @@ from itertools import islice
 from megaskip.config import DataConfig
 from megaskip.data.corpus import AnyJob, ParsedRow, parse_rows, try_all
 from megaskip.data.dataset import find_sources, read_in_turns
+from megaskip.data.formats import Sample
 from megaskip.data.row import Row
 from megaskip.data.stats import CUT_AWAY, UNLEARNABLE
 from megaskip.data.tokenize import SampleTokenizer, Tokenised
@@ -35,7 +36,8 @@ class InspectedRow:
     row: Row | None = None
     """None where the row is dropped or wrong."""
     window: int = 1
-    """Which of the rows of its sample this is; above 1 only in plain text."""
+    """Which of the rows of its sample this is: plain text has one for each seq_length tokens, a
+    chat one for each answer where its template rewrites earlier turns."""
     windows: int = 1
     reason: str = ""
     """Why there is no row: one of the reasons above; empty where there is one."""
@@ -45,9 +47,12 @@ class InspectedRow:
 
     @property
     def place(self) -> str:
-        """File and line, and the window where a text is split into several rows."""
-        window = f", window {self.window} of {self.windows}" if self.windows > 1 else ""
-        return f"{self.parsed.place}{window}"
+        """File and line, and which row it is where a sample gives several."""
+        if self.windows == 1:
+            return str(self.parsed.place)
+        sample = self.parsed.sample
+        unit = "answer" if isinstance(sample, Sample) and sample.messages else "window"
+        return f"{self.parsed.place}, {unit} {self.window} of {self.windows}"
 
     @property
     def message(self) -> str:

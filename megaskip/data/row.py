@@ -31,7 +31,8 @@ class Row:
     supervised: NDArray[np.bool_]
     """Which tokens the model learns to predict; never the first, which nothing predicts."""
     prompt_length: int
-    """Tokens before the first supervised one; 0 when there is no prompt, as in plain text."""
+    """Tokens of the prompt, as generation would feed it; 0 when there is none, as in plain text.
+    Never more than there are before the first supervised token."""
     source: int
     """Index of the --data entry that the sample came from."""
 

@@ -102,9 +102,12 @@ class RowReader:
         if inspected.row is not None and not inspected.truncated:
             ids, kinds = inspected.row.input_ids.tolist(), self._kinds(inspected)
         else:
-            ids, learnt = self._sample_tokenizer.encode(sample)
+            rows = self._sample_tokenizer.encode(sample)
+            learnt_rows = [row for row in rows if self._sample_tokenizer.is_learnt(row)]
+            whole = (learnt_rows or rows)[inspected.window - 1]
+            ids = whole.ids
             kinds = self._kinds(inspected) or [CONTEXT] * min(len(ids), self._seq_length)
-            kinds += [CUT_ANSWER if answer else CUT for answer in learnt[len(kinds) :]]
+            kinds += [CUT_ANSWER if answer else CUT for answer in whole.learnt[len(kinds) :]]
         return RowText(
             ids=tuple(ids),
             spans=tuple(self._spans(ids, kinds)),

@@ -33,7 +33,8 @@ class SourceStats:
     samples: int = 0
     """Rows of the file that were read."""
     rows: int = 0
-    """Tokenised rows: one per chat, one per window of plain text."""
+    """Tokenised rows: one per chat (one per answer where its template rewrites earlier turns), one
+    per window of plain text."""
     tokens: int = 0
     supervised_tokens: int = 0
     truncated: int = 0

@@ -1,16 +1,15 @@
-"""Chats rendered by the tokenizer's template, and which tokens of them the model learns."""
+"""Chats rendered by a tokenizer's template. Knows no tokens: `answers` says what is learnt."""
 
 import json
 import re
-from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from megaskip.data.formats import Sample
-from megaskip.data.turns import Message
+from megaskip.data.turns import Message, ParsedObject
 from megaskip.errors import DataError
 from megaskip.log import get_logger
 
@@ -18,18 +17,29 @@ logger = get_logger(__name__)
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Encoded = tuple[list[int], list[bool]]
-"""Token ids and, for each, whether the model learns it."""
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
+"""What the code of a template raises for a chat that it does not expect."""
+
+Turn = dict[str, Any]
+"""A turn of a chat as templates read it."""
 
 
 class ChatTemplate:
-    """A tokenizer with its chat template, or the one in `template_file` instead."""
+    """A tokenizer's chat template, or the one in `template_file` instead."""
 
     def __init__(self, tokenizer: Any, *, template_file: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self._override = _read_template(template_file) if template_file else None
-        self._origin = template_file or f"the tokenizer in {tokenizer.name_or_path or 'memory'}"
+        self._override = read_template(template_file) if template_file else None
+        self.origin = template_file or f"the tokenizer in {tokenizer.name_or_path or 'memory'}"
         self._warned: set[str] = set()
+        self._wants_text: dict[str, bool] = {}
 
     @property
     def exists(self) -> bool:
@@ -40,160 +50,229 @@ class ChatTemplate:
         """The template's text, for the fingerprint."""
         return json.dumps(self._override or self.tokenizer.chat_template or "")
 
-    def encode(self, sample: Sample) -> Encoded:
-        """Tokenise a chat; only its assistant turns with train=True are learnt.
-
-        Raises DataError when there is no template, when it rejects the chat, or when the tokens of
-        a turn cannot be told from those around it.
-        """
+    def open(self, sample: Sample) -> "Chat":
+        """Return the chat of a sample; raises DataError when there is no template for it."""
         if not self.exists:
             raise DataError(
-                f"{sample.place}: {self._origin} has no chat template: pass --chat_template "
+                f"{sample.place}: {self.origin} has no chat template: pass --chat_template "
                 f"FILE.jinja, or use prompt/completion or plain text data"
             )
-        template = self._template_for(sample)
-        if sample.tools and "tools" not in template:
-            self._warn_once("never mentions tools: the tools of the data are left out")
-        turns = [self._as_dict(message, template) for message in sample.messages]
-        _require_whole_characters(sample, turns)
-        if _GENERATION.search(template) and self.tokenizer.is_fast:
-            if (encoded := self._encode_marked(sample, turns)) is not None:
-                return encoded
-            self._warn_once(
-                "has {% generation %} markers that do not cover every assistant turn; "
-                "comparing renderings instead"
-            )
-        return self._encode_by_prefix(sample, turns)
-
-    def _template_for(self, sample: Sample) -> str:
         tools = list(sample.tools) or None
         try:
-            return str(self.tokenizer.get_chat_template(self._override, tools=tools))
-        except ValueError:  # several templates, none of them called "default"
-            names = ", ".join(sorted(self.tokenizer.chat_template))
-            raise DataError(
-                f"{sample.place}: {self._origin} has several chat templates ({names}) and none is "
-                "the default. Write the one you want to a file: --chat_template FILE.jinja"
-            ) from None
-
-    def _encode_marked(self, sample: Sample, turns: list[dict[str, Any]]) -> Encoded | None:
-        """Use the template's {% generation %} markers; None when they miss a turn."""
-        encoded = self._apply(
-            sample, turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        wanted = [m.train for m in sample.messages if m.role == "assistant"]
-        # transformers returns an all-zero mask, and no error, when it cannot place the markers.
-        runs = [
-            (bool(marked), len(list(run))) for marked, run in groupby(encoded["assistant_masks"])
-        ]
-        if sum(marked for marked, _ in runs) != len(wanted):
-            return None
-        learnt: list[bool] = []
-        train = iter(wanted)
-        for marked, length in runs:
-            learnt += [marked and next(train)] * length
-        return list(encoded["input_ids"]), learnt
-
-    def _encode_by_prefix(self, sample: Sample, turns: list[dict[str, Any]]) -> Encoded:
-        """Learn what the rendering of each assistant turn adds to the prompt for it."""
-        text = self._apply(sample, turns, tokenize=False)
-        spans = [
-            self._span(sample, turns, index, text)
-            for index, message in enumerate(sample.messages)
-            if message.train
-        ]
-        if self.tokenizer.is_fast:
-            return self._encode_with_offsets(text, spans)
-        return self._encode_with_prefixes(sample, text, spans)
-
-    def _span(
-        self, sample: Sample, turns: list[dict[str, Any]], index: int, text: str
-    ) -> tuple[int, int]:
-        """Return the characters of `text` that a turn adds, its end-of-turn token included."""
-        head = self._apply(sample, turns[:index], tokenize=False, add_generation_prompt=True)
-        last = index + 1 == len(turns)
-        tail = text if last else self._apply(sample, turns[: index + 1], tokenize=False)
-        start, end = _prefix_length(head, tail), _prefix_length(tail, text)
-        if start >= 0 and end >= 0:
-            return start, end
-        if start >= 0 and text.startswith(head):
-            kept = _kept_length(tail[len(head) :], text[len(head) :], turns[index]["content"])
-            if kept:
-                return len(head), len(head) + kept
-        longer, shorter = (text, tail) if start >= 0 else (tail, head)
-        same = _common_length(longer, shorter)
-        raise DataError(
-            f"{sample.place}: the chat template of {self._origin} renders turn {index + 1} "
-            f"differently once more text follows ({shorter[same : same + 30]!r} becomes "
-            f"{longer[same : same + 30]!r}), so its tokens cannot be told from the prompt. "
-            f"Pass a --chat_template FILE.jinja that keeps what it has rendered, or has "
-            f"{{% generation %}} around the assistant's text; or keep one assistant turn per chat"
-        )
-
-    def _encode_with_offsets(self, text: str, spans: list[tuple[int, int]]) -> Encoded:
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        learnt = [any(low <= start < high for low, high in spans) for start in starts]
-        return list(encoded["input_ids"]), learnt
-
-    def _encode_with_prefixes(
-        self, sample: Sample, text: str, spans: list[tuple[int, int]]
-    ) -> Encoded:
-        """A slow tokenizer gives no offsets: count the tokens of each prefix instead."""
-        ids = self._ids(text)
-        learnt = [False] * len(ids)
-        for low, high in spans:
-            start = self._border(sample, ids, text[:low])
-            end = len(ids) if high == len(text) else self._border(sample, ids, text[:high])
-            learnt[start:end] = [True] * (end - start)
-        return ids, learnt
-
-    def _border(self, sample: Sample, ids: list[int], prefix: str) -> int:
-        border = _common_length(ids, self._ids(prefix))
-        # White space at the end of a prompt may become one token with the word after it.
-        if border >= len(self._ids(prefix.rstrip())):
-            return border
-        raise DataError(
-            f"{sample.place}: {self._origin} merges the end of the prompt {prefix[-20:]!r} with "
-            f"what follows into one token. Use the fast version of the tokenizer (tokenizer.json)"
-        )
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _apply(self, sample: Sample, turns: list[dict[str, Any]], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns, tools=list(sample.tools) or None, chat_template=self._override, **options
+            source = choose_template(
+                self.tokenizer, override=self._override, tools=tools, origin=self.origin
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except DataError as error:
+            raise DataError(f"{sample.place}: {error}") from None
+        if sample.tools and "tools" not in source:
+            self.warn_once("never mentions tools: the tools of the data are left out")
+        chat = Chat(self, sample, source)
+        _require_whole_characters(sample, chat.turns)
+        return chat
+
+    def turns(self, sample: Sample, source: str) -> list[Turn]:
+        """Return the turns of a sample as this template wants them."""
+        objects = [self._turn(message, source, as_text=False) for message in sample.messages]
+        arguments = [
+            call["function"]["arguments"]
+            for message in sample.messages
+            for call in message.tool_calls
+            if isinstance(call["function"]["arguments"], dict) and call["function"]["arguments"]
+        ]
+        if not arguments or "tool_calls" not in source:
+            return objects
+        texts = [self._turn(message, source, as_text=True) for message in sample.messages]
+        if source not in self._wants_text:
+            self._wants_text[source] = self._needs_text(sample, source, objects, texts, arguments)
+        return texts if self._wants_text[source] else objects
+
+    def _needs_text(
+        self,
+        sample: Sample,
+        source: str,
+        objects: list[Turn],
+        texts: list[Turn],
+        arguments: list[dict[str, Any]],
+    ) -> bool:
+        """Return whether a template wants the arguments of tool calls as JSON text: those that join
+        them to text fail on an object, those that print them print it as Python does."""
+        try:
+            printed = self.render(sample, source, objects)[0]
+        except DataError:
+            try:
+                self.render(sample, source, texts)
+            except DataError:
+                return False
+            return True
+        return any(
+            str(argument) in printed and str(argument) != json.dumps(argument, ensure_ascii=False)
+            for argument in arguments
+        )
+
+    def render(
+        self,
+        sample: Sample,
+        source: str,
+        turns: list[Turn],
+        *,
+        prompt: bool = False,
+        marks: bool = False,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return (text, spans of characters in {% generation %}), as apply_chat_template renders.
+
+        `prompt` asks for what makes a model answer, `marks` for the spans. Raises DataError when
+        the template rejects the turns.
+        """
+        try:
+            # apply_chat_template has the same call, but keeps the characters of the marks.
+            rendered: Any = render_jinja_template(
+                conversations=[[_without_empty(turn) for turn in turns]],
+                tools=list(sample.tools) or None,
+                chat_template=source,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except jinja2.TemplateSyntaxError as error:
             raise DataError(
-                f"{sample.place}: the chat template of {self._origin} rejects this conversation of "
-                f"{' > '.join(turn['role'] for turn in turns)} ({error}). Change the roles in "
+                f"{sample.place}: the chat template of {self.origin} is not valid Jinja, line "
+                f"{error.lineno} ({error.message}); mend it, or pass another --chat_template"
+            ) from error
+        except TEMPLATE_ERRORS as error:
+            raise DataError(
+                f"{sample.place}: the chat template of {self.origin} rejects this conversation of "
+                f"{' > '.join(turn['role'] for turn in turns)} ({error}). Change the turns in "
                 f"the data, or pass a --chat_template FILE.jinja that takes them"
             ) from error
+        (text,), spans = rendered
+        return text, _merged(spans[0]) if marks else []
 
-    def _as_dict(self, message: Message, template: str) -> dict[str, Any]:
-        turn: dict[str, Any] = {"role": message.role, "content": message.content, **message.extra}
+    def _turn(self, message: Message, source: str, *, as_text: bool) -> Turn:
+        turn: Turn = {"role": message.role, "content": message.content, **message.extra}
         if not message.tool_calls:
             return turn
-        if "tool_calls" in template:
-            return {**turn, "tool_calls": list(message.tool_calls)}
-        self._warn_once(
+        if "tool_calls" in source:
+            calls = map(_with_text, message.tool_calls) if as_text else message.tool_calls
+            return {**turn, "tool_calls": list(calls)}
+        self.warn_once(
             "never mentions tool_calls: a tool call becomes the text of its turn, as JSON"
         )
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
-        return {**turn, "content": "\n".join([message.content, *calls]).strip()}
+        texts = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
+        return {**turn, "content": "\n".join([message.content, *texts]).strip()}
 
-    def _warn_once(self, what: str) -> None:
+    def warn_once(self, what: str) -> None:
+        """Log a sentence about this template, unless it was logged before."""
         if what not in self._warned:
             self._warned.add(what)
-            logger.warning("The chat template of %s %s.", self._origin, what)
+            logger.warning("The chat template of %s %s.", self.origin, what)
 
 
-def _require_whole_characters(sample: Sample, turns: list[dict[str, Any]]) -> None:
+class Chat:
+    """One conversation under a template: what the template makes of its first turns."""
+
+    def __init__(self, template: ChatTemplate, sample: Sample, source: str) -> None:
+        self.template = template
+        self.sample = sample
+        self.turns = template.turns(sample, source)
+        self._source = source
+        self._texts: dict[tuple[int, bool], str] = {}
+
+    def text(self, count: int | None = None) -> str:
+        """Return the rendering of the first `count` turns, or of all."""
+        return self._render(len(self.turns) if count is None else count, prompt=False)
+
+    def prompt(self, index: int) -> str:
+        """Return what generation would be given to write turn `index`."""
+        return self._render(index, prompt=True)
+
+    def marks(self, count: int | None = None) -> list[tuple[int, int]] | None:
+        """Return the characters of each assistant turn that {% generation %} marks; None without
+        such marks, or when they miss a turn."""
+        if not _GENERATION.search(self._source):
+            return None
+        turns = self.turns[:count]
+        _, spans = self.template.render(self.sample, self._source, turns, marks=True)
+        if len(spans) == sum(turn["role"] == "assistant" for turn in turns):
+            return spans
+        self.template.warn_once(
+            "has {% generation %} markers that do not cover every assistant turn; "
+            "comparing renderings instead"
+        )
+        return None
+
+    def around(self, index: int) -> tuple[str, str] | None:
+        """Return what the template puts before and behind the text of turn `index`, if it were the
+        last; None when it does not print that text."""
+        turns = [*self.turns[:index], {"role": "assistant", "content": _STAND_IN}]
+        text, _ = self.template.render(self.sample, self._source, turns)
+        before, printed, behind = text.rpartition(_STAND_IN)
+        return (before, behind) if printed else None
+
+    def _render(self, count: int, *, prompt: bool) -> str:
+        key = count, prompt
+        if key not in self._texts:
+            self._texts[key], _ = self.template.render(
+                self.sample, self._source, self.turns[:count], prompt=prompt
+            )
+        return self._texts[key]
+
+
+_STAND_IN = "MegaskipStandsInForAnAnswer"
+
+
+def choose_template(
+    tokenizer: Any, *, override: str | None = None, tools: Any = None, origin: str
+) -> str:
+    """Return the template that a chat is rendered with; raises DataError when a tokenizer has
+    several and none is the default."""
+    try:
+        return str(tokenizer.get_chat_template(override, tools=tools))
+    except ValueError:
+        templates = tokenizer.chat_template
+        names = ", ".join(sorted(templates)) if isinstance(templates, dict) else "none"
+        raise DataError(
+            f"{origin} has several chat templates ({names}) and none is the default. Write the one "
+            "you want to a file: --chat_template FILE.jinja"
+        ) from None
+
+
+def read_template(file: str) -> str:
+    """Return the text of a template; raises DataError when the file cannot be read."""
+    path = Path(file).expanduser()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"--chat_template {file!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--chat_template {file!r} is not UTF-8 text ({error.reason})") from None
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments as JSON text, that of the data where they have it."""
+    arguments = call["function"]["arguments"]
+    if isinstance(arguments, str):
+        return call
+    is_parsed = isinstance(arguments, ParsedObject)
+    text = arguments.text if is_parsed else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
+
+
+def _without_empty(turn: Turn) -> Turn:
+    return {key: value for key, value in turn.items() if value is not None}
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans that hold something, neighbours as one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in spans:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], end
+        elif start < end:
+            merged.append((start, end))
+    return merged
+
+
+def _require_whole_characters(sample: Sample, turns: list[Turn]) -> None:
     """Raise DataError for half of a surrogate pair, as a cut-off emoji leaves it in JSON."""
     try:
         json.dumps([turns, sample.tools], ensure_ascii=False, default=str).encode()
@@ -203,40 +282,3 @@ def _require_whole_characters(sample: Sample, turns: list[dict[str, Any]]) -> No
             f"{sample.place}: a tool, a tool call or another field of a turn holds {half!a}, half "
             "of a character; expected text of whole characters"
         ) from None
-
-
-def _read_template(file: str) -> str:
-    path = Path(file).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--chat_template {file!r} cannot be read: {error.strerror}") from error
-
-
-def _prefix_length(prefix: str, text: str) -> int:
-    """Return where `prefix` ends in `text`, or -1 if more than its trailing white space differs."""
-    if text.startswith(prefix):
-        return len(prefix)
-    same = _common_length(prefix, text)
-    return same if same >= len(prefix.rstrip()) else -1
-
-
-def _kept_length(alone: str, followed: str, content: str) -> int:
-    """Return how many characters of `followed` are this turn, `alone` without some of its start; 0
-    when more of it has changed.
-
-    Qwen3's template, among others, drops the reasoning of a turn once a later question follows.
-    """
-    last_line = content.strip().rpartition("\n")[2]
-    for start in range(1, len(alone)):
-        if followed.startswith(alone[start:]):
-            return len(alone) - start if last_line and last_line in alone[start:] else 0
-    return 0
-
-
-def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Return how many leading elements are equal."""
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))

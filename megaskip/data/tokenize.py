@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from megaskip.data.answers import AnswerFinder
 from megaskip.data.formats import Sample
 from megaskip.data.plain_text import PlainTextEncoder
 from megaskip.data.row import Row
-from megaskip.data.template import ChatTemplate, Encoded
+from megaskip.data.segments import Encoded, Segment, SegmentTokenizer
+from megaskip.data.template import ChatTemplate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,71 +32,75 @@ class SampleTokenizer:
     ) -> None:
         self.template = ChatTemplate(tokenizer, template_file=template_file)
         self._plain_text = PlainTextEncoder(tokenizer)
+        self._segments = SegmentTokenizer(tokenizer)
         self._seq_length = seq_length
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def tokenise(self, sample: Sample, *, source: int) -> Tokenised:
-        """Return the rows of a sample: one per chat, one per window of seq_length of plain text.
+        """Return the rows of a sample: one per chat (one per answer where the template rewrites
+        earlier turns), one per window of seq_length of plain text.
 
         Raises DataError, with the sample's place, where the chat template does not fit.
         """
-        ids, learnt = self.encode(sample)
+        encoded = self.encode(sample)
         if not sample.messages:
-            return self._windows(ids, learnt, source)
-        truncated = len(ids) > self._seq_length
-        row = _row(
-            ids[: self._seq_length],
-            learnt[: self._seq_length],
-            source=source,
-            prompt=not self._is_joined(sample) or bool(sample.messages[0].content),
-        )
-        if not row.supervised.any():
-            return Tokenised(rows=(), truncated=truncated, dropped=True)
-        return Tokenised(rows=(row,), truncated=truncated)
+            return self._windows(encoded[0], source)
+        truncated = any(len(row.ids) > self._seq_length for row in encoded)
+        kept = [row for row in encoded if self.is_learnt(row)]
+        rows = tuple(self._row(row, source) for row in kept)
+        return Tokenised(rows=rows, truncated=truncated, dropped=not rows)
 
-    def encode(self, sample: Sample) -> Encoded:
-        """Return all tokens of a sample, before anything is cut off or split at seq_length."""
+    def encode(self, sample: Sample) -> list[Encoded]:
+        """Return the tokens of each row of a sample before anything is cut off at seq_length; plain
+        text is one row here."""
         if sample.messages:
-            joined = self._is_joined(sample)
-            return self._join(sample) if joined else self.template.encode(sample)
+            if self._is_joined(sample):
+                return [self._join(sample)]
+            finder = AnswerFinder(self.template.open(sample), self._segments)
+            return [self._segments.encode(row) for row in finder.rows()]
         if not self._plain_text.ids(sample.text):
-            return [], []
+            return [Encoded(ids=[], learnt=[])]
         ids = [*self._plain_text.encode(sample.text), *self._eos]
         start = len(self._plain_text.start)
-        return ids, [index >= start for index in range(len(ids))]
+        return [Encoded(ids=ids, learnt=[index >= start for index in range(len(ids))])]
+
+    def is_learnt(self, row: Encoded) -> bool:
+        """Return whether something of a row is learnt within seq_length: else it is dropped."""
+        return any(row.learnt[1 : self._seq_length])
 
     def _is_joined(self, sample: Sample) -> bool:
         return sample.joinable and not self.template.exists
 
-    def _windows(self, ids: list[int], learnt: list[bool], source: int) -> Tokenised:
-        windows = [slice(i, i + self._seq_length) for i in range(0, len(ids), self._seq_length)]
+    def _windows(self, text: Encoded, source: int) -> Tokenised:
+        starts = range(0, len(text.ids), self._seq_length)
+        windows = [slice(start, start + self._seq_length) for start in starts]
         # A window of one token has nothing to predict.
         rows = tuple(
-            _row(ids[window], learnt[window], source=source, prompt=False)
+            self._row(Encoded(ids=text.ids[window], learnt=text.learnt[window]), source)
             for window in windows
-            if len(ids[window]) > 1
+            if len(text.ids[window]) > 1
         )
         return Tokenised(rows=rows, dropped=not rows)
 
     def _join(self, sample: Sample) -> Encoded:
-        """Tokenise prompt + completion + end; the prompt's tokens are those of the prompt alone."""
+        """Tokenise prompt + completion + end; an empty prompt is none."""
         prompt, completion = (message.content for message in sample.messages)
-        encode = self._plain_text.ids
-        first, both = encode(prompt), encode(prompt + completion)
-        # Where the two merge, generation would never see the merged token: tokenise them apart.
-        rest = both[len(first) :] if both[: len(first)] == first else encode(completion)
-        head = self._plain_text.started(first)
-        answer = [*rest, *self._eos]
-        return head + answer, [False] * len(head) + [True] * len(answer)
+        segments = Segment(text=prompt), Segment(text=completion, learnt=True)
+        joined = self._segments.encode(segments)
+        head = self._plain_text.started(joined.ids[: joined.prompt])
+        answer = [*joined.ids[joined.prompt :], *self._eos]
+        return Encoded(
+            ids=head + answer,
+            learnt=[False] * len(head) + [True] * len(answer),
+            prompt=len(head) if prompt else 0,
+        )
 
-
-def _row(ids: list[int], learnt: list[bool], *, source: int, prompt: bool = True) -> Row:
-    supervised = np.array(learnt, dtype=bool)
-    supervised[:1] = False
-    length = int(np.argmax(supervised)) if prompt and supervised.any() else 0
-    return Row(
-        input_ids=np.array(ids, dtype=np.int32),
-        supervised=supervised,
-        prompt_length=length,
-        source=source,
-    )
+    def _row(self, encoded: Encoded, source: int) -> Row:
+        supervised = np.array(encoded.learnt[: self._seq_length], dtype=bool)
+        supervised[:1] = False
+        return Row(
+            input_ids=np.array(encoded.ids[: self._seq_length], dtype=np.int32),
+            supervised=supervised,
+            prompt_length=min(encoded.prompt, len(supervised)),
+            source=source,
+        )

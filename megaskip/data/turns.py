@@ -55,6 +55,14 @@ class Message:
     """Fields that some chat templates read, passed on as they are, such as tool_call_id."""
 
 
+class ParsedObject(dict[str, Any]):
+    """An object that the data hold as JSON text, for templates that want the text."""
+
+    def __init__(self, fields: Mapping[str, Any], *, text: str) -> None:
+        super().__init__(fields)
+        self.text = text
+
+
 def make_turn(role: str, content: str) -> Message:
     """Return a turn as its role has it: the assistant's are learnt."""
     return Message(role=role, content=content, train=role == "assistant")
@@ -124,7 +132,10 @@ def calls_of(turn: Fields, key: str) -> tuple[dict[str, Any], ...]:
         arguments = inner.get("arguments", {})
         if isinstance(arguments, str):
             parsed_arguments = from_json(arguments)
-            arguments = arguments if parsed_arguments is None else parsed_arguments
+            if isinstance(parsed_arguments, dict):
+                arguments = ParsedObject(parsed_arguments, text=arguments)
+            elif parsed_arguments is not None:
+                arguments = parsed_arguments
         function = {"name": inner["name"], "arguments": arguments}
         identity = {"id": call["id"]} if call.get("id") else {}
         calls.append({**identity, "type": "function", "function": function})

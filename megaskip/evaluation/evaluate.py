@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megaskip.data.template import choose_template
 from megaskip.errors import ConfigError
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport, Outcome, outcome_of
@@ -104,6 +105,8 @@ def evaluate_lm(
             "--apply_chat_template: the tokenizer has no chat template; leave it out, or name a "
             "--tokenizer that has one"
         )
+    if settings.apply_chat_template:
+        choose_template(lm.tokenizer, origin="the tokenizer")
     outcome = _answers(lm, tasks, settings)
     if dense is None and paired and lm.runner.routers is not None:
         with lm.disabled():

@@ -9,6 +9,7 @@ import transformers
 from megaskip.checkpoint.atomic import write_json
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config.commands.evaluate import EvaluateOptions
+from megaskip.data.template import read_template
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm, find_tasks, quiet_lm_eval
@@ -90,6 +91,8 @@ def _lm(options: EvaluateOptions, topology: Topology) -> MegaskipLM:
         runner = LocalRunner(loaded.model, loaded.routers, lock_step=lock_step, **shares)
     tokenizer = other_tokenizer(options.tokenizer, Path(options.model), loaded.folder)
     tokenizer = load_tokenizer(loaded.folder) if tokenizer is None else tokenizer
+    if options.chat_template is not None:
+        tokenizer.chat_template = read_template(options.chat_template)
     if tokenizer.chat_template and not options.apply_chat_template:
         logger.info("the tokenizer has a chat template; --apply_chat_template asks in it")
     return MegaskipLM(

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +11,8 @@ from transformers import DynamicCache, TextStreamer
 
 from megaskip.arch import find_decoder
 from megaskip.config.commands.generate import GenerateOptions
+from megaskip.data.plain_text import PlainTextEncoder
+from megaskip.data.template import TEMPLATE_ERRORS, choose_template
 from megaskip.data.vocabulary import require_known_token
 from megaskip.errors import DataError
 from megaskip.generation.prompts import Messages
@@ -72,23 +73,7 @@ class Conversation:
         return {"messages": self.messages, **self._report(out[0], ids.shape[1])}
 
     def _encode(self) -> Tensor:
-        if self.options.raw or not self.tokenizer.chat_template:
-            text = "\n".join(message["content"] for message in self.messages)
-            ids = self.tokenizer(text)["input_ids"]
-            if not ids:
-                raise DataError("a prompt is empty; the tokenizer makes no token of it")
-            return torch.tensor([ids])
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise DataError(
-                f"the chat template rejects {self.messages[-1]['content']!r} after "
-                f"{len(self.messages) - 1} messages ({error}); mend the prompt, or use --raw"
-            ) from None
-        ids_BT: Tensor = encoded["input_ids"]
-        return ids_BT
+        return prompt_ids(self.tokenizer, self.messages, raw=self.options.raw)
 
     def _streamer(self) -> Any:
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -121,6 +106,33 @@ class Conversation:
         picture.write_png(path.with_name(f"{path.name}.png"))
         picture.write_html(path.with_name(f"{path.name}.html"))
         print(f"[picture: {path}.png, {path}.html]")
+
+
+def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> Tensor:
+    """Return the tokens [1, T] of a conversation that the model is to go on with, in its chat
+    format unless `raw`.
+
+    Raises DataError when the chat template cannot be used for them, or there is no token.
+    """
+    if raw or not tokenizer.chat_template:
+        text = "\n".join(message["content"] for message in messages)
+        # Nothing behind the text: a tokenizer's end token would end what is to be continued.
+        ids = PlainTextEncoder(tokenizer).encode(text)
+        if not ids:
+            raise DataError("a prompt is empty; the tokenizer makes no token of it")
+        return torch.tensor([ids])
+    choose_template(tokenizer, origin="the tokenizer")
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    except TEMPLATE_ERRORS as error:
+        raise DataError(
+            f"the chat template rejects {messages[-1]['content']!r} after "
+            f"{len(messages) - 1} messages ({error}); mend the prompt, or use --raw"
+        ) from None
+    ids_BT: Tensor = encoded["input_ids"]
+    return ids_BT
 
 
 def _sampling(options: GenerateOptions) -> dict[str, Any]:

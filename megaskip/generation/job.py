@@ -9,6 +9,7 @@ import transformers
 
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config.commands.generate import GenerateOptions
+from megaskip.data.template import read_template
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.generation.conversation import Conversation
@@ -21,6 +22,7 @@ from megaskip.routing import PREFIX
 def generate(options: GenerateOptions) -> None:
     """Answer the prompts of a file, or those that are typed, and say what was skipped."""
     prompts = typed_prompts() if options.prompts is None else read_prompts(options.prompts)
+    template = read_template(options.chat_template) if options.chat_template else None
     quiet_libraries()
     transformers.utils.logging.disable_progress_bar()
     model, folder = load_routed(options.model, options.dtype, options.base)
@@ -29,6 +31,8 @@ def generate(options: GenerateOptions) -> None:
     tokenizer = other_tokenizer(options.tokenizer, Path(options.model), folder)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)
+    if template is not None:
+        tokenizer.chat_template = template
     torch.manual_seed(options.seed)
     conversation = Conversation(model=model, tokenizer=tokenizer, options=options)
     if options.output:

@@ -10,13 +10,16 @@ from megaskip.errors import DataError
 Messages = list[dict[str, str]]
 """Messages of a chat, each with role and content."""
 
+_BYTE_ORDER_MARK = "\ufeff"
+
 
 def read_prompts(path: Path) -> list[Messages]:
     """Return the prompts of a file, a line each; raises DataError with the line that is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: {error}") from None
+    lines = [line.removeprefix(_BYTE_ORDER_MARK) for line in lines]  # of files joined to one
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not filled:
         raise DataError(f"--prompts {path} holds no prompt")
@@ -31,9 +34,10 @@ def typed_prompts() -> Iterator[Messages | None]:
         print("/new starts over, /quit (or Ctrl-D) ends")
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if sys.stdin.isatty() else "").removeprefix(_BYTE_ORDER_MARK).strip()
         except (EOFError, KeyboardInterrupt):
             return
+        line = line.encode(errors="replace").decode()  # bytes that are no text
         if line == "/quit":
             return
         if line:
@@ -49,6 +53,13 @@ def _messages(line: str, location: str) -> Messages:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: not valid JSON ({error})") from None
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a pair, as a cut-off emoji leaves it in JSON
+        half = error.object[error.start : error.end]
+        raise DataError(
+            f"{location}: {half!a} is half of a character; expected whole ones"
+        ) from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return _user(row["prompt"])
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):

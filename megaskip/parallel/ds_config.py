@@ -23,7 +23,7 @@ def read_ds_config(path: str | None, run: RunConfig | None = None) -> dict[str, 
     if path is None:
         return None
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--ds_config {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

@@ -147,7 +147,7 @@ def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch) -> Tensor:
 
 
 def _pairs_of(path: Path, limit: int) -> Iterator[tuple[str, str]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if number > limit:
                 return

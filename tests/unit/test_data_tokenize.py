@@ -55,13 +55,13 @@ def learnt_runs(row: Row, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(run) for run in runs if run]
 
 
-@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>\n"), (MARKED, "<|im_end|>")])
+@pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_every_assistant_turn_is_learnt_with_its_end_and_nothing_else(
-    template: str, end: str
+    template: str,
 ) -> None:
     tokenizer = fast_tokenizer(template)
     row = row_of(TWO_TURNS, tokenizer)
-    assert learnt_runs(row, tokenizer) == ["fine" + end, "thanks" + end]
+    assert learnt_runs(row, tokenizer) == ["fine<|im_end|>", "thanks<|im_end|>"]
     prompt = "<s><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(row.input_ids[: row.prompt_length].tolist()) == prompt
 
@@ -80,7 +80,7 @@ def test_turn_of_weight_zero_is_not_learnt(template: str) -> None:
 def test_answer_that_also_stands_in_the_question_is_learnt_only_as_the_answer() -> None:
     tokenizer = fast_tokenizer()
     row = row_of(chat(("user", "fine fine"), ("assistant", "fine")), tokenizer)
-    assert learnt_runs(row, tokenizer) == ["fine<|im_end|>\n"]
+    assert learnt_runs(row, tokenizer) == ["fine<|im_end|>"]
 
 
 def test_labels_are_unshifted_ids_and_the_first_is_never_one() -> None:
@@ -93,14 +93,14 @@ def test_markers_that_miss_a_turn_give_way_to_renderings(caplog: pytest.LogCaptu
     tokenizer = fast_tokenizer(once)
     with caplog.at_level(logging.WARNING):
         row = row_of(TWO_TURNS, tokenizer)
-    assert learnt_runs(row, tokenizer) == ["fine<|im_end|>\n", "thanks<|im_end|>\n"]
+    assert learnt_runs(row, tokenizer) == ["fine<|im_end|>", "thanks<|im_end|>"]
     assert "do not cover every assistant turn" in caplog.text
 
 
 def test_reasoning_that_the_template_drops_later_is_not_an_obstacle() -> None:
     tokenizer = fast_tokenizer(FORGETFUL)
     row = row_of(TWO_TURNS, tokenizer)
-    assert learnt_runs(row, tokenizer) == ["fine<|im_end|>\n", "a b c\n\nthanks<|im_end|>\n"]
+    assert learnt_runs(row, tokenizer) == ["fine<|im_end|>", "a b c\n\nthanks<|im_end|>"]
 
 
 def test_white_space_at_the_end_of_a_template_file_is_no_obstacle() -> None:
@@ -110,14 +110,6 @@ def test_white_space_at_the_end_of_a_template_file_is_no_obstacle() -> None:
         "fine<|im_end|>",
         "thanks<|im_end|>",
     ]
-
-
-def test_template_that_rewrites_the_past_is_an_error() -> None:
-    counting = "{{ messages | length }}" + CHATML
-    with pytest.raises(
-        DataError, match="a.jsonl, line 1: the chat template .* renders turn 2 diff"
-    ):
-        row_of(TWO_TURNS, fast_tokenizer(counting))
 
 
 def test_template_that_rejects_the_roles_is_an_error_with_its_own_words() -> None:
@@ -160,7 +152,7 @@ def test_template_without_tools_gets_calls_as_text_and_says_so(
     tokenizer = fast_tokenizer()
     with caplog.at_level(logging.WARNING):
         row = row_of(fields, tokenizer)
-    assert learnt_text(row, tokenizer) == '{"name": "f", "arguments": {"x": 1}}<|im_end|>\n'
+    assert learnt_text(row, tokenizer) == '{"name": "f", "arguments": {"x": 1}}<|im_end|>'
     assert "never mentions tools" in caplog.text and "never mentions tool_calls" in caplog.text
 
 
@@ -321,10 +313,3 @@ def test_sentencepiece_reads_plain_text_and_prompts(tmp_path: Path) -> None:
     assert row_of({"text": "hello world"}, tokenizer).input_ids[-1] == 2
     row = row_of({"prompt": "what is two", "completion": "four"}, tokenizer)
     assert learnt_text(row, tokenizer).replace(" ", "") == "four</s>"
-
-
-def test_slow_tokenizer_that_merges_across_the_border_is_an_error(tmp_path: Path) -> None:
-    glued = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokenizer = slow_tokenizer(tmp_path, glued)
-    with pytest.raises(DataError, match="merges the end of the prompt .* Use the fast version"):
-        row_of(chat(("user", "hello t"), ("assistant", "hanks")), tokenizer)

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from data_samples import CHATML, fast_tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.base import describe_folder
@@ -21,8 +24,9 @@ from megaskip.cli.generate import parse
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError, DataError
 from megaskip.export.folder import export_folder
-from megaskip.generation.conversation import Conversation
+from megaskip.generation.conversation import Conversation, prompt_ids
 from megaskip.generation.job import load_routed
+from megaskip.generation.prompts import read_prompts
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "megaskip/demo/backbone"
@@ -195,6 +199,7 @@ def test_flags_that_cannot_work_are_refused_at_once(flags: list[str], says: str)
         ('{"messages": []}', "no message"),
         ('{"prompts": "hi"}', "a field prompt or messages"),
         ("{", "not valid JSON"),
+        ('{"prompt": "a\\ud83d"}', r"'\\ud83d' is half of a character"),
     ],
 )
 def test_a_malformed_prompt_is_found_before_a_model_is_loaded(
@@ -207,6 +212,37 @@ def test_a_malformed_prompt_is_found_before_a_model_is_loaded(
     prompts.write_text("\n")
     with pytest.raises(DataError, match="holds no prompt"):
         generate(["--model", "/nowhere", "--prompts", str(prompts)])
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_byte_order_mark_is_no_part_of_a_prompt(suffix: str, tmp_path: Path) -> None:
+    line = '{"prompt": "Hi"}' if suffix == "jsonl" else "Hi"
+    path = tmp_path / f"prompts.{suffix}"
+    path.write_bytes(f"\ufeff{line}\r\n\ufeff{line}\r\n".encode())
+    assert read_prompts(path) == [[{"role": "user", "content": "Hi"}]] * 2
+
+
+def test_prompt_begins_as_the_tokenizer_begins_and_ends_without_an_end_token() -> None:
+    tokenizer = fast_tokenizer(None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <pad> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2), ("<pad>", 3)]
+    )
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "hello"}])[0].tolist()
+    assert tokenizer.decode(ids) == "<s><pad>hello"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ({"rag": CHATML, "tool_use": CHATML}, r"\(rag, tool_use\) .* --chat_template FILE"),
+        ("{{ messages[5].content }}", "rejects 'hello' after 0 messages"),
+        ("{{ messages[0].content.index('z') }}", "rejects 'hello' after 0 messages"),
+    ],
+)
+def test_template_that_cannot_be_used_is_one_sentence(template: Any, says: str) -> None:
+    tokenizer = fast_tokenizer(template)
+    with pytest.raises(DataError, match=says):
+        prompt_ids(tokenizer, [{"role": "user", "content": "hello"}])
 
 
 def test_each_answer_is_written_when_it_is_made(
@@ -267,7 +303,7 @@ def test_a_prompt_that_the_template_rejects_and_an_empty_one_are_named(exported:
         conversation.answer([{"role": "user", "content": "Hi"}])
     raw = Conversation(
         model=model,
-        tokenizer=lambda text: {"input_ids": []},  # as without a begin token
+        tokenizer=fast_tokenizer(None, bos=False),
         options=parse(["--model", "x", "--raw"]),
     )
     with pytest.raises(DataError, match="a prompt is empty"):

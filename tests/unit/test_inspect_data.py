@@ -290,13 +290,13 @@ def test_spans_tell_prompt_answer_and_context_and_lose_no_text(tmp_path: Path) -
     text = text_of(config, tokenizer)
     assert [(span.kind, span.text) for span in text.spans] == [
         (PROMPT, "<s><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"),
-        (LEARNT, "fine<|im_end|>\n"),
-        (CONTEXT, "<|im_start|>user\nhow<|im_end|>\n<|im_start|>assistant\n"),
-        (LEARNT, "thanks<|im_end|>\n"),
+        (LEARNT, "fine<|im_end|>"),
+        (CONTEXT, "\n<|im_start|>user\nhow<|im_end|>\n<|im_start|>assistant\n"),
+        (LEARNT, "thanks<|im_end|>"),
     ]
-    assert text.answers() == ["fine<|im_end|>\n", "thanks<|im_end|>\n"]
+    assert text.answers() == ["fine<|im_end|>", "thanks<|im_end|>"]
     assert "".join(span.text for span in text.spans) == tokenizer.decode(list(text.ids))
-    assert text.spans[1].pieces == (("fine", False), ("<|im_end|>", True), ("\n", False))
+    assert text.spans[1].pieces == (("fine", False), ("<|im_end|>", True))
     assert text.spans[0].start == 0 and text.spans[-1].end == len(text.ids) == text.length
 
 
@@ -334,7 +334,7 @@ def test_cut_row_says_where_and_what_is_lost(tmp_path: Path) -> None:
     config, tokenizer = make_config(path), fast_tokenizer()
     text = text_of(config, tokenizer)
     assert text.length == 64 and text.spans[-1].kind == CUT_ANSWER
-    assert text.spans[-1].start == 64 and text.spans[-1].text.endswith("<|im_end|>\n")
+    assert text.spans[-1].start == 64 and text.spans[-1].text.endswith("<|im_end|>")
     (row,) = rows_of(config, tokenizer)
     lines = list(row_lines(PLAIN, reader_of(config, tokenizer), row, fate=TRAINED))
     lost = len(text.ids) - 64
@@ -346,7 +346,7 @@ def test_row_that_loses_its_answer_is_dropped_and_shows_it(tmp_path: Path) -> No
     config = make_config(write_lines(tmp_path / "a.jsonl", [row]))
     text = text_of(config, fast_tokenizer())
     assert [span.kind for span in text.spans] == [CONTEXT, CUT, CUT_ANSWER]
-    assert text.spans[-1].text == "fine<|im_end|>\n"
+    assert text.spans[-1].text == "fine<|im_end|>"
 
 
 # -- output
@@ -363,7 +363,7 @@ def test_border_of_prompt_and_answer_is_unmistakable_without_colours(tmp_path: P
     assert "\x1b" not in text
     assert re.search(r"prompt +0-\d+ \|\{<s>\}\{<\|im_start\|>\}user\\n\n", text)
     assert re.search(r"\|hello \{<\|im_end\|>\}\\n\n +\|\{<\|im_start\|>\}assistant\\n\|\n", text)
-    assert re.search(r"LEARNT +\d+-\d+ \|fine\{<\|im_end\|>\}\\n\|$", text)
+    assert re.search(r"LEARNT +\d+-\d+ \|fine\{<\|im_end\|>\}\|$", text)
     assert re.search(r"token by token: .* '\\n' >\|< 'f' 'i' 'ne'", text)
 
 

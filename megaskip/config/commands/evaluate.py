@@ -36,6 +36,8 @@ class EvaluateOptions(Checked):
     """Ask in the tokenizer's chat format."""
     lm_eval_compatible: bool = False
     """Make tokens of texts as lm-eval does, for its own numbers, not as in training."""
+    chat_template: str | None = option(None, metavar="FILE.jinja")
+    """A jinja file that replaces the tokenizer's chat template, for --apply_chat_template."""
     batch_size: int = 8
     """Rows of a batch on a rank."""
     max_length: int | None = None
@@ -61,6 +63,8 @@ class EvaluateOptions(Checked):
                 yield from at_least(name, value, least)
         if self.ds_config and self.pipeline_stages > 1:
             yield "--ds_config shards by ZeRO-3, --pipeline_stages by layers; choose one"
+        if self.chat_template and not self.apply_chat_template:
+            yield "--chat_template is used with --apply_chat_template; add that, or leave it out"
         if not self.tasks:
             yield "--tasks names no task; give names separated by commas"
         yield from output_file_problems("output", self.output, ".json")

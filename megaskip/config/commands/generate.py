@@ -21,6 +21,8 @@ class GenerateOptions(Checked):
     """Base model of a run or router folder [what it names]."""
     tokenizer: str | None = option(None, metavar="TOKENIZER")
     """Tokenizer, folder or hub id [of a run: what it was trained with; else the model's]."""
+    chat_template: str | None = option(None, metavar="FILE.jinja")
+    """A jinja file that replaces the tokenizer's chat template."""
     prompts: Path | None = option(None, metavar="FILE")
     """A prompt a line, or .jsonl with prompt or messages [typed in]."""
     max_new_tokens: int = 128

@@ -57,7 +57,7 @@ def local(
 def _rows(file: Path, fields: Any) -> list[dict[str, Any]]:
     """Return the rows of a file, of each the `fields` (all without any)."""
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
