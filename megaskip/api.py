@@ -99,6 +99,7 @@ def export_static(
     data: Sequence[str | Path] = (),
     rows: int = 256,
     form: str = "hf",
+    without_compensation: bool = False,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
     dtype: str | None = None,
@@ -109,11 +110,14 @@ def export_static(
 
     `routers`, `base`, `output`, `tokenizer` and `trust_remote_code` are as in `convert`. What is
     dropped is said in exactly one way: every routed sublayer whose measured capacity is `below` a
-    share, the `count` lowest ones, or those of `layers`. Capacities are measured on `rows` rows
-    of `data` (files, folders or hub names as `megaskip train` reads them; the text of the run for a
-    run folder).
-    `form` is "hf" for transformers or "decilm" for vLLM. `dtype` is the type of the weights while
-    it is measured. `verify` compares logits with those of the base whose sublayers are off.
+    share, the `count` lowest ones, or those of `layers`. Routers of a static budget (those of
+    `megaskip fit` and of runs that start from them) need none of the three: their layers never run,
+    and all of them are dropped. Capacities are measured on `rows` rows of `data` (files, folders or
+    hub names as `megaskip train` reads them; the text of the run for a run folder).
+    `form` is "hf" for transformers or "decilm" for vLLM. Maps that routers have for what they skip
+    stand in the place of what is dropped; `without_compensation` leaves them out, as "decilm"
+    needs. `dtype` is the type of the weights while it is measured. `verify` compares logits with
+    those of the base whose sublayers are off.
 
     Raises ConfigError, DataError, CheckpointError or UnsupportedModelError.
     """
@@ -127,6 +131,7 @@ def export_static(
         count=count,
         layers=spec,
         format=form,
+        without_compensation=without_compensation,
         output=Path(output),
         verify=verify,
     )

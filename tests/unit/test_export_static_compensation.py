@@ -15,6 +15,7 @@ from families import FAMILIES, tiny_model
 from routed_models import padded_ids, randomise, whole_ids
 from safetensors.torch import load_file
 
+import megaskip
 from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import describe_base
@@ -335,6 +336,20 @@ def test_command_needs_no_layers_for_a_static_budget(
     for flags in (["--count", "1"], ["--layers", "3"], ["--below", "0.5"]):
         with pytest.raises(ConfigError, match=f"{flags[0]} chooses among layers .*leave it out"):
             command.main([*source, *flags, "--output", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_python_needs_no_layers_for_a_static_budget_and_can_leave_maps_out(
+    without: bool, tmp_path: Path
+) -> None:
+    trained(tmp_path)
+    done = megaskip.export_static(
+        tmp_path / "routers",
+        tmp_path / "out",
+        base=tmp_path / "base",
+        without_compensation=without,
+    )
+    assert ("compensation" in read_json(done.folder / "config.json")) != without
 
 
 def test_command_takes_the_maps_of_routed_layers_along(
