@@ -271,6 +271,13 @@ class RunConfig(Checked):
                 "--budget static with --compensation none has nothing to learn: its layers never "
                 "run; add --compensation low_rank"
             )
+        learns_maps = self.router.compensation != "none" and self.optim.compensation_lr > 0
+        if learns_maps and self.optim.lr == 0:
+            yield (
+                "--lr 0 keeps the compensations still, too: --compensation_lr "
+                f"{self.optim.compensation_lr:g} is scaled with it; give --compensation_lr 0 if "
+                "that is meant, or a tiny --lr such as 1e-9"
+            )
         attention = self.model.attn_implementation
         if self.data.packing and "flash" in attention:
             yield (
