@@ -36,7 +36,8 @@ class ModelConfig(Checked):
     """Run modelling code that comes with the model folder."""
     init_routers: str | None = None
     """Start from the routers of this folder, for example those of megaskip fit; it then says what
-    is routed, and how, and flags that say otherwise are errors [fresh routers]."""
+    is routed, and how. Flags left at their defaults follow the folder, others that say otherwise
+    are errors [fresh routers]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

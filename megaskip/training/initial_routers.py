@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import load_router_tensors, read_router_config
-from megaskip.config import RouterConfig, RunConfig
+from megaskip.config import RouterConfig, RunConfig, resolve_layers
 from megaskip.errors import ConfigError
 from megaskip.routing import RouterSet
 
@@ -22,15 +22,18 @@ def with_initial_routers(config: RunConfig) -> RunConfig:
     if config.model.init_routers is None:
         return config
     folder = Path(config.model.init_routers)
-    stored, layers, _ = read_router_config(folder)
+    stored, layers, described = read_router_config(folder)
     stored = dataclasses.replace(stored, layers=layers)
+    depth = max(layers) + 2 if described is None else described.num_layers
     problems, taken = [], {}
     for field in dataclasses.fields(RouterConfig):
         name, asked = field.name, getattr(config.router, field.name)
         if name in _STEERED:
             continue
         taken[name] = of_folder = getattr(stored, name)
-        if asked not in (of_folder, field.default):
+        if asked == field.default:
+            continue
+        if (resolve_layers(asked, depth) if name == "layers" else asked) != of_folder:
             problems.append(
                 f"--{name} {asked} is not what --init_routers {folder} holds: {of_folder}; leave "
                 "the flag out"

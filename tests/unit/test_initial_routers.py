@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from megaskip.checkpoint.routers import read_router_config
 from megaskip.cli.train import main as train
+from megaskip.config.cli import parse_run_config
 from megaskip.errors import ConfigError
+from megaskip.training.initial_routers import with_initial_routers
 
 FLAGS = ["--dtype", "float32", "--max_steps", "2", "--micro_batch_size", "4", "--seq_length", "64"]
 FLAGS += ["--max_samples", "96", "--held_out", "16", "--calibration_rows", "32", "--no-progress"]
@@ -51,9 +53,21 @@ def test_a_run_starts_from_the_routers_of_a_folder(tmp_path: Path) -> None:
 def test_flags_that_say_otherwise_than_the_folder_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "first", *MAPS, "--layers", "4,6")
     start = ["--init_routers", str(tmp_path / "first/routers")]
+    for same in ("4,6", "6,4", "4-4,6"):
+        config = parse_run_config([*start, "--layers", same])
+        assert with_initial_routers(config).router.layers == (4, 6)
+    with pytest.raises(ConfigError, match=r"--layers 4-6 is not what .* holds: \(4, 6\)"):
+        with_initial_routers(parse_run_config([*start, "--layers", "4-6"]))
     with pytest.raises(ConfigError, match=r"--compensation_rank 8 is not what .* holds: 4"):
         run(tmp_path / "second", *start, "--compensation_rank", "8")
     assert not (tmp_path / "second").exists()
+
+
+def test_no_rate_for_routers_is_none_for_compensations() -> None:
+    with pytest.raises(ConfigError, match=r"--lr 0 keeps .*: --compensation_lr 0\.01 is scaled"):
+        parse_run_config([*MAPS, "--lr", "0"])
+    parse_run_config(["--lr", "0"])
+    parse_run_config([*MAPS, "--lr", "0", "--compensation_lr", "0"])
 
 
 def test_static_layers_without_a_map_have_nothing_to_learn(tmp_path: Path) -> None:
