@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
+from megaskip.config.value_types import shown
 from megaskip.errors import DataError
 
 
@@ -102,7 +103,7 @@ class Fields:
     def _present(self, key: str) -> Any:
         if key in self._fields:
             return self.get(key)
-        present = ", ".join(map(repr, self._fields)) or "nothing"
+        present = ", ".join(map(shown, self._fields)) or "nothing"
         raise DataError(f"{self.place}: field {self._prefix + key!r} is missing; found {present}")
 
     def wrong(self, key: str, value: Any, expected: str) -> NoReturn:
@@ -114,10 +115,10 @@ class Fields:
         self._wrong(column.path, column.value, expected)
 
     def _wrong(self, path: str, value: Any, expected: str) -> NoReturn:
-        shown = json.dumps(value, default=str, ensure_ascii=False)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        text = json.dumps(value, default=str, ensure_ascii=False)
+        text = text if len(text) <= 60 else text[:57] + "..."
         kind = _KINDS.get(type(value), type(value).__name__)
-        raise DataError(f"{self.place}: field {path!r} is {kind} {shown}; expected {expected}")
+        raise DataError(f"{self.place}: field {shown(path)} is {kind} {text}; expected {expected}")
 
 
 def is_empty(value: Any) -> bool:

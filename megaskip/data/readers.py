@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from megaskip.config.value_types import shown
 from megaskip.data.fields import Place, parse_json
 from megaskip.data.formats import fits_format
 from megaskip.errors import DataError
@@ -139,7 +140,7 @@ def _rows_of(value: Any, path: Path) -> list[Any]:
         return [value]
     if len(lists) > 1:
         raise DataError(
-            f"{path}: lists of rows under {' and '.join(map(repr, lists))}; expected one list. "
+            f"{path}: lists of rows under {' and '.join(map(shown, lists))}; expected one list. "
             "Write the one that you mean to a file of its own"
         )
     beside = {key: other for key, other in value.items() if key != lists[0]}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megaskip.data.fields import Column, Fields
-from megaskip.data.turns import SWITCHES
+from megaskip.data.turns import ON_OFF, SWITCHES
 
 _MEDIUM = "image|img|picture|photo|audio|video"
 _MEDIA = re.compile(
@@ -30,11 +30,11 @@ def refuse_unread(row: Fields, texts: Iterable[str]) -> None:
     """
     unread = [column for column in row.filled() if not column.used]
     for column in unread:
-        if _MEDIA.fullmatch(column.key) or _is_medium(column.value):
+        is_named_so = _MEDIA.fullmatch(column.key) and column.value is not False
+        if is_named_so or _is_medium(column.value):
             expected = "no media: megaskip trains on text only. Leave out such rows; or this column"
             row.wrong_at(column, f"{expected}, if the text is complete without it")
-        by_turn = "[]." in column.name or isinstance(column.value, list)
-        if by_turn and _LOSS.search(column.key):
+        if _LOSS.search(column.key) and _is_switch(column):
             expected = f"another field of a turn ({', '.join(SWITCHES)}) to take it out of the loss"
             row.wrong_at(column, f"{expected}. Rename or remove this one")
     about = [column for column in unread if _ABOUT_MEDIA.search(column.key)]
@@ -47,6 +47,13 @@ def refuse_unread(row: Fields, texts: Iterable[str]) -> None:
 def is_flag(column: Column) -> bool:
     """Return whether a field of a turn that was not read holds a truth value."""
     return "[]." in column.name and not column.used and isinstance(column.value, bool)
+
+
+def _is_switch(column: Column) -> bool:
+    """Return whether the value of a field may say of a turn, or of each turn, that it is learnt."""
+    if "[]." in column.name:
+        return not isinstance(column.value, str) or column.value.lower() in ON_OFF
+    return isinstance(column.value, list) and isinstance(column.value[0], int | float)
 
 
 def _is_medium(value: Any) -> bool:

@@ -40,7 +40,8 @@ SWITCHES = {
 }
 """Field of a turn that says whether it is learnt -> whether 1 means that it is."""
 
-_ON_OFF = {"0": False, "1": True, "false": False, "true": True}
+ON_OFF = {"0": False, "1": True, "false": False, "true": True}
+"""Texts that switches may hold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +170,7 @@ def without_nulls(value: Any) -> Any:
 def _switch(turn: Fields, key: str) -> bool:
     """Return whether a switch says that the turn is learnt."""
     value = turn.get(key)
-    on = _ON_OFF.get(value.lower()) if isinstance(value, str) else None
+    on = ON_OFF.get(value.lower()) if isinstance(value, str) else None
     if isinstance(value, bool | int | float) and value in (0, 1):
         on = bool(value)
     if on is None:

@@ -41,7 +41,7 @@ ROWS: tuple[dict[str, Any], ...] = (
             {"from": "human", "value": "what is two"},
             {"from": "function_call", "value": json.dumps(CALL)},
             {"from": "observation", "value": "4"},
-            {"from": "gpt", "value": "four"},
+            {"from": "gpt", "value": "four", "train": True, "mask": 0},
         ],
         "system": "be brief",
         "tools": json.dumps([TOOL]),
@@ -53,11 +53,21 @@ ROWS: tuple[dict[str, Any], ...] = (
         "system": "be brief",
         "history": [["hello", "world"]],
     },
-    {"prompt": "what is", "completion": "four"},
-    {"question": "what is two", "answer": "two"},
+    {"prompt": "what is", "completion": "four", "images": []},
+    {"question": "what is two", "answer": "two", "context": ["two"], "system_prompt": "be brief"},
     {"text": "hello world how are you\n\ntoday"},
 )
 NAMES = ("rows.jsonl", "rows.json", "rows.txt", "rows.csv", "rows.tsv", "rows.JSONL")
+DAMAGED = (
+    "rows.jsonl.gz",
+    "rows.csv.xz",
+    "rows.json.bz2",
+    "rows.txt.zst",
+    "rows.parquet",
+    "b.arrow",
+)
+"""Names of files that hold something else than what they say."""
+FILES = NAMES + DAMAGED
 TEMPLATES = (CHATML, MARKED, FORGETFUL, None)
 
 
@@ -101,7 +111,7 @@ def test_rows(folder: Path, tokenizers: list[Any], rows: list[Any], tokenizer: i
 
 
 @fuzzed(300)
-@given(st.lists(st.sampled_from(ROWS), min_size=1, max_size=3), st.sampled_from(NAMES), st.data())
+@given(st.lists(st.sampled_from(ROWS), min_size=1, max_size=3), st.sampled_from(FILES), st.data())
 def test_files_of_rows(
     folder: Path, tokenizers: list[Any], rows: list[Any], name: str, data: st.DataObject
 ) -> None:

@@ -112,6 +112,12 @@ def test_system_column_that_repeats_the_system_turn_is_not_doubled() -> None:
     assert [m.content for m in sample.messages] == ["S", "C\n\nD\n\nQ", "A"]
 
 
+def test_fields_that_only_sound_like_a_switch_or_media_are_ignored() -> None:
+    row = {"messages": [ROWS[0]["messages"][0], {**REPLY, "learning_goal": "addition"}]}
+    ignored = {"train_sources": ["a", "b"], "loss": 2.5, "image": False, "imagery": "none"}
+    assert turns(read({**row, **ignored})) == turns(read(ROWS[0]))
+
+
 def test_chats_may_be_json_text_as_in_csv_files() -> None:
     assert turns(read({"messages": json.dumps(ROWS[0]["messages"])})) == turns(read(ROWS[0]))
 
