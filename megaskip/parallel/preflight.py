@@ -19,14 +19,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megaskip.checkpoint.resume import checkpoints
 from megaskip.checkpoint.weight_index import tensor_files
-from megaskip.config import RunConfig
+from megaskip.config import RunConfig, resolve_layers
 from megaskip.errors import RankError
+from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
+from megaskip.routing import RouterSet
 
 _SPARE = 1.1
 """Weights need room for themselves and a little more; activations are planned by --dry_run."""
-_CHECKPOINT_BYTES = 64 << 20
+_SMALL_FILES = 64 << 20
+"""Bytes of a run folder beside its checkpoints: metrics, events, pictures."""
 _HEADER_BYTES = 1 << 16
 
 
@@ -60,7 +64,7 @@ def preflight(
     config: RunConfig,
     topology: Topology,
     output_dir: Path,
-    model_folder: Path,
+    source: ModelSource,
     data_fingerprint: str,
     versions: Mapping[str, str],
     ds_content: Mapping[str, Any],
@@ -82,23 +86,50 @@ def preflight(
         versions=versions,
         config=_hash(dataclasses.asdict(config)),
         data=data_fingerprint,
-        model=_hash(_model_files(model_folder)),
+        model=_hash(_model_files(source.folder)),
     )
     everyone: list[Any] = [None] * topology.world_size
     dist.all_gather_object(everyone, mine)
-    weights = _weight_bytes(model_folder)
+    weights = _weight_bytes(source.folder)
     shares = topology.num_stages
     if shares == 1 and config.parallel.ds_config is not None:
         shares = topology.world_size
     # What lives on disk needs no memory that could be told beforehand.
-    problems = find_problems(everyone, 0 if offload == "nvme" else weights // shares)
+    problems = find_problems(
+        everyone,
+        weights_per_rank=0 if offload == "nvme" else weights // shares,
+        run_folder=_SMALL_FILES + checkpoint_bytes(config, source, output_dir),
+    )
     if problems:
         raise RankError("before loading weights: " + "\n  ".join(problems))
     return [(node, _node_line(reports)) for node, reports in _by_node(everyone).items()]
 
 
-def find_problems(reports: Sequence[Report], weights_per_rank: int) -> list[str]:
-    """Return what differs between ranks or is too little, one line each, naming the node."""
+def checkpoint_bytes(config: RunConfig, source: ModelSource, output_dir: Path) -> int:
+    """Return the bytes of the checkpoints that a run will add to its folder: float32 weights, and
+    two moments of what trains."""
+    if config.model.train == "full":
+        stored = getattr(source.hf_config, "dtype", None) or torch.float32
+        saved = trained = _weight_bytes(source.folder) // stored.itemsize
+    else:
+        text = source.text_config
+        layers = resolve_layers(config.router.layers, text.num_hidden_layers)
+        routers = RouterSet(config.router, layers, text.hidden_size, device=torch.device("meta"))
+        saved = sum(parameter.numel() for parameter in routers.parameters())
+        trained = sum(parameter.numel() for parameter in routers.trained_parameters().values())
+    # An old checkpoint is removed when a new one is complete.
+    at_once = config.checkpoint.keep_last + 1 if config.checkpoint.save_every else 1
+    return (4 * saved + 8 * trained) * max(at_once - len(checkpoints(output_dir)), 1)
+
+
+def find_problems(
+    reports: Sequence[Report], *, weights_per_rank: int, run_folder: int
+) -> list[str]:
+    """Return what differs between ranks or is too little, one line each, naming the node.
+
+    `weights_per_rank` and `run_folder` are the bytes that weights need in memory, and the run on
+    disk.
+    """
     problems = []
     for name in reports[0].versions:
         problems += _minority(reports, name, functools.partial(_version, name))
@@ -115,10 +146,11 @@ def find_problems(reports: Sequence[Report], weights_per_rank: int) -> list[str]
                 f"node {node}: {_gib(free)} of memory free, the weights of its ranks need "
                 f"{_gib(needed)}; use more ranks, or --ds_config with ZeRO-3"
             )
-        if of_node[0].rank == 0 and of_node[0].free_disk < _CHECKPOINT_BYTES:
+        if of_node[0].rank == 0 and of_node[0].free_disk < run_folder:
             problems.append(
-                f"node {node}: {_gib(of_node[0].free_disk)} of disk free for --output_dir, "
-                f"checkpoints need {_gib(_CHECKPOINT_BYTES)}"
+                f"node {node}: {_gib(of_node[0].free_disk)} of disk free for --output_dir, its "
+                f"checkpoints need {_gib(run_folder)}; name another folder, or keep fewer "
+                "(--keep_last)"
             )
     return problems
 

@@ -129,7 +129,7 @@ def _check_nodes(job: _Job) -> None:
         job.config,
         job.topology,
         job.output_dir,
-        job.source.folder,
+        job.source,
         job.data.fingerprint,
         versions(),
         job.ds_content or {},

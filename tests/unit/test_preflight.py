@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from megaskip.config import RunConfig
+from megaskip.config import CheckpointConfig, ModelConfig, RouterConfig, RunConfig
 from megaskip.errors import RankError
-from megaskip.parallel.loading.source import log_if_slow
-from megaskip.parallel.preflight import Report, find_problems, preflight
+from megaskip.parallel.loading.source import log_if_slow, resolve_source
+from megaskip.parallel.preflight import Report, checkpoint_bytes, find_problems, preflight
 from megaskip.parallel.topology import process_group, read_topology
 
 GIB = 2**30
@@ -39,8 +39,12 @@ def four(**changes: object) -> list[Report]:
     return [report(0, "one"), report(1, "one"), report(2, "two"), report(3, "two", **changes)]
 
 
+def problems_of(reports: list[Report], weights: int = 0, run_folder: int = GIB) -> list[str]:
+    return find_problems(reports, weights_per_rank=weights, run_folder=run_folder)
+
+
 def test_ranks_that_are_alike_pass() -> None:
-    assert find_problems(four(), 2 * GIB) == []
+    assert problems_of(four(), 2 * GIB) == []
 
 
 def test_what_differs_is_named_with_its_node() -> None:
@@ -51,22 +55,46 @@ def test_what_differs_is_named_with_its_node() -> None:
         ({"model": "x"}, "model's files"),
         ({"device": "H200"}, "device"),
     ]:
-        (problem,) = find_problems(four(**changes), 0)
+        (problem,) = problems_of(four(**changes))
         assert what in problem
         assert "rank 3 on node two" in problem
 
 
 def test_ranks_of_a_node_share_its_memory() -> None:
-    (problem,) = find_problems(four(free_memory=GIB), GIB)
+    (problem,) = problems_of(four(free_memory=GIB), GIB)
     assert problem.startswith("node two: 1.00 GiB of memory free")
     gpus = [dataclasses.replace(one, shares_memory=False) for one in four(free_memory=2 * GIB)]
-    assert find_problems(gpus, GIB) == []
+    assert problems_of(gpus, GIB) == []
 
 
 def test_a_full_disk_is_noticed_where_checkpoints_are_written() -> None:
     reports = [report(0, "one", free_disk=1024), report(1, "two", free_disk=-1)]
-    (problem,) = find_problems(reports, 0)
+    (problem,) = problems_of(reports)
     assert problem.startswith("node one: 0.00 GiB of disk free for --output_dir")
+
+
+def test_checkpoints_need_what_trains_with_its_moments(tmp_path: Path) -> None:
+    source = resolve_source(ModelConfig())
+    hidden, routed = source.text_config.hidden_size, 4
+    maps = {"granularity": "attn_sequence", "compensation": "low_rank", "compensation_rank": 16}
+    for router, of_a_layer, moments_of in [
+        ({}, hidden, hidden),
+        (maps, hidden + hidden * (2 * 16 + 1), hidden + hidden * (2 * 16 + 1)),
+        ({**maps, "budget": "static"}, hidden + hidden * (2 * 16 + 1), hidden * (2 * 16 + 1)),
+    ]:
+        config = RunConfig(router=RouterConfig(layers=routed, **router))
+        needed = 3 * routed * (4 * of_a_layer + 8 * moments_of)  # --keep_last 2 and a new one
+        assert checkpoint_bytes(config, source, tmp_path) == needed
+    once = dataclasses.replace(config, checkpoint=CheckpointConfig(save_every=0))
+    assert checkpoint_bytes(once, source, tmp_path) == needed // 3
+    for step in (1, 2):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}/COMPLETE").touch()
+    assert checkpoint_bytes(config, source, tmp_path) == needed // 3
+    full = RunConfig(model=ModelConfig(train="full"))
+    weights = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    parameters = weights // source.hf_config.dtype.itemsize
+    assert checkpoint_bytes(full, source, tmp_path) == 12 * parameters
 
 
 @pytest.mark.parametrize("device", [None, "cpu", "nvme"])
@@ -84,7 +112,7 @@ def test_weights_need_memory_where_they_are_kept(
 
     def checked() -> None:
         content = {"zero_optimization": zero}
-        preflight(RunConfig(), on_gpu, tmp_path, tmp_path, "data", {}, content)
+        preflight(RunConfig(), on_gpu, tmp_path, resolve_source(ModelConfig()), "data", {}, content)
 
     with process_group(topology, timeout=60):
         if device is None:
