@@ -149,6 +149,9 @@ class ChatTemplate:
 
     def _turn(self, message: Message, source: str, *, as_text: bool) -> Turn:
         turn: Turn = {"role": message.role, "content": message.content, **message.extra}
+        for name in message.extra:
+            if name not in source:
+                self.warn_once(f"never mentions {name}: it is left out of the turns")
         if not message.tool_calls:
             return turn
         if "tool_calls" in source:
