@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_folder, is_hub_id
@@ -25,10 +24,12 @@ from megaskip.checkpoint.weight_index import INDEX, SINGLE
 from megaskip.config import RouterConfig
 from megaskip.config.commands.convert import MODES
 from megaskip.config.paths import require_new
+from megaskip.data.tokenizer import read_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.export.base_weights import put_base_weights, require_safetensors
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import routing_rows, use_text, write_card
+from megaskip.extras import MissingExtraError
 from megaskip.routing import PREFIX
 from megaskip.routing.compensation import is_compensation
 
@@ -240,8 +241,8 @@ def _tokenizer_of(base: Path) -> Any | None:
         return None
     try:
         # Its own code would not come along: then its files are copied as they are.
-        return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError):
+        return read_tokenizer(base, trust_remote_code=False)
+    except (ConfigError, MissingExtraError):
         return None
 
 

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.routers import load_routers
-from megaskip.errors import CheckpointError
+from megaskip.data.tokenizer import read_tokenizer
+from megaskip.errors import CheckpointError, ConfigError
+from megaskip.extras import MissingExtraError
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.routing import PREFIX
 
@@ -130,7 +132,7 @@ def _same(loaded: torch.Tensor | None, expected: torch.Tensor) -> bool:
 def _probe_ids(base: Path, text: str) -> str:
     """Return token ids of the text, or the first ids where the base has no tokenizer."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+        tokenizer = read_tokenizer(base, trust_remote_code=False)
+    except (ConfigError, MissingExtraError):
         return ",".join(map(str, range(1, 33)))
     return ",".join(map(str, tokenizer(text)["input_ids"]))

@@ -135,11 +135,25 @@ def test_half_a_character_in_a_tool_call_is_an_error_with_its_place(template: st
         row_of(fields, fast_tokenizer(template))
 
 
-def test_tokenizer_file_of_an_unknown_kind_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("tokenizer.json", '"type": "BPE"', '"type": "Later"', "did not match any variant"),
+        ("tokenizer.json", '"version": "1.0"', '"version": "2.0"', "Unknown tokenizer version"),
+        ("tokenizer.json", "{", "[", ""),
+        ("tokenizer_config.json", '"eos_token": "</s>"', '"eos_token": 3', "eos_token has to be"),
+        ("tokenizer_config.json", '"tokenizer_class": "', '"tokenizer_class": 3, "x": "', ""),
+        ("tokenizer_config.json", "{", "", ""),
+    ],
+)
+def test_tokenizer_files_of_an_unknown_kind_are_one_sentence(
+    file: str, old: str, new: str, says: str, tmp_path: Path
+) -> None:
     fast_tokenizer().save_pretrained(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    file.write_text(file.read_text().replace('"type": "BPE"', '"type": "Later"'))
-    with pytest.raises(ConfigError, match="no tokenizer in .* did not match any variant"):
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=f"no tokenizer in .*{says}"):
         load_tokenizer(tmp_path)
 
 
