@@ -32,6 +32,7 @@ class TaskLoss(nn.Module):
         position_ids: Tensor,
         labels: Tensor,
         *,
+        predicting: Tensor | None = None,
         teacher: Tensor | None = None,
         share: float = 0.0,
         states_only: bool = False,
@@ -39,6 +40,8 @@ class TaskLoss(nn.Module):
     ) -> Tensor:
         """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED
         has no loss. Rows are padded on the right; `attention_mask` [B, T] marks the real tokens.
+        `predicting` int64 [N] are the places in [B * T] whose states predict a label; without it
+        they are looked for, which waits for the device.
 
         With `states_only` return the hidden states [N, D] that predict them instead. Given back as
         `teacher`, they predict `share` of each label. With `each` return the loss of each of them,
@@ -52,8 +55,10 @@ class TaskLoss(nn.Module):
             use_cache=False,
         )[0]
         if states_only:
-            return predicting_states(hidden_states, labels)
-        return self.head.of_batch(hidden_states, labels, teacher, share, each=each)
+            return predicting_states(hidden_states, labels, predicting)
+        return self.head.of_batch(
+            hidden_states, labels, teacher, share, predicting=predicting, each=each
+        )
 
 
 def head_loss(model: nn.Module, chunk_tokens: int) -> "HeadLoss":
@@ -68,10 +73,14 @@ def head_loss(model: nn.Module, chunk_tokens: int) -> "HeadLoss":
     return HeadLoss(parts.head, _logit_transform(model.config), chunk_tokens)
 
 
-def predicting_states(hidden_states: Tensor, labels: Tensor) -> Tensor:
+def predicting_states(
+    hidden_states: Tensor, labels: Tensor, predicting: Tensor | None = None
+) -> Tensor:
     """Return the hidden states [N, D], of [B, T, D], that predict the supervised tokens of `labels`
-    [B, T]."""
-    return hidden_states[:, :-1][labels[:, 1:] != IGNORED]
+    [B, T]; `predicting` int64 [N] says where in [B * T] they are, if known."""
+    if predicting is None:
+        return hidden_states[:, :-1][labels[:, 1:] != IGNORED]
+    return hidden_states.flatten(0, 1).index_select(0, predicting)
 
 
 class HeadLoss(nn.Module):
@@ -93,14 +102,18 @@ class HeadLoss(nn.Module):
         teacher: Tensor | None = None,
         share: float = 0.0,
         *,
+        predicting: Tensor | None = None,
         each: bool = False,
     ) -> Tensor:
         """Return the summed loss, float32 [], of hidden states [B, T, D] and labels int64 [B, T],
-        not shifted; IGNORED has no loss. `teacher`, `share` and `each` as in `forward`."""
-        targets = labels[:, 1:]
-        supervised = targets != IGNORED
-        states = predicting_states(hidden_states, labels)
-        return self(states, targets[supervised], teacher, share, each=each)
+        not shifted; IGNORED has no loss. `predicting` as in TaskLoss, the others as in
+        `forward`."""
+        states = predicting_states(hidden_states, labels, predicting)
+        if predicting is None:
+            targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+        else:
+            targets = labels.flatten().index_select(0, predicting + 1)
+        return self(states, targets, teacher, share, each=each)
 
     def forward(
         self,

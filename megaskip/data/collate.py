@@ -1,8 +1,9 @@
 """Rows side by side in one batch of tensors. Knows rows, not where they come from."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,9 +12,28 @@ from megaskip.data.row import AnyRow
 from megaskip.labels import IGNORED
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchCounts:
+    """How much a batch holds, as numbers of the host: reading them off a GPU would wait for it."""
+
+    rows: int
+    """With a real token in them."""
+    samples: int
+    """Segments of packed rows; rows otherwise."""
+    segments: int
+    """The most that a row has; 1 when no row is packed."""
+    tokens: int
+    """Real ones."""
+    supervised: int
+    """Labels that are predicted; the first of a row never is."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """What one forward pass reads; every tensor is [rows, tokens], padded on the right."""
+    """What one forward pass reads; every tensor is [rows, tokens], padded on the right.
+
+    What follows from the tensors is found when the batch is made, on the CPU where they are there.
+    """
 
     input_ids: torch.Tensor
     """int64."""
@@ -28,6 +48,25 @@ class Batch:
     """int64: the columns; in packed rows it restarts at each sample, and where padding begins."""
     segment_ids: torch.Tensor | None = None
     """int64: which sample of the row a token is from, padding -1; None when no row is packed."""
+    predicting: torch.Tensor = field(init=False)
+    """int64 [supervised]: the tokens, numbered through all rows, that predict a label."""
+    counts: BatchCounts = field(init=False)
+
+    def __post_init__(self) -> None:
+        supervised = torch.nn.functional.pad(self.labels[:, 1:] != IGNORED, (0, 1))
+        object.__setattr__(self, "predicting", supervised.flatten().nonzero().squeeze(1))
+        object.__setattr__(self, "counts", self._count())
+
+    def _count(self) -> BatchCounts:
+        rows = int(self.token_mask.any(dim=1).sum())
+        packed = None if self.segment_ids is None else self.segment_ids.amax(dim=1) + 1
+        return BatchCounts(
+            rows=rows,
+            samples=rows if packed is None else int(packed.sum()),
+            segments=1 if packed is None else max(int(packed.max()), 1),
+            tokens=int(self.token_mask.sum()),
+            supervised=len(self.predicting),
+        )
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -39,15 +78,21 @@ class Batch:
         # (masking_utils._preprocess_mask_arguments; transformers#46634).
         return None if self.segment_ids is not None else self.token_mask.long()
 
-    def num_supervised(self) -> int:
-        """Return how many labels are predicted; the first of a row never is."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
-
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved = {name: t.to(device) for name, t in tensors.items() if t is not None}
-        return dataclasses.replace(self, **moved)
+        """Return the batch on another device; a GPU is not waited for."""
+        moved = copy.copy(self)
+        for name in (item.name for item in dataclasses.fields(self)):
+            tensor = getattr(self, name)
+            if isinstance(tensor, torch.Tensor):
+                object.__setattr__(moved, name, _moved(tensor, device))
+        return moved
+
+
+def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    if tensor.is_cpu and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # a copy of other memory would be waited for
+    # A copy to the host must have arrived when it is read.
+    return tensor.to(device, non_blocking=tensor.is_cpu)
 
 
 def collate(

@@ -46,14 +46,19 @@ class Engine:
         self.optimizer = make_adamw(self.parameters, config.optim)
 
     def train_step(
-        self, batches: Sequence[Batch], lr: float, progress: float | None = None
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        progress: float | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> StepResult:
         """Take one optimizer step over this rank's micro-batches `batches` at learning rate `lr`.
 
-        `progress` is the share of the run that is done after it (see RouterSet.steer).
+        `progress` is the share of the run that is done after it (see RouterSet.steer). `meanwhile`
+        is called while a GPU still computes. The device is waited for once, for what is returned.
         """
-        batches = [batch.to(self._topology.device) for batch in batches]
         whole = self._global_batch(batches)
+        batches = [batch.to(self._topology.device) for batch in batches]
         self.optimizer.zero_grad(set_to_none=False)
         with self._noisy():
             sums = self._micro_steps(batches, whole)
@@ -63,8 +68,10 @@ class Engine:
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         sums = sums.over_ranks()
+        meanwhile()
+        sums, (norm,) = sums.on_host(grad_norm)
         self.routers.steer(Measured.of(sums.counts), progress=progress)
-        return sums.result(whole, grad_norm)
+        return sums.result(whole, norm)
 
     @torch.no_grad()
     def evaluate(
@@ -86,7 +93,7 @@ class Engine:
             for batch, loss in self.forwards(batches, check):
                 if batch is not None:
                     sums += self._eval_sums(batch, loss)
-        return sums.over_ranks().result()
+        return sums.over_ranks().on_host()[0].result()
 
     @torch.no_grad()
     def token_losses(self, batch: Batch | None) -> tuple[Batch, Tensor]:
@@ -142,8 +149,8 @@ class Engine:
         shares = self.routers.shares()
         return EvalSums(
             loss=loss,
-            supervised=loss.new_tensor(batch.num_supervised(), dtype=torch.float64),
-            rows=loss.new_tensor(len(shares), dtype=torch.float64),
+            supervised=loss.new_full((), batch.counts.supervised, dtype=torch.float64),
+            rows=loss.new_full((), len(shares), dtype=torch.float64),
             shares=shares.sum(),
             squared_shares=shares.square().sum(),
             counts=self._counts(),
@@ -185,9 +192,15 @@ class Engine:
         return self._forward(batch, teacher=teacher, share=self._distill)
 
     def _forward(self, batch: Batch, **how: Any) -> Tensor:
-        self.routers.set_batch(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        self.routers.set_batch(*masks, segments=batch.counts.segments)
         loss: Tensor = self.module(
-            batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels, **how
+            batch.input_ids,
+            batch.attention_mask,
+            batch.position_ids,
+            batch.labels,
+            predicting=batch.predicting,
+            **how,
         )
         return loss
 
@@ -202,15 +215,12 @@ class Engine:
         # The stages of a pipeline see the same rows; they count once.
         counted = batches if self._topology.is_last_stage else ()
         units = sum(self._units(batch) for batch in counted) * self._num_routed
-        return GlobalBatch.of(counted, units, self._topology.device)
+        return GlobalBatch.of(counted, units)
 
     def _units(self, batch: Batch) -> int:
         """Return how many decisions each routed layer makes about a batch."""
-        if self.routers.config.unit == "token":
-            return int(batch.token_mask.sum())
-        if batch.segment_ids is None:
-            return int(batch.token_mask.any(dim=1).sum())
-        return int((batch.segment_ids.amax(dim=1) + 1).sum())
+        counts = batch.counts
+        return counts.tokens if self.routers.config.unit == "token" else counts.samples
 
     @property
     def device(self) -> torch.device:
@@ -230,12 +240,13 @@ class Engine:
 def placeholder_batch(device: torch.device) -> Batch:
     """Return a batch of one row without any label: what a rank runs that has no batch left, so that
     it takes part in the collectives of a forward pass."""
-    ids = torch.zeros(1, 8, dtype=torch.int64, device=device)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
     real = torch.ones_like(ids, dtype=torch.bool)
-    return Batch(
+    batch = Batch(
         input_ids=ids,
         labels=torch.full_like(ids, IGNORED),
         token_mask=real,
         prompt_mask=real,
-        position_ids=torch.arange(8, device=device).unsqueeze(0),
+        position_ids=torch.arange(8).unsqueeze(0),
     )
+    return batch.to(device)

@@ -29,15 +29,20 @@ class FullEngine:
         self.optimizer = make_adamw(self.parameters, config.optim)
 
     def train_step(
-        self, batches: Sequence[Batch], lr: float, progress: float | None = None
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        progress: float | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> StepResult:
         """Take one optimizer step over this rank's micro-batches `batches` at learning rate `lr`.
 
-        `progress`, the share of the run that is done after it, changes nothing here.
+        `progress`, the share of the run that is done after it, changes nothing here. `meanwhile` is
+        called while a GPU still computes. The device is waited for once, for what is returned.
         """
-        batches = [batch.to(self._topology.device) for batch in batches]
         # The loss is a mean over the global batch, so it does not depend on how that is split.
-        whole = GlobalBatch.of(batches, 0, self._topology.device)
+        whole = GlobalBatch.of(batches, 0)
+        batches = [batch.to(self._topology.device) for batch in batches]
         self.optimizer.zero_grad(set_to_none=False)
         loss = torch.zeros((), dtype=torch.float64, device=self._topology.device)
         for batch in batches:
@@ -50,9 +55,11 @@ class FullEngine:
         )
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
+        meanwhile()
+        loss_task, norm = torch.stack([loss, grad_norm.to(loss)]).tolist()
         return StepResult(
-            loss_task=float(loss),
-            grad_norm=grad_norm,
+            loss_task=loss_task,
+            grad_norm=norm,
             tokens=int(whole.tokens),
             supervised_fraction=whole.supervised / max(whole.tokens, 1.0),
         )
@@ -72,13 +79,17 @@ class FullEngine:
             check()
             if batch is not None:
                 loss = self._loss(batch.to(self._topology.device))
-                sums += torch.stack([loss, loss.new_tensor(batch.num_supervised())])
+                sums += torch.stack([loss, loss.new_full((), batch.counts.supervised)])
         sum_over_ranks(sums)
         total, supervised = sums.tolist()
         return float(total / max(supervised, 1.0))
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         loss: torch.Tensor = self.module(
-            batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels
+            batch.input_ids,
+            batch.attention_mask,
+            batch.position_ids,
+            batch.labels,
+            predicting=batch.predicting,
         )
         return loss

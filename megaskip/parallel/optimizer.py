@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megaskip.config import OptimConfig
 from megaskip.parallel.collectives import sum_over_ranks
@@ -45,9 +45,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def reduce_gradients(
     parameters: Mapping[str, nn.Parameter], *, world_size: int, max_norm: float
-) -> float:
+) -> Tensor:
     """Sum the gradients over all ranks, clip them to `max_norm` (0: no clipping) and return their
-    norm. A parameter without gradient counts as one of zeros. Collective."""
+    norm, float32 [] on their device. A parameter without gradient counts as one of zeros.
+    Collective."""
     for parameter in parameters.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -58,4 +59,4 @@ def reduce_gradients(
         summed = flat.split([gradient.numel() for gradient in gradients])
         for gradient, total in zip(gradients, summed, strict=True):
             gradient.copy_(total.view_as(gradient))
-    return float(nn.utils.clip_grad_norm_(parameters.values(), max_norm or float("inf")))
+    return nn.utils.clip_grad_norm_(parameters.values(), max_norm or float("inf"))

@@ -179,10 +179,10 @@ class PipelineEngine(Engine):
         hidden_states = stage(hidden_states, batch.attention_mask, batch.position_ids)
         self._logits = {k: d.logit.detach() for k, d in self.own_decisions().items()}
         if stage.head is not None and states_only:
-            return [predicting_states(hidden_states, batch.labels)]
+            return [predicting_states(hidden_states, batch.labels, batch.predicting)]
         if stage.head is not None:
-            loss = stage.head.of_batch(hidden_states, batch.labels, teacher, self._distill)
-            return [loss]
+            learnt = (batch.labels, teacher, self._distill)
+            return [stage.head.of_batch(hidden_states, *learnt, predicting=batch.predicting)]
         decided = carried_keep(routers) if self._learns else None
         return [hidden_states] if decided is None else [hidden_states, decided]
 
@@ -215,7 +215,8 @@ class PipelineEngine(Engine):
         return self.routers.counts(self._own).among(self._num_routed, self._below)
 
     def _pooling(self, batch: Batch) -> Pooling:
-        return self.routers.pooling(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        return self.routers.pooling(*masks, segments=batch.counts.segments)
 
     # -- across the boundaries
 

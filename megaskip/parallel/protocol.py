@@ -1,6 +1,6 @@
 """What a trainer needs of an engine, whatever the engine trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -29,8 +29,13 @@ class StepEngine(Protocol):
         ...
 
     def train_step(
-        self, batches: Sequence[Batch], lr: float, progress: float | None = None
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        progress: float | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> StepResult:
         """Take one optimizer step over this rank's micro-batches at learning rate `lr`; `progress`
-        is the share of the run that is done after it. Collective."""
+        is the share of the run that is done after it. `meanwhile` is called while a GPU still
+        computes, to prepare the next step. Collective."""
         ...

@@ -55,18 +55,12 @@ class GlobalBatch:
     """Real tokens."""
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], units: int, device: torch.device) -> "GlobalBatch":
+    def of(cls, batches: Sequence[Batch], units: int) -> "GlobalBatch":
         """Return what the ranks' `batches`, with `units` decisions on this rank, are together.
-        Collective."""
-        sums = torch.tensor(
-            [
-                sum(batch.num_supervised() for batch in batches),
-                units,
-                sum(int(batch.token_mask.sum()) for batch in batches),
-            ],
-            dtype=torch.float64,
-            device=device,
-        )
+        Collective, between hosts: no device is waited for."""
+        supervised = sum(batch.counts.supervised for batch in batches)
+        tokens = sum(batch.counts.tokens for batch in batches)
+        sums = torch.tensor([supervised, units, tokens], dtype=torch.float64)
         sum_over_ranks(sums)
         supervised, all_units, tokens = sums.tolist()
         return cls(supervised=max(supervised, 1.0), units=max(all_units, 1.0), tokens=tokens)
@@ -102,10 +96,18 @@ class _Sums:
         return self.unpack(self.pack() + other.pack())
 
     def over_ranks(self) -> Self:
-        """Return the sums of all ranks, on the CPU. Collective."""
+        """Return the sums of all ranks. Collective."""
         packed = self.pack()
         sum_over_ranks(packed)
-        return self.unpack(packed.cpu())
+        return self.unpack(packed)
+
+    def on_host(self, *scalars: Tensor) -> tuple[Self, list[float]]:
+        """Return these sums on the CPU, and `scalars` [] of the same device as numbers: one wait
+        for all of them."""
+        packed = self.pack()
+        beside = [scalar.detach().to(packed).reshape(1) for scalar in scalars]
+        read = torch.cat([packed, *beside]).cpu()
+        return self.unpack(read[: len(packed)]), read[len(packed) :].tolist()
 
     @classmethod
     def _scalars(cls) -> list[str]:

@@ -98,7 +98,8 @@ class Budget:
 
     def penalty(self, kept: Tensor, units: Tensor, total_units: Tensor | float) -> Tensor:
         """Return this part's share of price * (capacity - target), from float32 [R] by layer."""
-        prices = kept.new_tensor(self._prices(len(kept)))
+        # Written by the device: a copy from the host would be waited for.
+        prices = torch.stack([kept.new_full((), price) for price in self._prices(len(kept))])
         return (prices * (kept - self.target * units)).sum() / total_units
 
     def _prices(self, layers: int) -> list[float]:

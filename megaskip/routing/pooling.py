@@ -29,12 +29,14 @@ class Pooling:
         token_mask: Tensor,
         pooled: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        segments: int | None = None,
     ) -> "Pooling":
         """Return the pooling for units "sequence" or "token"; arguments as in `sequences`, which
         pools all real tokens without `pooled`."""
         if unit == "token":
             return cls.tokens(token_mask)
-        return cls.sequences(token_mask if pooled is None else pooled, token_mask, segment_ids)
+        pooled = token_mask if pooled is None else pooled
+        return cls.sequences(pooled, token_mask, segment_ids, segments)
 
     @classmethod
     def tokens(cls, token_mask: Tensor) -> "Pooling":
@@ -44,19 +46,24 @@ class Pooling:
 
     @classmethod
     def sequences(
-        cls, pooled: Tensor, token_mask: Tensor, segment_ids: Tensor | None = None
+        cls,
+        pooled: Tensor,
+        token_mask: Tensor,
+        segment_ids: Tensor | None = None,
+        segments: int | None = None,
     ) -> "Pooling":
         """Return the pooling in which each row, or each segment of a packed row, is one unit.
 
         `pooled` bool [B, T] marks the tokens that are averaged, `token_mask` bool [B, T] the real
-        ones; `segment_ids` int64 [B, T] numbers the segments of a row from 0, padding is -1.
+        ones; `segment_ids` int64 [B, T] numbers the segments of a row from 0, padding is -1; a row
+        has at most `segments`.
         """
         pooled = pooled & token_mask
         if segment_ids is None:
             member = torch.ones_like(token_mask).unsqueeze(1)
             unit_of_token = None
         else:
-            count = int(segment_ids.max().clamp(min=0)) + 1
+            count = segments or int(segment_ids.max().clamp(min=0)) + 1
             member = (
                 segment_ids.unsqueeze(1) == torch.arange(count, device=segment_ids.device)[:, None]
             )

@@ -67,14 +67,17 @@ class Routers(nn.Module):
         token_mask: Tensor,
         prompt_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        *,
+        segments: int | None = None,
     ) -> None:
         """Say what the next forward pass holds: a sublayer cannot see padding by itself.
 
         `token_mask` bool [B, T] marks real tokens; `prompt_mask` bool [B, T] those that a sequence
         is judged by under pool="prompt" (all real ones without it); `segment_ids` int64 [B, T] the
-        segments of packed rows (padding -1). It holds for one forward pass.
+        segments of packed rows (padding -1). A row has at most `segments`; without that number the
+        device is waited for. It holds for one forward pass.
         """
-        pooling = self.pooling(token_mask, prompt_mask, segment_ids)
+        pooling = self.pooling(token_mask, prompt_mask, segment_ids, segments=segments)
         self.state.begin(pooling, described=True)
 
     def pooling(
@@ -82,10 +85,12 @@ class Routers(nn.Module):
         token_mask: Tensor,
         prompt_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        *,
+        segments: int | None = None,
     ) -> Pooling:
         """Return what each decision about a batch looks at; arguments as in `set_batch`."""
         pooled = token_mask if prompt_mask is None or self.config.pool == "all" else prompt_mask
-        return Pooling.of(self.config.unit, token_mask, pooled, segment_ids)
+        return Pooling.of(self.config.unit, token_mask, pooled, segment_ids, segments)
 
     def override(
         self, keep: Mapping[int, Tensor | float]

@@ -93,8 +93,11 @@ class RoutingState:
         stays."""
         if layer not in self.overrides:
             return keep
-        value = torch.as_tensor(self.overrides[layer], dtype=torch.float32, device=keep.device)
-        value = value.expand_as(keep)
+        given = self.overrides[layer]
+        if isinstance(given, Tensor):
+            value = given.to(dtype=torch.float32, device=keep.device).expand_as(keep)
+        else:  # written by the device: a copy from the host would be waited for
+            value = torch.full_like(keep, given, requires_grad=False)
         return value + (keep - keep.detach()) if keep.requires_grad else value
 
     def record(self, layer: int, decision: RoutingDecision) -> None:

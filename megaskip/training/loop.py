@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,26 @@ logger = get_logger(__name__)
 
 class AskedToStop(Exception):  # noqa: N818  not an error
     """A signal came; every rank raises it at the same point of the run."""
+
+
+class OneAhead:
+    """The micro-batches of each step, of which the next one's can be prepared early."""
+
+    def __init__(self, steps: Iterator[list[Batch]]) -> None:
+        self._steps = steps
+        self._prepared: list[Batch] | None = None
+
+    def prepare(self) -> None:
+        """Collate the next step's micro-batches, unless that is done."""
+        if self._prepared is None:
+            self._prepared = next(self._steps)
+
+    def take(self) -> list[Batch]:
+        """Return the next step's micro-batches."""
+        self.prepare()
+        batches, self._prepared = self._prepared, None
+        assert batches is not None
+        return batches
 
 
 @dataclass(kw_only=True)
@@ -90,21 +111,23 @@ class Trainer(ABC):
                 return self._stopped()
 
     def _take_steps(self) -> None:
-        steps = self.loader.steps(self.step)
+        batches = OneAhead(self.loader.steps(self.step))
         while self.step < self.total_steps:
             self._seed()
-            self._step(next(steps))
+            self._step(batches)
             if self._preemption.requested():
                 self.save()
                 raise AskedToStop
             if self.step < self.total_steps:
                 self._between_steps()
 
-    def _step(self, batches: list[Batch]) -> None:
-        """Take one step and record it."""
+    def _step(self, batches: "OneAhead") -> None:
+        """Take one step and record it; the next one's batches are prepared while a GPU computes."""
         begun = time.perf_counter()
         lr = learning_rate(self.config.optim, self.step, self.total_steps)
-        result = self.engine.train_step(batches, lr, (self.step + 1) / self.total_steps)
+        done = (self.step + 1) / self.total_steps
+        meanwhile = batches.prepare if self.step + 1 < self.total_steps else lambda: None
+        result = self.engine.train_step(batches.take(), lr, done, meanwhile)
         self._require_finite(result)
         seconds = time.perf_counter() - begun
         self.step, self.tokens = self.step + 1, self.tokens + result.tokens

@@ -84,7 +84,7 @@ def test_no_label_is_predicted_across_samples() -> None:
     rows = (make_row(5), make_row(3), make_row(4, prompt=2))
     batch = collate([PackedRow(segments=rows)], pad_token_id=0, prompt_tokens=4)
     assert batch.labels[0].eq(-100).nonzero().flatten().tolist() == [0, 5, 8, 9, 12, 13, 14, 15]
-    assert batch.num_supervised() == sum(int(row.supervised.sum()) for row in rows) == 8
+    assert batch.counts.supervised == sum(int(row.supervised.sum()) for row in rows) == 8
 
 
 def test_padding_is_on_the_right_in_multiples_and_marked_everywhere() -> None:

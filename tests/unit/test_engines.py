@@ -75,7 +75,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(make: Any) -> None:
 
 def test_a_rank_without_a_batch_runs_one_that_counts_for_nothing() -> None:
     empty = placeholder_batch(torch.device("cpu"))
-    assert empty.num_supervised() == 0
+    assert empty.counts.supervised == 0
     with alone() as topology:
         engine = tiny_engine(tiny_config(), topology)
         mine = [batch(2, seed=1)]

@@ -1,0 +1,84 @@
+"""What waits for a GPU, counted on a CPU: a number here that grows makes a GPU slower."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from tensor_calls import Waits
+from tiny_run import alone, rows, tiny_config, tiny_engine, tiny_full_engine
+
+from megaskip import RouterConfig
+from megaskip.config import RunConfig
+from megaskip.data import Batch, PackedRow, collate
+
+TRANSFORMERS_READS = "masking_utils.py"
+"""Each forward pass reads whether the positions are those of packed rows."""
+
+
+def padded(seed: int) -> Batch:
+    return collate(rows(3, seed), pad_token_id=0, prompt_tokens=32)
+
+
+def packed(seed: int) -> Batch:
+    packs = [PackedRow(segments=tuple(rows(3, seed)))]
+    return collate(packs, pad_token_id=0, prompt_tokens=32)
+
+
+def on_host(batch: Batch) -> Batch:
+    for tensor in (getattr(batch, field.name) for field in dataclasses.fields(batch)):
+        if isinstance(tensor, torch.Tensor):
+            Waits.put_on_host(tensor)
+    return batch
+
+
+def routed(granularity: str, **router: Any) -> RunConfig:
+    config = RouterConfig(layers="1-4", granularity=granularity, **router)
+    return dataclasses.replace(tiny_config(), router=config)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "make_batch"),
+    [
+        (tiny_engine, routed("attn_sequence"), padded),
+        (tiny_engine, routed("block_sequence"), packed),
+        (tiny_engine, routed("mlp_token", compensation="bias"), padded),
+        (tiny_engine, routed("attn_sequence", budget="layer"), padded),
+        (tiny_engine, tiny_config(distill=0.3, noise=0.5), padded),
+        (tiny_full_engine, tiny_config(), padded),
+    ],
+)
+def test_a_training_step_waits_once_however_many_micro_batches_it_has(
+    make: Any, config: RunConfig, make_batch: Any
+) -> None:
+    with alone() as topology:
+        engine = make(config, topology)
+        engine.module.needs_mask = False
+        for state in engine.optimizer.state.values():
+            Waits.put_on_host(state["step"])
+        batches = [on_host(make_batch(seed)) for seed in range(3)]
+        waited: list[int] = []
+        with Waits() as waits:
+
+            def meanwhile() -> None:
+                waited.append(sum(TRANSFORMERS_READS not in call for call in waits.calls))
+
+            engine.train_step(batches, 1e-3, 0.5, meanwhile)
+    calls = waits.take()
+    assert waited == [0], "the next batches are prepared after the device was waited for"
+    own = [call for call in calls if TRANSFORMERS_READS not in call]
+    assert len(own) == 1, own
+    passes = len(batches) * (2 if config.optim.distill else 1)
+    assert len(calls) - len(own) <= passes, calls
+
+
+def test_the_count_can_fail() -> None:
+    tensor = torch.arange(3)
+    with Waits() as waits:
+        tensor[tensor > 1], tensor.sum().item(), bool(tensor.any()), tensor.cpu().tolist()
+        torch.tensor([1.0], device=torch.device("cpu")), tensor.new_tensor([2])
+        torch.tensor([1.0]).to(torch.device("cpu"))
+        assert len(waits.take()) == 7
+        torch.tensor([1.0]).sum().item()  # of the host all along
+        torch.full((2,), 1.0, device=torch.device("cpu")), tensor.new_zeros(3)
+        assert not waits.take()
