@@ -17,7 +17,7 @@ LINK = "a link to a folder, or to nothing"
 COPY = "a compressed copy of a file beside it"
 TRAINING = "kept for training"
 
-# The words by which the datasets library tells splits in a folder.
+# The words by which the datasets library tells splits in a folder, and those of held_out.
 _TRAINING_WORDS = {"train", "training"}
 _HELD_OUT_WORDS = {
     "validation": "validation",
@@ -28,6 +28,9 @@ _HELD_OUT_WORDS = {
     "testing": "test",
     "eval": "test",
     "evaluation": "test",
+    "held": "held-out",
+    "heldout": "held-out",
+    "holdout": "held-out",
 }
 _WORDS = re.compile(r"[-._ 0-9]+")
 _METADATA = {
@@ -70,7 +73,7 @@ def choose_in_folder(folder: Path, *, held_out: bool) -> Choice:
         return Choice(files=(folder,))
     subsets = subsets_of(folder)
     subset = choose_subset(folder, subsets) if subsets else None
-    return _choose_some(folder, subset, held_out=held_out)
+    return _choose(folder, [folder], subset=subset, held_out=held_out)
 
 
 def choose_in_subset(path: Path, *, held_out: bool) -> Choice | None:
@@ -78,19 +81,21 @@ def choose_in_subset(path: Path, *, held_out: bool) -> Choice | None:
     its name; None where there is no such subset."""
     for subset in subsets_of(path.parent) if path.parent.is_dir() else []:
         if subset.name == path.name:
-            return _choose_some(path.parent, subset, held_out=held_out)
+            return _choose(path.parent, [path.parent], subset=subset, held_out=held_out)
     return None
 
 
 def choose_by_pattern(pattern: str, *, held_out: bool) -> Choice | None:
-    """Return what is read of the files that fit a pattern such as data/*.jsonl; None where there
-    are none. A pattern that names a split reads it, whatever it is."""
+    """Return what is read of the files that fit a pattern such as data/*.jsonl; None where no file
+    fits. A pattern that names a split reads it, whatever it is. Raises DataError when nothing that
+    fits can be read."""
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    if not paths:
+        return None
     parts = Path(pattern).parts
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     by_split = not any(_split_of(part) is not None for part in parts[fixed:])
-    choice = _choose(Path(*parts[:fixed]), paths, by_split=by_split, held_out=held_out)
-    return choice if choice.files else None
+    return _choose(Path(*parts[:fixed]), paths, by_split=by_split, held_out=held_out)
 
 
 def summarise(left_out: Sequence[LeftOut], *, shown: int = 3) -> str:
@@ -105,18 +110,6 @@ def summarise(left_out: Sequence[LeftOut], *, shown: int = 3) -> str:
     )
 
 
-def _choose_some(folder: Path, subset: Subset | None, *, held_out: bool) -> Choice:
-    choice = _choose(folder, [folder], subset=subset, held_out=held_out)
-    if choice.files:
-        return choice
-    reasons = summarise(choice.left_out)
-    raise DataError(
-        f"{folder}: the folder holds nothing to {'evaluate' if held_out else 'train'} on"
-        f"{' (' + reasons + ')' if reasons else ''}; expected files that end in {known_kinds()}. "
-        "To read a file that is left out, give its own path"
-    )
-
-
 def _choose(
     root: Path,
     paths: Iterable[Path],
@@ -125,7 +118,8 @@ def _choose(
     by_split: bool = True,
     held_out: bool,
 ) -> Choice:
-    """Return what is read of files and folders that are below `root`."""
+    """Return what is read of files and folders that are below `root`; raises DataError when that is
+    nothing."""
     reasons: dict[Path, str] = {}
     for path in paths:
         reasons |= dict(_walk(path)) if path.is_dir() else {path: _reason(path)}
@@ -136,13 +130,18 @@ def _choose(
     if by_split:
         readable = [path for path, reason in reasons.items() if not reason]
         reasons |= _other_split(root, readable, subset, held_out=held_out)
-    return Choice(
-        files=tuple(sorted(path for path, reason in reasons.items() if not reason)),
-        left_out=tuple(
-            LeftOut(name=str(path.relative_to(root)), reason=reasons[path])
-            for path in sorted(reasons)
-            if reasons[path]
-        ),
+    left_out = tuple(
+        LeftOut(name=str(path.relative_to(root)), reason=reasons[path])
+        for path in sorted(reasons)
+        if reasons[path]
+    )
+    files = tuple(sorted(path for path, reason in reasons.items() if not reason))
+    if files:
+        return Choice(files=files, left_out=left_out)
+    raise DataError(
+        f"{root}: there is nothing to {'evaluate' if held_out else 'train'} on"
+        f"{f' ({summarise(left_out)})' if left_out else ''}; expected files that end in "
+        f"{known_kinds()}. To read a file that is left out, give its own path"
     )
 
 

@@ -29,8 +29,8 @@ RawRow = tuple[Place, Mapping[str, Any]]
 ReadRow = tuple[Place, Mapping[str, Any] | DataError]
 """A row, or why it cannot be read; the rows behind an unreadable one may still be good."""
 
-SAVED_MARK = "state.json"
-"""A file of every folder that Dataset.save_to_disk has written."""
+_SAVED = ("state.json", "dataset_info.json")
+"""Files of every folder that Dataset.save_to_disk has written."""
 
 _LFS = b"version https://git-lfs"
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
@@ -45,7 +45,7 @@ def is_readable(path: Path) -> bool:
 
 def is_saved_dataset(folder: Path) -> bool:
     """Return whether Dataset.save_to_disk has written the folder."""
-    return (folder / SAVED_MARK).is_file()
+    return all((folder / name).is_file() for name in _SAVED)
 
 
 def kind_of(name: str) -> str:

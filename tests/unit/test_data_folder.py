@@ -59,6 +59,7 @@ def reasons(source: Source) -> dict[str, str]:
                 "Eval 2.jsonl": "test split",
                 "VAL.jsonl": "validation split",
                 "x-dev-1.jsonl": "validation split",
+                "held_out.jsonl": "held-out split",
             },
         ),
         (
@@ -197,6 +198,9 @@ def test_pattern_reads_the_files_that_fit_and_no_held_out_split_unless_it_names_
 
 
 def test_pattern_that_fits_nothing_is_no_file(tmp_path: Path) -> None:
+    make_files(tmp_path, "test.txt", "b.md")
+    with pytest.raises(DataError, match=r"nothing to train on \(test split: test\.txt\)"):
+        find_source(str(tmp_path / "*.txt"))
     with pytest.raises(DataError, match=r"data '.*\*\.jsonl': no such file or folder"):
         find_source(str(make_files(tmp_path, "a.txt") / "*.jsonl"))
 
