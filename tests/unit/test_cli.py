@@ -47,6 +47,7 @@ SMALLEST = {
     "compare": ["--model", "demo", "--data", "demo", "--output", "out"],
     "fit": ["--model", "demo", "--data", "demo", "--output", "out"],
     "drop": ["--model", "demo", "--data", "demo", "--output", "out"],
+    "bench": ["--device", "cpu"],
 }
 
 

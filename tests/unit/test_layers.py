@@ -23,6 +23,7 @@ LEVEL = {
     "parallel": 4,
     "checkpoint": 4,
     "measures": 4,
+    "bench": 5,
     "calibration": 5,
     "export": 5,
     "doctor": 5,

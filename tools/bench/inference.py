@@ -13,14 +13,16 @@ the routed layers skipped by every row. "dropped" has the same share of the laye
 out for good, for every row, evenly spaced: what can be had without any routing. "routed+map" and
 "dropped+map" put a low-rank map of --compensation_rank where something is skipped.
 
+`megaskip bench` measures fixed shapes and writes a report; this tool takes any model and setting.
 All variants have the same weights and tokens. Each timed run stands beside a dense one, before or
 after it by turns, and variants come in another order every turn: "x dense" is the median of the
 ratios of such pairs, "+-" its standard error, estimated from their quartiles. "ideal" is what the
 ratio would be if only arithmetic (prefill) or memory traffic (decode) took time:
 
   prefill  FLOPs of the very call, counted by torch; causal attention is taken as a full square
-  decode   bytes that a step reads: weights, but not those of a sublayer that every row skips,
-           and the keys and values in the cache; experts of a mixture are all taken as read
+  decode   bytes that a step moves: weights, but not those of a sublayer that every row skips, and
+           the keys and values in the cache, which one that grows reads and writes once more to make
+           room; experts of a mixture are all taken as read
 
 On one thread --cpu_time counts what the CPU spends on this process: the same on an idle machine,
 and blind to the turns that others take on a shared one.
@@ -32,42 +34,29 @@ included, over prefill and decode: the allocator's on a GPU, of live tensors on 
 import argparse
 import itertools
 import json
-import random
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a clone
 
-from inference_cost import account, ideals, peak, size
-from inference_variants import DENSE, Bench, Override, Variant, decode, prefill, variants, wired
-
 from megaskip.arch import find_decoder
 from megaskip.arch.trainable import describe_layers
+from megaskip.bench.counts import account, ideals, peak, size
+from megaskip.bench.serving import speeds, timed
+from megaskip.bench.shapes import SHAPES, build, config_of
+from megaskip.bench.timing import Limits, Pairs, Sample, Stopwatch, of_base, timed_pairs
+from megaskip.bench.variants import DENSE, Bench, Variant, variants, wired
 from megaskip.cli.run import run_cli
 from megaskip.config import resolve_layers
 from megaskip.config.routing import GRANULARITIES, KV_CHOICES
 from megaskip.reporting.summary import versions
-
-FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size"),
-    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-)
-SHAPES = {
-    "demo-110m": (8192, 768, 2048, 14, 12, 4),
-    "llama3-1b": (128256, 2048, 8192, 16, 32, 8),
-    "llama3-8b": (128256, 4096, 14336, 32, 32, 8),
-    "llama3-70b": (128256, 8192, 28672, 80, 64, 8),
-}
-Times = tuple[float, float]
-"""Seconds of the prefill and of all decode steps."""
 
 COLUMNS = {
     "batch": ("batch", "d"),
@@ -93,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    model = build(options)
+    model = build(config(options), options.device, getattr(torch, options.dtype))
     layers = resolve_layers(options.layers, len(find_decoder(model).layers))
     about = describe(model, layers, options)
     for name, value in about.items():
@@ -107,9 +96,9 @@ def main(argv: Sequence[str]) -> None:
             ids = torch.randint(vocabulary, shape, device=options.device)
             first, later = ids.tensor_split([prompt], dim=1)
             bench = Bench(model=model, layers=layers, prompt=first, answer=later)
-            found = measure(bench, options)
-            print("\n".join(map(line, found)), flush=True)
-            rows += found
+            measured = measure(bench, options)
+            print("\n".join(map(line, measured)), flush=True)
+            rows += measured
             if options.output:
                 content = {"about": about, "options": vars(options), "rows": rows}
                 text = json.dumps(content, indent=2) + "\n"
@@ -158,16 +147,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def build(options: argparse.Namespace) -> Any:
-    """Return a model with random weights, made on the device."""
-    if options.model:
-        config = AutoConfig.from_pretrained(options.model)
-    else:
-        config = LlamaConfig(**dict(zip(FIELDS, SHAPES[options.shape], strict=True)))
+def config(options: argparse.Namespace) -> Any:
+    """Return the transformers config that is asked for."""
+    asked = options.model
+    hf_config = AutoConfig.from_pretrained(asked) if asked else config_of(SHAPES[options.shape])
     if options.layers_used:
-        cut(config.get_text_config(decoder=True), options.layers_used)
-    with torch.device(options.device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
+        cut(hf_config.get_text_config(decoder=True), options.layers_used)
+    return hf_config
 
 
 def cut(config: Any, count: int) -> None:
@@ -201,88 +187,48 @@ def describe(model: Any, layers: Sequence[int], options: argparse.Namespace) -> 
 def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of the table for one batch and prompt, dense first."""
     asked = (options.granularity, options.kv, options.capacity, options.compensation_rank)
-    compared = list(variants(bench, *asked))
+    compared = [DENSE, *variants(bench, *asked)]
     counted = []
-    for variant in (DENSE, *compared):
+    for variant in compared:
         with wired(bench, variant) as override:
             counted.append({**account(bench, variant, override), **peak(bench, variant, override)})
-    pairs = timed_pairs(bench, compared, options)
-    everything = [dense for one in pairs for dense, _ in one]
-    timed = [[(dense, dense) for dense in everything], *pairs]
+    pairs = paired_runs(bench, compared, options)
     return [
         {"batch": len(bench.prompt), "prompt": bench.prompt.shape[1], "variant": variant.title}
         | {"capacity_asked": variant.asked, "capacity": variant.kept}
-        | speeds(timed[index], bench.answer.numel())
+        | speeds(pairs[index], bench.answer.shape[1], len(bench.prompt))
         | counted[index]
         | ideals(counted[index], counted[0])
-        for index, variant in enumerate((DENSE, *compared))
+        for index, variant in enumerate(compared)
     ]
 
 
-def timed_pairs(
+def paired_runs(
     bench: Bench, compared: Sequence[Variant], options: argparse.Namespace
-) -> list[list[tuple[Times, Times]]]:
-    """Return, for each variant, the times of dense and of itself in every turn."""
-    pairs: list[list[tuple[Times, Times]]] = [[] for _ in compared]
-    turns = options.warmup + options.repeats
+) -> Pairs[int]:
+    """Return, for each variant by its index, the times of dense and of itself in every turn."""
     clock = time.process_time if options.cpu_time else time.perf_counter
-    places, shuffle = list(range(len(compared))), random.Random(0).shuffle
-    for turn in tqdm(range(turns), desc="turns", disable=None, leave=False):
-        shuffle(places)
-        for place in places:
-            order = (DENSE, compared[place])[:: 1 if turn % 2 else -1]
-            times = {}
-            for variant in order:
-                with wired(bench, variant) as override:
-                    times[variant.name] = timed(bench, variant, override, clock)
-            if turn >= options.warmup:
-                pairs[place].append((times[DENSE.name], times[compared[place].name]))
-    return pairs
+    watch = Stopwatch(bench.prompt.device, clock)
 
+    def run(index: int) -> Sample:
+        with wired(bench, compared[index]) as override:
+            return timed(bench, compared[index], override, watch)
 
-def timed(bench: Bench, variant: Variant, override: Override, clock: Callable[[], float]) -> Times:
-    """Return the seconds of prefill and of all decode steps."""
-    begun = now(bench, clock)
-    cache = prefill(bench, variant, override)
-    filled = now(bench, clock)
-    for _ in decode(bench, variant, override, cache):
-        pass
-    return filled - begun, now(bench, clock) - filled
-
-
-def now(bench: Bench, clock: Callable[[], float]) -> float:
-    """Return the time when the device has done what it was given."""
-    if bench.prompt.is_cuda:
-        torch.cuda.synchronize(bench.prompt.device)
-    return clock()
+    limits = Limits(turns=options.repeats, warmup=options.warmup)
+    turns = timed_pairs(run, range(1, len(compared)), 0, limits)
+    *_, pairs = tqdm(turns, desc="turns", total=options.repeats, disable=None, leave=False)
+    return {0: of_base(pairs), **pairs}
 
 
 # -- report
 
 
-def speeds(pairs: Sequence[tuple[Times, Times]], tokens: int) -> dict[str, float]:
-    """Return medians over pairs, of times and of their ratios to dense."""
-    found = {}
-    for index, phase in enumerate(("prefill", "decode")):
-        ratios = [dense[index] / own[index] for dense, own in pairs]
-        found[f"{phase}_speedup"] = statistics.median(ratios)
-        found[f"{phase}_error"] = error(ratios)
-    found["prefill_ms"] = 1e3 * statistics.median(own[0] for _, own in pairs)
-    found["decode_tokens_per_second"] = tokens / statistics.median(own[1] for _, own in pairs)
-    return found
-
-
-def error(values: Sequence[float]) -> float:
-    """Return the standard error of a median, as for normal values of this interquartile range."""
-    if len(values) < 2:
-        return float("nan")
-    low, _, high = statistics.quantiles(values, n=4)
-    return 1.2533 * (high - low) / 1.349 / float(len(values)) ** 0.5
-
-
 def line(row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    cells = [(title, format(row[name], kind)) for name, (title, kind) in COLUMNS.items()]
+    cells = [
+        (title, "-" if row[name] is None else format(row[name], kind))
+        for name, (title, kind) in COLUMNS.items()
+    ]
     return "  ".join(cell.rjust(len(title)) for title, cell in cells)
 
 

@@ -1,4 +1,4 @@
-"""What inference.py compares, and one call of it: decisions that are given, not learnt.
+"""Ways to run a model that are compared, and one run of each: decisions are given, not learnt.
 
 Shapes: B rows, T tokens, U units of decision in a row, n new tokens.
 """
@@ -90,19 +90,26 @@ def variants(
 def _plain_variants(
     bench: Bench, granularities: Sequence[str], kvs: Sequence[str], capacities: Sequence[float]
 ) -> Iterator[Variant]:
-    batch = len(bench.prompt)
     for granularity in granularities:
         target, unit = granularity.split("_")
         for asked in capacities:
             # An MLP has no keys, and a sequence's are never kept without it.
             for kv in kvs if unit == "token" and target != "mlp" else ("keep",):
-                yield _routed(bench, granularity, kv, asked)
+                yield routed(bench, granularity, kv, asked)
             if asked < 1 and unit == "sequence":
-                alike = {i: one.expand(batch, 1) for i, one in spread(bench, 1, asked).items()}
-                yield Variant(name="dropped", granularity=granularity, asked=asked, prompt=alike)
+                yield dropped(bench, granularity, asked)
 
 
-def _routed(bench: Bench, granularity: str, kv: str, asked: float) -> Variant:
+def dropped(bench: Bench, granularity: str, asked: float) -> Variant:
+    """Return the variant whose sublayers are taken out for good, but for a share `asked`."""
+    alike = {
+        layer: keep.expand(len(bench.prompt), 1) for layer, keep in spread(bench, 1, asked).items()
+    }
+    return Variant(name="dropped", granularity=granularity, asked=asked, prompt=alike)
+
+
+def routed(bench: Bench, granularity: str, kv: str, asked: float) -> Variant:
+    """Return the variant whose routers keep a share `asked` of the units."""
     batch, turns = len(bench.prompt), range(bench.answer.shape[1])
     made = functools.partial(Variant, name="routed", granularity=granularity, kv=kv, asked=asked)
     if granularity.endswith("sequence"):

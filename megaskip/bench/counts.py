@@ -1,30 +1,31 @@
-"""What a variant of inference.py computes, reads and holds: counted, not timed."""
+"""What a variant computes, moves and holds: counted, not timed."""
 
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from inference_variants import Bench, Override, Variant, decode, prefill
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import StaticLayer
 
 from megaskip.arch import find_decoder
 from megaskip.arch.sites import find_sites
+from megaskip.bench.memory import peak_of
+from megaskip.bench.variants import Bench, Override, Variant, decode, prefill
 from megaskip.inference.dropped import Substitute
-from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.routing import PREFIX
 
 
 def account(bench: Bench, variant: Variant, override: Override) -> dict[str, float]:
-    """Return what a variant computes, reads and holds."""
+    """Return what a variant computes in prefill, and what it moves and holds in decode."""
     with FlopCounterMode(display=False, custom_mapping=attention_formulas()) as counter:
         cache = prefill(bench, variant, override)
     steps = decode(bench, variant, override, cache)
-    read = statistics.mean(bytes_read(bench, variant, cache, step) for step in steps)
+    moved = statistics.mean(bytes_moved(bench, variant, cache, step) for step in steps)
     return {
         "prefill_gflop": counter.get_total_flops() / 1e9,
-        "decode_read_mib": read / 2**20,
-        "kv_mib": sum(map(kv_bytes, cache.layers)) / 2**20,
+        "decode_moved_mib": moved / 2**20,
+        "kv_mib": cache_bytes(cache) / 2**20,
     }
 
 
@@ -47,31 +48,35 @@ def peak(bench: Bench, variant: Variant, override: Override) -> dict[str, float]
         for _ in decode(bench, variant, override, prefill(bench, variant, override)):
             pass
 
-    if bench.prompt.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
-    live = LiveBytes()
-    live.ignore([*bench.model.parameters(), *bench.model.buffers()])
-    with live:
-        run()
-    return {"peak_mib": live.peak / 2**20}
+    kept = [*bench.model.parameters(), *bench.model.buffers()]
+    return {"peak_mib": peak_of(run, bench.prompt.device, kept) / 2**20}
 
 
-def bytes_read(bench: Bench, variant: Variant, cache: Any, step: int) -> float:
-    """Return the bytes that one decode step has to read: weights, keys and values."""
+def bytes_moved(bench: Bench, variant: Variant, cache: Any, step: int) -> float:
+    """Return the bytes that a decode step has to read and write: weights, keys and values.
+
+    A cache that grows copies its keys and values at each step, which reads and writes all of them
+    once more than attention reads them.
+    """
     keep = variant.steps[step] if variant.steps else variant.prompt
     share = {layer: float(tensor.mean()) for layer, tensor in keep.items()}
     skips = set(variant.skips)
     by_token = variant.granularity.endswith("token")
     if by_token and variant.kv == "keep":
         skips -= {"attn"}  # skipped tokens have keys and values, so attention is computed in full
-    read = weight_bytes(bench.model, skips, [layer for layer, one in share.items() if not one])
-    read -= sum(map(size, idle_maps(bench.model, share)))
+    moved = weight_bytes(bench.model, skips, [layer for layer, kept in share.items() if not kept])
+    moved -= sum(map(size, idle_maps(bench.model, share)))
     # A row that holds keys and values reads them at every step; a token does if it is kept.
     seen = share if by_token and "attn" in skips else {}
-    return read + sum(kv_bytes(one) * seen.get(i, 1.0) for i, one in enumerate(cache.layers))
+    return moved + sum(
+        kv_bytes(layer) * (seen.get(index, 1.0) + copies(layer))
+        for index, layer in enumerate(cache.layers)
+    )
+
+
+def copies(cache_layer: Any) -> int:
+    """Return how often a step reads or writes all of a cache layer to make room for a token."""
+    return 0 if isinstance(cache_layer, StaticLayer) else 2
 
 
 def weight_bytes(model: Any, skips: set[str], skipped: Sequence[int]) -> int:
@@ -101,6 +106,11 @@ def size(module: Any) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes of a cache's storages."""
+    return sum(map(kv_bytes, cache.layers))
+
+
 def kv_bytes(layer: Any) -> int:
     """Return the bytes of a cache layer's storages."""
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
@@ -111,6 +121,6 @@ def ideals(counted: dict[str, float], dense: dict[str, float]) -> dict[str, floa
     """Return the ratios to dense that the counts allow."""
     return {
         "prefill_ideal": dense["prefill_gflop"] / counted["prefill_gflop"],
-        "decode_ideal": dense["decode_read_mib"] / counted["decode_read_mib"],
+        "decode_ideal": dense["decode_moved_mib"] / counted["decode_moved_mib"],
         "kv_share": counted["kv_mib"] / dense["kv_mib"],
     }
