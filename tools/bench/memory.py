@@ -1,14 +1,16 @@
-"""Peak resident memory of every rank while a model is loaded and while its routers train.
+"""Peak memory of every rank while a model is loaded and while its routers train.
 
     python tools/bench/memory.py --gib 1 --ranks 1 2 4
 
 Makes a Llama with random weights of the asked size, then runs launch/train.py on it for two steps:
 once whole on a single rank, then under ZeRO-3 and in pipeline stages, on each number of ranks.
 Anonymous memory is the process's own; file memory are pages of the mapped shards, which the system
-shares and drops at will. The interpreter with its libraries alone is the first row.
+shares and drops at will. With a GPU the last column is the first rank's peak in its allocator, from
+the start to the end. The interpreter with its libraries alone is the first row.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -37,7 +39,8 @@ def main() -> None:
         folder = Path(scratch)
         size = make_model(folder / "model", options.gib)
         print(f"model: {size / 2**30:.2f} GiB of bfloat16 in safetensors shards")
-        columns = ("load, own", "load, file", "train, own", "train, file")
+        columns = ["load, own", "load, file", "train, own", "train, file"]
+        columns += ["on the GPU"] if torch.cuda.is_available() else []
         print(f"{'':22}" + "".join(f"{column:>13}" for column in columns))
         demo = DEMO_FOLDER / "backbone"
         show("libraries alone", run(folder / "a", demo, 1, ["--ds_config", options.ds_config]))
@@ -90,7 +93,8 @@ def make_model(folder: Path, gib: float) -> int:
 
 
 def run(folder: Path, model: Path, ranks: int, flags: list[str]) -> dict[str, list[int]]:
-    """Train two steps; returns each rank's peak bytes, {phase}_{anonymous, file}."""
+    """Train two steps; returns each rank's peak bytes, {phase}_{anonymous, file}, and with a GPU
+    those of the first rank there, {device}."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     command += ["--standalone", str(ROOT / "launch/train.py"), "--model", str(model)]
     command += ["--output_dir", str(folder), "--max_steps", "2", "--max_samples", "64"]
@@ -110,11 +114,15 @@ def run(folder: Path, model: Path, ranks: int, flags: list[str]) -> dict[str, li
     if process.returncode:
         raise SystemExit((folder / "log").read_text(errors="replace"))
     trained = [peak for peak in peaks.values() if "train_anonymous" in peak]
-    return {
+    sizes = {
         f"{phase}_{kind}": sorted(peak[f"{phase}_{kind}"] for peak in trained)
         for phase in ("load", "train")
         for kind in ("anonymous", "file")
     }
+    if torch.cuda.is_available():
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        sizes["device"] = [int(report["peak_memory_gib"] * 2**30)]
+    return sizes
 
 
 def children(pid: int) -> list[int]:

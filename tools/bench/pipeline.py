@@ -5,7 +5,8 @@
 One rank per stage, on a Llama with random weights (frozen lower half, routers above). A stage's
 busy time is that of its forward and backward passes; the bubble is the share of the step in which
 the stages are not busy, on average. Beside it (S-1)/(M+S-1), which holds for stages of equal work.
-Give every rank a core of its own; with fewer cores than stages the numbers mean little.
+The clock waits for the device around every pass. Give every rank a core of its own; with fewer
+cores than stages the numbers mean little.
 
 What crosses a boundary depends on widths and routed layers only: for that of a 70B,
 
@@ -18,7 +19,6 @@ import contextlib
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # runs from a clone
 
+from megaskip.bench.timing import Stopwatch
 from megaskip.cli.run import run_cli
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
@@ -108,14 +109,14 @@ def show(
 ) -> None:
     """Time steps of `count` micro-batches and print the fastest. Collective."""
     batches = [row(options.tokens)] * count
-    best = (float("inf"), [0.0])
+    best, watch = (float("inf"), [0.0]), Stopwatch(topology.device)
     for _ in range(1 + options.repeats):
         dist.barrier()
-        with busy_time(engine) as busy:
-            begun = time.perf_counter()
+        with busy_time(engine, watch) as busy:
+            begun = watch.now()
             engine.train_step(batches, 0.0)
             dist.barrier()
-            wall = time.perf_counter() - begun
+            wall = watch.now() - begun
         everyone = [0.0] * topology.world_size
         dist.all_gather_object(everyone, busy[0])
         best = min(best, (wall, everyone))
@@ -129,18 +130,18 @@ def show(
 
 
 @contextlib.contextmanager
-def busy_time(engine: PipelineEngine) -> Iterator[list[float]]:
+def busy_time(engine: PipelineEngine, watch: Stopwatch) -> Iterator[list[float]]:
     """Yield the seconds, added up, that this stage spends in forward and backward passes."""
     busy = [0.0]
     run_stage, backward = engine._run_stage, torch.autograd.backward
 
     def timed(function):  # type: ignore[no-untyped-def]
         def call(*args, **kwargs):  # type: ignore[no-untyped-def]
-            begun = time.perf_counter()
+            begun = watch.now()
             try:
                 return function(*args, **kwargs)
             finally:
-                busy[0] += time.perf_counter() - begun
+                busy[0] += watch.now() - begun
 
         return call
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a clone
 
 from megaskip.arch import attach_routers, detach_routers
+from megaskip.bench.timing import Stopwatch
 from megaskip.cli.run import run_cli
 from megaskip.config import ModelConfig, OptimConfig, RouterConfig, RunConfig
 from megaskip.data import Batch
@@ -88,10 +89,7 @@ def step_seconds(engine: Engine, batch: Batch, options: argparse.Namespace) -> f
     """Return the time of one step, after one that is not timed."""
     engine.train_step([batch], lr=1e-3)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    begun = clock()
-    # The step ends with the norm of the gradients as a number: a GPU is waited for.
-    engine.train_step([batch], lr=1e-3)
-    return clock() - begun
+    return Stopwatch(engine.device, clock).seconds(lambda: engine.train_step([batch], lr=1e-3))
 
 
 def report(seconds: dict[str, list[float]]) -> None:
