@@ -48,8 +48,8 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Return the bytes of a rank at the worst moment, allocator and library overhead
-        excluded."""
+        """Return the bytes of a rank at the worst moment, without what libraries take for
+        themselves: allocator, CUDA context, NCCL buffers."""
         return self.weights + self.gathers + self.trained + self.activations + self.workspace
 
 
@@ -102,6 +102,8 @@ def _micro_step(
         live.ignore([*model.parameters(), *model.buffers(), *trains.parameters()])
         if routers is not None:
             routers.set_batch(real, real)
+        # On fake tensors transformers always makes its 4-D mask, and repeats grouped keys for it:
+        # what packed and padded rows need.
         hidden = find_decoder(model).decoder(input_ids=ids, use_cache=False)[0]
         activations = live.current
         task = loss.head(hidden.flatten(0, 1), ids.flatten())

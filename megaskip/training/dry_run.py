@@ -47,6 +47,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
         ("  trained, with optimizer", _trained_bytes(config, needs)),
         ("  activations", human_bytes(needs.activations)),
         ("  logits, temporaries", human_bytes(needs.workspace)),
+        ("  on top, on a GPU", "what CUDA and NCCL take for themselves, often 1 to 2 GiB"),
         ("global batch", f"{size} rows of at most {config.data.seq_length} tokens"),
         *_length(config, source, size),
     ]
