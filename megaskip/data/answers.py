@@ -74,14 +74,14 @@ class AnswerFinder:
                 prompt_end, blank = len(around[0]), prompt[len(around[0]) :]
         if marks is not None:
             start, end = marks[self._roles[:index].count("assistant")]
-            start = max(start, prompt_end)
+            start, shown = max(start, prompt_end), prompt_end
+            end = self._marked_end(index, text, start, end)
         else:
-            start = prompt_end + self._header_length(index, text[prompt_end:])
+            start = shown = prompt_end + self._header_length(index, text[prompt_end:])
             end = self._end(index, start, text)
             end = start + self._end_length(index, text[start:end]) if end > start else end
-        if start >= end or not (
-            turn.get("tool_calls") or _is_whole(turn["content"], text[start:end])
-        ):
+        is_whole = turn.get("tool_calls") or _is_whole(turn["content"], text[shown:end])
+        if start >= end or not is_whole:
             return None
         if blank:
             start += _blank_length(text[start:end], turn["content"])
@@ -140,11 +140,26 @@ class AnswerFinder:
         )
         return f"\n{closing}\n\n", body
 
+    def _marked_end(self, index: int, text: str, start: int, end: int) -> int:
+        """Return where an answer ends whose marks end at `end`: behind its end token, which marks
+        may leave out, and before what follows that."""
+        length = self._end_length(index, text[start:end])
+        around = self._chat.around(index)
+        token = self._end_of(around[1]) if around else ""
+        if start + length < end or not token.strip() or text[start:end].endswith(token):
+            return start + length
+        if not text.startswith(token, end):
+            return end
+        self._chat.template.warn_once(
+            f"marks answers without their end token {token.strip()}: it is learnt, too"
+        )
+        return end + len(token)
+
     def _header_length(self, index: int, answer: str) -> int:
         """Return how many characters of `answer` are the header of the turn: what a template that
         has no prompt for an answer prints before one."""
         prompt = self._chat.prompt(index)
-        if prompt != self._chat.text(index):
+        if not self._chat.text(index).startswith(prompt):
             return 0
         around = self._chat.around(index)
         header = around[0][len(prompt) :] if around and around[0].startswith(prompt) else ""

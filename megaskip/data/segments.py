@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_CONTROL = re.compile(r"<\|[^|<>\s]+\|>")
 _CONTEXT = 512
 """Characters before a border that may decide how the text behind it becomes tokens."""
 _ANCHORS = ("\n", "a", ".", "0", "_", ">", "|")
@@ -47,6 +48,8 @@ class SegmentTokenizer:
         self.special = {str(token) for token in added if token.special}
         """Special tokens as text; a tokenizer splits a text at them before anything else."""
         self.special |= set(tokenizer.all_special_tokens)
+        # SentencePiece knows control tokens as pieces that its user defined.
+        self.special |= {t for t in tokenizer.get_vocab() if _CONTROL.fullmatch(t)}
         self._swallowing = {str(token) for token in added if token.rstrip}
         self._special_pattern = re.compile(
             "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)"

@@ -38,6 +38,20 @@ LAST_ONLY = (
 )
 """Keeps the reasoning of the last turn only, and prints an empty one there if need be, as Qwen3's
 does."""
+ANSWER_MARKED = CHATML.replace(
+    "{{ m.content }}<",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}<",
+)
+"""Marks answers without their end tokens."""
+PART_MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{{ m.content.split('</think>')[0] }}{% generation %}</think>"
+    "{{ m.content.split('</think>')[1] }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Marks what follows the reasoning."""
 SECOND_END = CHATML.replace(
     "{% if add_gen", "{% if not add_generation_prompt %}</s>{% endif %}{% if add_gen"
 )
@@ -142,6 +156,12 @@ def two_turns(first: str, second: str) -> dict[str, Any]:
             id="ends the conversation with a second token",
         ),
         pytest.param(
+            ANSWER_MARKED,
+            "fine",
+            [("<s>" + ASKED, "", ["fine<|im_end|>", "thanks<|im_end|>"])],
+            id="marks answers without their end tokens",
+        ),
+        pytest.param(
             CHATML.partition("{% if add_gen")[0],
             "fine",
             [
@@ -161,6 +181,13 @@ def test_every_answer_is_learnt_whole_behind_the_prompt_of_generation(
     tokenizer = fast_tokenizer(template)
     made = rows_of(two_turns(first, "thanks"), tokenizer)
     assert [pieces_of(row, tokenizer) for row in made] == rows
+
+
+def test_reasoning_that_a_template_prints_but_does_not_mark_is_not_learnt() -> None:
+    tokenizer = fast_tokenizer(PART_MARKED)
+    (row,) = rows_of(chat(("user", "hello"), ("assistant", REASONED)), tokenizer)
+    learnt = ["</think>\n\nfine<|im_end|>"]
+    assert pieces_of(row, tokenizer) == (ASKED, "<think>\ntwo\n", learnt)
 
 
 def test_text_of_several_rows_of_a_chat_is_shown_with_what_was_cut_off(tmp_path: Path) -> None:

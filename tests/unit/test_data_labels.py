@@ -152,6 +152,17 @@ def tokenizer_of(name: str) -> Any:
     return TOKENIZERS[name]()
 
 
+ODDITIES = {
+    "": "",
+    "counts": "{{ messages | length }} ",
+    "system": "{% if messages[0].role != 'system' %}You are fine.\n{% endif %}",
+    "second end": "",
+    "marks": "",
+    "marks all": "",
+}
+"""Kind of template -> what it prints first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """How a generated template prints a chat."""
@@ -165,15 +176,27 @@ class Format:
     """What makes a model answer; "nothing" is a template without that."""
     trims: bool
     """Whether the white space around a turn is left out."""
+    oddity: str
+    """What else the template does, one of ODDITIES."""
 
     @property
     def source(self) -> str:
         """The template."""
         content = "m.content | trim" if self.trims else "m.content"
         header = self.header.replace("ROLE", "{{ m.role }}")
-        turns = f"{header}{self.gap}{{{{ {content} }}}}{self.end}"
+        text, end = f"{{{{ {content} }}}}", self.end
+        if self.oddity == "marks" and self.end.strip():
+            text = f"{{% generation %}}{text}{{% endgeneration %}}"
+        if self.oddity == "marks all":
+            text, end = f"{{% generation %}}{text}{end}{{% endgeneration %}}", ""
+        # Marks are around the assistant's turns only.
+        asked = f"{{% if m.role == 'user' %}}{header}{self.gap}{{{{ {content} }}}}{self.end}"
+        turns = f"{asked}{{% else %}}{header}{self.gap}{text}{end}{{% endif %}}"
+        begin = self.begin + ODDITIES[self.oddity]
+        if self.oddity == "second end" and self.end.strip():
+            turns += "{% if loop.last and not add_generation_prompt %}<|im_start|>{% endif %}"
         prompt = f"{{% if add_generation_prompt %}}{self.prompt_text}{{% endif %}}"
-        return f"{self.begin}{{% for m in messages %}}{turns}{{% endfor %}}{prompt}"
+        return f"{begin}{{% for m in messages %}}{turns}{{% endfor %}}{prompt}"
 
     @property
     def prompt_text(self) -> str:
@@ -199,6 +222,7 @@ FORMATS = st.builds(
     end=st.sampled_from(["<|im_end|>\n", "<|im_end|>", "</s>", " </s>", "\n", "\n\n", ""]),
     prompt=st.sampled_from(["", "", "stripped", " ", "\n", "<think>\n", "<think>", "nothing"]),
     trims=st.booleans(),
+    oddity=st.sampled_from(["", *ODDITIES]),
 )
 CONTENTS = st.lists(st.sampled_from(ATOMS), min_size=1, max_size=6).map("".join)
 ANSWERS = CONTENTS.filter(str.strip)
