@@ -185,7 +185,7 @@ class ParallelConfig(Checked):
         yield from at_least("pipeline_stages", self.pipeline_stages, 1)
         yield from self._partition_problems()
         yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
-        yield from at_least("dist_timeout", self.dist_timeout, 60)
+        yield from at_least("dist_timeout", self.dist_timeout, 30)
         yield from at_least("heartbeat_timeout", self.heartbeat_timeout, 5)
         if self.world_size is not None:
             yield from at_least("world_size", self.world_size, 1)

@@ -42,7 +42,7 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 
 _STALE = 24 * 3600
-"""Seconds after which a draft that nobody has written to is a dead process's."""
+"""Seconds after which a draft of another machine that nobody has written to is a dead process's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,8 +149,7 @@ def _build(
     with _cache_errors(folder.parent):
         own_prefix = f"{folder.name}.tmp-{platform.node()}-"
         for draft in folder.parent.glob(f"{folder.name}.tmp-*"):
-            owner = draft.name.removeprefix(own_prefix).partition("-")[0]
-            if time.time() - draft.stat().st_mtime > _STALE or _is_dead(owner):
+            if _is_abandoned(draft, own_prefix):
                 shutil.rmtree(draft, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f"{own_prefix}{os.getpid()}-", dir=folder.parent))
         work.chmod(0o755)
@@ -164,6 +163,17 @@ def _build(
                     raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_abandoned(draft: Path, own_prefix: str) -> bool:
+    """Return whether nobody writes a draft any more: on this machine its process tells, whatever
+    the clock says; on others its age."""
+    if draft.name.startswith(own_prefix):
+        return _is_dead(draft.name.removeprefix(own_prefix).partition("-")[0])
+    try:
+        return time.time() - draft.stat().st_mtime > _STALE
+    except FileNotFoundError:  # another process has removed it
+        return False
 
 
 def _is_dead(process: str) -> bool:

@@ -24,6 +24,8 @@ TEMPLATE_ERRORS = (
     LookupError,
     AttributeError,
     ArithmeticError,
+    MemoryError,
+    RecursionError,
 )
 """What the code of a template raises for a chat that it does not expect."""
 

@@ -1,5 +1,6 @@
 """metrics.jsonl and TensorBoard of a run. Written by the first rank only."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megaskip.checkpoint.atomic import write_text
+from megaskip.checkpoint.atomic import write_errors, write_text
 from megaskip.extras import extra
 from megaskip.log import get_logger
 
@@ -49,9 +50,11 @@ class MetricsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self._board):
+            # Closing writes what could not be written before: the first error is the one to say.
+            with write_errors(self._path) if error is None else contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
 
     @property
     def history(self) -> list[dict[str, Any]]:
