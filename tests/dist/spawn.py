@@ -127,7 +127,7 @@ class Rank:
 def forkserver() -> Any:
     """Return the context whose processes are forks of one that has imported the workers."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["workers"])
+    context.set_forkserver_preload(["workers", "megaskip.training.job"])
     before = dict(os.environ)
     os.environ.update(ALIKE)
     try:

@@ -88,7 +88,7 @@ SAME_COMMAND = {
 EXIST = (
     r"bash (launch/quickstart|tests/run|tests/lowest)\.sh",
     r"\. launch/setup\.sh( dev)?",
-    r"python tests/two_nodes\.py",
+    r"python tests/(two_nodes|faults/faults)\.py",
     # They start ranks of their own, one after another, which takes a minute.
     r"python tools/bench/(memory|convert)\.py",
     r"python -m pytest",
