@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 from megaskip.errors import MegaskipError
 
 SECONDS = 20
-"""A single input that takes longer hangs."""
+"""Of computing, which other jobs on the machine do not lengthen: an input that takes more hangs.
+One that waits for something ends with the test's own timeout."""
 _LONG = 60
 """How many times as many inputs --hypothesis-profile long tries."""
 _LONGEST_MESSAGE = 4000
@@ -43,16 +44,16 @@ class HangError(BaseException):
 def ends_well(seconds: int = SECONDS) -> Iterator[None]:
     """Let a block end in success or in a MegaskipError with a readable message; every other error
     goes on, and so does a HangError after `seconds`."""
-    before = signal.signal(signal.SIGALRM, _time_is_over)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, _time_is_over)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     message = "-"
     try:
         yield
     except MegaskipError as error:
         message = str(error)
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     assert message.strip(), "an error that says nothing"
     assert "Traceback" not in message
     assert len(message) <= _LONGEST_MESSAGE, f"a message of {len(message)} characters"
