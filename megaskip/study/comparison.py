@@ -1,10 +1,9 @@
-"""Every way to skip attention with one model, on the same documents and at equal skip.
+"""Every way to skip parts of one model, on the same documents and at equal skip.
 
 Knows a model and its texts, not how routers were trained.
 """
 
 import dataclasses
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import numpy as np
 import torch
 
 from megaskip.arch import attach_routers, detach_routers, find_decoder
-from megaskip.calibration.allocation import TOLERANCE, UnreachedError, allocate
-from megaskip.calibration.similarity import update_similarity
-from megaskip.calibration.threshold import calibrate_threshold
+from megaskip.calibration.allocation import UnreachedError, allocate
+from megaskip.calibration.capacities import reach_capacity
+from megaskip.calibration.static_drop import mean_similarity
+from megaskip.calibration.threshold import TOLERANCE
 from megaskip.checkpoint.routers import load_router_tensors, read_router_config
 from megaskip.config import RouterConfig, RunConfig, resolve_layers
 from megaskip.data import Batch, build_dataset
@@ -24,8 +24,7 @@ from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.data.vocabulary import padding_token
 from megaskip.errors import ConfigError
-from megaskip.measures.costs import CostModel
-from megaskip.measures.paired import Difference, ratio_difference
+from megaskip.measures.costs import Cost, CostModel, total
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import ModelSource
@@ -42,7 +41,7 @@ from megaskip.study.baselines import (
     uniform_order,
 )
 from megaskip.study.latency import prefill_ratio
-from megaskip.study.over_seeds import Measured, mean_agreement, mean_hits, mean_scores
+from megaskip.study.over_seeds import Measured, point_of
 from megaskip.study.pareto import Point
 from megaskip.study.scoring import (
     Scores,
@@ -56,20 +55,30 @@ _ROWS = 2
 """Rows of a micro-batch; a batch for forward passes only has four times as many (DataLoader)."""
 _SHOWN_TOKENS = 60
 """Of the document in the picture."""
+_NAMES = {"attn": "attentions", "mlp": "MLPs", "block": "layers"}
 
 
 class Comparison:
     """The model, its texts, and the routers through which every method skips."""
 
-    def __init__(self, config: RunConfig, topology: Topology, source: ModelSource) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        source: ModelSource,
+        *,
+        prefill_runs: int = 0,
+    ) -> None:
         """Load the model of `source`; `config.router.layers` are what all methods route and
-        `config.data.held_out` the documents to measure on."""
+        `config.data.held_out` the documents to measure on; see `measure` for `prefill_runs`."""
+        self._prefill_runs = prefill_runs
         self._config, self._topology = config, topology
+        self.skips = _NAMES[config.router.target]
+        """What is skipped, as a plural noun."""
         self._engine = build_engine(config, topology, source, None)
         self.model: Any = self._engine.model
         self.depth = len(find_decoder(self.model).layers)
         self.layers = resolve_layers(config.router.layers, self.depth)
-        self._costs = CostModel(self.model, self.routers)
         self._tokenizer = load_tokenizer(source.folder)
         self._vocabulary = vocabulary = source.text_config.vocab_size
         data = build_dataset(config.data, self._tokenizer)
@@ -90,8 +99,8 @@ class Comparison:
         self._held_out = self._here(loader.held_out())
         if not self._held_out:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
-        self._sources = np.array([row.segments[0].source for row in documents])
-        self._domains = [source.name for source in data.stats.sources]
+        names = [Path(source.name).name for source in data.stats.sources]
+        self._domains = [names[row.segments[0].source] for row in documents]
         self._pairs: list[Batch] = []
         self._continuations: Continuations | None = None
         self._near: dict[Path, RouterConfig] = {}
@@ -137,6 +146,12 @@ class Comparison:
         """Return the routers that are attached now."""
         return self._engine.routers
 
+    @property
+    def plain(self) -> RouterConfig:
+        """Return the configuration of routers that decide nothing yet, for all methods alike."""
+        granularity = self._config.router.granularity
+        return RouterConfig(granularity=granularity, layers=self.layers)
+
     def share(self, skip: float) -> float:
         """Return the share of the routed layers that makes `skip` of all layers."""
         share = skip * self.depth / len(self.layers)
@@ -159,9 +174,8 @@ class Comparison:
         }
 
     def similarity(self) -> dict[int, float]:
-        """Return how little each layer's attention changes the calibration text, by layer."""
-        with self.routers.disabled():
-            return update_similarity(self.model, self._calibration)
+        """Return how little what is skipped changes the calibration text, by routed layer."""
+        return mean_similarity(self._engine, self._calibration)
 
     @property
     def everything(self) -> Policy:
@@ -169,12 +183,12 @@ class Comparison:
         return skipping(static_order({}, ()), self.layers, 0.0)
 
     def policy(self, order: Order, skip: float) -> Policy:
-        """Return the policy that skips `skip` of all attention in that order."""
+        """Return the policy that skips the share `skip` of all layers in that order."""
         return skipping(order, self.layers, skip * self.depth)
 
     def take(self, routers: Path, skip: float, *, rounds: int = 0) -> float:
         """Put the routers of a folder on the model, at the threshold at which the calibration text
-        skips the share `skip` of all attention; return the capacity it keeps.
+        skips the share `skip` of all; return the capacity it keeps.
 
         With `rounds` of `allocate` every layer gets its own threshold; the search begins at those
         of the last share. Raises UnreachedError when no threshold keeps the capacity.
@@ -182,12 +196,17 @@ class Comparison:
         config, layers, _ = read_router_config(routers)
         if layers != self.layers:
             raise ConfigError(f"{routers}: routes layers {layers}, the comparison {self.layers}")
+        if config.granularity != self.plain.granularity:
+            raise ConfigError(
+                f"{routers}: skips by {config.granularity}, the comparison by "
+                f"{self.plain.granularity}; remove the run, or take another --output"
+            )
         # The capacity of training does not matter, because the threshold is searched. All methods
         # decide on the prompt, as in generation: with pool="all" a method would see the answer that
         # it is scored on.
         self.attach(
-            RouterConfig(
-                layers=self.layers,
+            dataclasses.replace(
+                self.plain,
                 router=config.router,
                 prompt_tokens=config.prompt_tokens,
                 compensation=config.compensation,
@@ -196,7 +215,7 @@ class Comparison:
         )
         self.routers.load_state_dict(load_router_tensors(routers, self.routers))
         capacity = 1 - self.share(skip)
-        kept = calibrate_threshold(self._engine, self._calibration, capacity=capacity, rounds=6)
+        kept, _ = reach_capacity(self._engine, self._calibration, capacity, rounds=6)
         if rounds:
             near = self._near.get(routers)
             kept = allocate(self._engine, self._calibration, capacity, rounds=rounds, near=near)
@@ -204,7 +223,7 @@ class Comparison:
         if abs(kept - capacity) > TOLERANCE:
             raise UnreachedError(
                 f"{routers}: at the nearest threshold they keep {kept:.3f} of the calibration "
-                f"text, not {capacity:.3f}: too many of their scores are equal"
+                f"text, not {capacity:.3f}: it has too few different rows (--calibration_rows)"
             )
         return kept
 
@@ -217,17 +236,35 @@ class Comparison:
     # -- measures
 
     def measure(self, policy: Policy | None) -> Measured:
-        """Return what a policy does to the documents; without one the routers decide."""
+        """Return what a policy does to the documents; without one the routers decide.
+
+        A prefill is timed in `prefill_runs` pairs of runs, if any.
+        """
         text = score(self.model, self.routers, self._held_out, policy)
         first = self._held_out[:1]
-        latency = prefill_ratio(self.model, self.routers, first, policy, self.everything)
+        latency = None
+        if runs := self._prefill_runs:
+            latency = prefill_ratio(
+                self.model, self.routers, first, policy, self.everything, runs=runs
+            )
         pairs = None
         if self._pairs:
             pairs = score(self.model, self.routers, self._pairs, policy, rows_per_document=2)
         agreement = None
         if self._continuations is not None:
             agreement = self._continuations.compare(self.routers, policy)
-        return Measured(text=text, pairs=pairs, agreement=agreement, latency=latency)
+        cost = self._price(text)
+        return Measured(text=text, pairs=pairs, agreement=agreement, latency=latency, cost=cost)
+
+    def _price(self, text: Scores) -> Cost:
+        """Return what the held-out documents cost, with the routers that are attached now."""
+        costs = CostModel(self.model, self.routers)
+        units = np.broadcast_to(text.units, text.kept.shape)
+        kept = text.kept * units
+        return total(
+            costs.price(int(read), int(read), kept[:, row], units[:, row])
+            for row, read in enumerate(text.read)
+        )
 
     def picture(self, title: str) -> TokenMap:
         """Return what the routers do to the first held-out document."""
@@ -247,52 +284,15 @@ class Comparison:
             target=self.routers.config.target,
         )
 
-    def flop_ratio(self, skipped: float) -> float:
-        """Return FLOPs without `skipped` of all attention over all FLOPs, at the texts' length."""
-        rows = sum(len(batch.input_ids) for batch in self._held_out)
-        tokens = round(sum(float(batch.token_mask.sum()) for batch in self._held_out) / rows)
-        nothing = [0.0] * len(self.layers)
-        least = self._costs.price(tokens, tokens, nothing, [1.0] * len(self.layers)).flop_ratio
-        return 1 - skipped * self.depth / len(self.layers) * (1 - least)
-
-    # -- over seeds
-
-    def _gap_by_domain(self, nll: Any, dense: Scores) -> dict[str, Difference]:
-        """Return the loss over the dense model's by source of the documents."""
-        gaps = {}
-        for source in np.unique(self._sources):
-            rows = self._sources == source
-            name = Path(self._domains[source]).name
-            gaps[name] = ratio_difference(nll[rows], dense.nll[rows], dense.tokens[rows])
-        return gaps
-
     def point(
-        self, method: str, asked: float, measured: Sequence[Measured], dense: Measured, **more: Any
+        self,
+        method: str,
+        asked: float,
+        measured: Sequence[Measured],
+        dense: Measured,
+        *,
+        train_seconds: float | None = None,
     ) -> Point:
         """Return a method's point: scores are averaged over seeds, then paired with dense."""
-        nll, tokens, hits = mean_scores(measured, "nll"), dense.text.tokens, mean_hits(measured)
-        dense_hits, exact = mean_hits([dense]), mean_scores(measured, "exact")
-        gap = None
-        if hits is not None and dense_hits is not None:
-            gap = ratio_difference(hits, dense_hits, np.ones_like(hits))
-        skipped = 1 - mean_scores(measured, "kept").mean(axis=1)
-        of_all = float(skipped.mean()) * len(self.layers) / self.depth
-        return Point(
-            method=method,
-            asked=asked,
-            skipped=of_all,
-            seeds=len(measured),
-            loss=float(nll.sum() / tokens.sum()),
-            loss_gap=ratio_difference(nll, dense.text.nll, tokens),
-            pairs=None if hits is None else float(hits.mean()),
-            pairs_gap=gap,
-            exact=float(exact.mean()),
-            exact_gap=ratio_difference(exact, dense.text.exact, np.ones_like(exact)),
-            flops=self.flop_ratio(of_all),
-            latency=statistics.mean(scores.latency for scores in measured),
-            skipped_by_layer=dict(zip(self.layers, skipped.tolist(), strict=True)),
-            domains=self._gap_by_domain(nll, dense.text),
-            same=mean_agreement(measured, "same"),
-            likelihood=mean_agreement(measured, "likelihood"),
-            **more,
-        )
+        point = point_of(method, asked, measured, dense, self.layers, self.depth, self._domains)
+        return dataclasses.replace(point, train_seconds=train_seconds)

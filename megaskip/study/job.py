@@ -39,7 +39,7 @@ def compare(options: CompareOptions) -> None:
     config = _run_config(options)
     source = resolve_source(config.model)
     with process_group(topology, timeout=600):
-        comparison = Comparison(config, topology, source)
+        comparison = Comparison(config, topology, source, prefill_runs=options.prefill_runs)
         for skip in options.shares:
             comparison.share(skip)  # raises for one that cannot be reached
         if options.blimp:
@@ -75,7 +75,7 @@ def _run_config(options: CompareOptions) -> RunConfig:
     )
     return RunConfig(
         model=ModelConfig(model=options.model, dtype="float32"),
-        router=RouterConfig(layers=options.layers),
+        router=RouterConfig(granularity=options.granularity, layers=options.layers),
         data=with_demo(data),
         optim=OptimConfig(calibration_rows=options.calibration_rows),
     )
@@ -149,7 +149,7 @@ def _measure_trained(
         logger.info("%s: capacity %.4f for %.4f", run.name, kept, 1 - comparison.share(skip))
         measured.append(comparison.measure(None))
         if method == options.ours and skip == drawn_skip and run == runs[0]:
-            title = f"{method}, {skip:.1%} of all attention skipped"
+            title = f"{method}, {skip:.1%} of all {comparison.skips} skipped"
             picture = comparison.picture(title)
             picture.write_png(options.output / "token_map.png")
             picture.write_html(options.output / "token_map.html")

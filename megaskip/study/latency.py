@@ -11,8 +11,6 @@ from megaskip.routing import RouterSet
 from megaskip.study.baselines import Policy
 from megaskip.study.scoring import score
 
-_REPEATS = 7
-
 
 def prefill_ratio(
     model: Any,
@@ -20,11 +18,14 @@ def prefill_ratio(
     batches: Sequence[Batch],
     policy: Policy | None,
     everything: Policy,
+    *,
+    runs: int,
 ) -> float:
     """Return the time of a prefill of `batches` under `policy`, over that under `everything`, which
     skips nothing; without a policy the routers decide.
 
-    The median of ratios of runs that follow each other, so that a slower machine slows both.
+    The median over `runs` pairs of prefills that follow each other, so that a slower machine slows
+    both.
     """
 
     def seconds(tried: Policy | None) -> float:
@@ -33,10 +34,10 @@ def prefill_ratio(
         return time.perf_counter() - begun
 
     executor, ratios = routers.executor, []
-    routers.executor = InferenceExecutor(unit="sequence")
+    routers.executor = InferenceExecutor(unit=routers.config.unit)
     try:
         seconds(everything)  # warms up
-        for _ in range(_REPEATS):
+        for _ in range(runs):
             ratios.append(seconds(policy) / seconds(everything))
     finally:
         routers.executor = executor

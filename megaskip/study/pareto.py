@@ -22,11 +22,12 @@ _LINEAR = 0.002
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One method at one share of all attention that it skips, over its seeds."""
+    """One method at one share of all layers' attention (or MLPs, ...) that it skips, over its
+    seeds."""
 
     method: str
     asked: float
-    """Share of all attention that was to be skipped."""
+    """Share that was to be skipped."""
     skipped: float
     """Share that was, on the held-out text."""
     seeds: int
@@ -42,11 +43,13 @@ class Point:
     exact_gap: Difference
     """To the dense model, paired by document."""
     flops: float
-    """Of a forward pass, over those of the dense model."""
-    latency: float
-    """Of a prefill, measured, over that of the dense model."""
+    """Of a forward pass over the documents, over those of the dense model."""
+    kv: float
+    """Memory of keys and values of the documents, over that of the dense model."""
+    latency: float | None
+    """Of a prefill, measured, over that of the dense model; None where it was not."""
     skipped_by_layer: Mapping[int, float]
-    """Share of the documents that skip each routed layer's attention."""
+    """Share of the units that each routed layer skips."""
     domains: Mapping[str, Difference] = field(default_factory=dict)
     """Loss over the dense model's by source of the documents."""
     same: float | None = None
@@ -87,6 +90,7 @@ HEADER = (
     "exact",
     "to dense",
     "FLOPs x",
+    "KV x",
     "prefill x",
     "same tokens",
     "dense ll",
@@ -108,7 +112,8 @@ def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
             f"{point.exact:.2%}",
             _interval(point.exact_gap, "+.2%"),
             f"{point.flops:.3f}",
-            f"{point.latency:.3f}",
+            f"{point.kv:.3f}",
+            "-" if point.latency is None else f"{point.latency:.3f}",
             "-" if point.same is None else f"{point.same:.1%}",
             "-" if point.likelihood is None else f"{point.likelihood:.3f}",
             "-" if point.train_seconds is None else f"{point.train_seconds:.0f}",
@@ -128,7 +133,8 @@ def draw(points: Sequence[Point], path: Path, *, title: str) -> None:
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _curves(left, points, [point.flops for point in points])
-    _curves(right, points, [point.latency for point in points])
+    timed = [point for point in points if point.latency is not None]
+    _curves(right, timed, [point.latency for point in timed])
     # Methods that lose little would lie on each other beside one that loses much.
     left.set_yscale("symlog", linthresh=_LINEAR)
     left.set(

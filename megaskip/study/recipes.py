@@ -112,7 +112,7 @@ def _run_for(
         return f"{method}-{skip:.4f}", ("--init_routers", str(start), "--distill", "0.5")
     if method not in RECIPES:
         return "", ()
-    layers = ("--layers", options.layers)
+    layers = ("--granularity", options.granularity, "--layers", options.layers)
     if method in _FOR_ONE_SKIP:
         capacity = 1 - comparison.share(skip)
         asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")

@@ -37,6 +37,10 @@ class Scores:
     """How many those are."""
     exact: Numbers
     """1 where every supervised token is the most likely one: greedy decoding says the same."""
+    read: Numbers
+    """Tokens of the row."""
+    units: Numbers
+    """Units of decision of the row in each routed layer: 1, or its tokens."""
     kept: Numbers
     """Share of the units of each routed layer that ran, [R, rows]."""
 
@@ -67,8 +71,8 @@ def score(
         with routers.override({} if policy is None else policy(documents)):
             columns.append(_score_batch(model, routers, batch))
         first += rows
-    nll, tokens, exact, *kept = torch.cat(columns, dim=1).double().cpu().numpy()
-    return Scores(nll=nll, tokens=tokens, exact=exact, kept=np.stack(kept))
+    nll, tokens, exact, read, units, *kept = torch.cat(columns, dim=1).double().cpu().numpy()
+    return Scores(nll=nll, tokens=tokens, exact=exact, read=read, units=units, kept=np.stack(kept))
 
 
 def read_pairs(folder: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
@@ -125,7 +129,8 @@ def pair_accuracy(scores: Scores) -> Numbers:
 
 
 def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch) -> Tensor:
-    """Return [nll, tokens, exact, kept of R layers] of each row, float64 [3 + R, B]."""
+    """Return [nll, tokens, exact, read, units, kept of R layers] of each row, float64 [5 + R,
+    B]."""
     routers.set_batch(batch.token_mask, batch.prompt_mask, batch.segment_ids)
     logits = model(
         input_ids=batch.input_ids,
@@ -140,9 +145,10 @@ def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch) -> Tensor:
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(targets)
     exact = ((logits.argmax(-1) == targets) | ~real).all(1)
-    decisions = routers.decisions().values()
+    decisions = list(routers.decisions().values())
     kept = [(d.keep * d.unit_mask).sum(1) / d.unit_mask.sum(1).clamp(min=1) for d in decisions]
-    columns = [losses.sum(1), real.sum(1), exact, *kept]
+    read, units = batch.token_mask.sum(1), decisions[0].unit_mask.sum(1)
+    columns = [losses.sum(1), real.sum(1), exact, read, units, *kept]
     return torch.stack([column.double() for column in columns])
 
 

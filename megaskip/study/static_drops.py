@@ -1,6 +1,7 @@
 """Layers dropped for every text, compared like everything else: in which order, and with which maps
 in their places."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,6 @@ from megaskip.checkpoint.routers import (
     read_router_config,
     save_routers,
 )
-from megaskip.config import RouterConfig
 from megaskip.routing import RouterSet
 from megaskip.study.baselines import Policy, skipping
 from megaskip.study.comparison import Comparison
@@ -38,19 +38,19 @@ class StaticDrops:
     """The static methods of one comparison. What is fitted and ordered is computed once."""
 
     def __init__(self, comparison: Comparison, *, most: float, rank: int, order_rows: int) -> None:
-        """`most` is the largest share of all attention that is skipped, `rank` that of the maps,
+        """`most` is the largest share of all units that is skipped, `rank` that of the maps,
         `order_rows` the calibration rows on which a greedy order is measured."""
         self._comparison = comparison
         self._count = math.ceil(most * comparison.depth)
         self._order_batches = comparison.some_calibration(order_rows)
-        self._config = RouterConfig(
-            layers=comparison.layers, compensation="low_rank", compensation_rank=rank
+        self._config = dataclasses.replace(
+            comparison.plain, compensation="low_rank", compensation_rank=rank
         )
         self._maps: dict[str, Tensor] | None = None
         self._orders: dict[tuple[str, bool], list[int]] = {}
 
     def layers_for(self, skip: float) -> int:
-        """Return the whole number of layers nearest to the share `skip` of all attention."""
+        """Return the whole number of layers nearest to the share `skip` of all."""
         return max(int(skip * self._comparison.depth + 0.5), 1)
 
     def order(self, kind: str, *, with_maps: bool) -> list[int]:
@@ -72,7 +72,7 @@ class StaticDrops:
     def put(self, *, with_maps: bool) -> None:
         """Put routers on the model that have the maps in closed form, or no maps."""
         if not with_maps:
-            self._comparison.attach(RouterConfig(layers=self._comparison.layers))
+            self._comparison.attach(self._comparison.plain)
             return
         self._comparison.attach(self._config)
         routers = self._comparison.routers

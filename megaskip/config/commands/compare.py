@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megaskip.config.checks import at_least
 from megaskip.config.options import Checked, option
+from megaskip.config.routing import GRANULARITIES
 
 BASELINES = ("static", "random", "uniform")
 DROPS = ("greedy", "static_fitted", "greedy_fitted", "static_trained", "greedy_trained")
@@ -43,7 +44,8 @@ class CompareOptions(Checked):
     pairs: int = 200
     """Pairs of each of its sets."""
     skip: tuple[float, ...] = option((12.5, 25.0, 37.5), separator=",", metavar="PERCENT,...")
-    """Percent of all attention."""
+    """Percent of all that --granularity skips (attention, MLPs or layers), also of layers that are
+    not routed."""
     seeds: tuple[int, ...] = option((0, 1, 2), separator=",", metavar="INT,...")
     """Seeds of everything that is trained or drawn."""
     methods: tuple[str, ...] = option(
@@ -52,6 +54,8 @@ class CompareOptions(Checked):
     """What is compared."""
     ours: str = option("ours", choices=(*TRAINED, *DROPS), metavar="NAME")
     """The method that the others are set against."""
+    granularity: str = option("attn_sequence", choices=GRANULARITIES, metavar="GRANULARITY")
+    """As --granularity of `megaskip train`, for all methods."""
     layers: str = option("half", metavar="SPEC")
     """As --layers of `megaskip train`."""
     steps: int = 300
@@ -66,6 +70,8 @@ class CompareOptions(Checked):
     """Calibration rows on which a greedy order is measured."""
     continuations: int = 0
     """Prompts whose 64 greedy tokens are compared with the dense model's."""
+    prefill_runs: int = 7
+    """Pairs of prefills that are timed for each method; 0 times nothing."""
     parallel: int = 1
     """Trainings that run at the same time."""
     cache_dir: str | None = option(None, metavar="FOLDER")
@@ -78,6 +84,8 @@ class CompareOptions(Checked):
     def _problems(self) -> Iterator[str]:
         for name in ("documents", "pairs", "steps", "calibration_rows", "order_rows", "parallel"):
             yield from at_least(name, getattr(self, name), 1)
+        for name in ("continuations", "prefill_runs"):
+            yield from at_least(name, getattr(self, name), 0)
         for name in ("data", "skip", "seeds", "methods"):
             if not getattr(self, name):
                 yield f"--{name} is empty"
@@ -87,5 +95,5 @@ class CompareOptions(Checked):
 
     @property
     def shares(self) -> list[float]:
-        """Return --skip as shares of all attention, ascending."""
+        """Return --skip as shares, ascending."""
         return sorted(percent / 100 for percent in self.skip)
