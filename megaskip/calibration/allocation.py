@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaskip.calibration.cost_model import SkipCostModel
 from megaskip.calibration.similarity import UpdateSimilarity
-from megaskip.calibration.threshold import calibrate_threshold, quantile
+from megaskip.calibration.threshold import TOLERANCE, calibrate_threshold, quantile
 from megaskip.calibration.unit_losses import unit_losses
 from megaskip.config import RouterConfig
 from megaskip.data import Batch
@@ -20,9 +20,6 @@ from megaskip.errors import ConfigError
 from megaskip.parallel.collectives import gather_from_ranks
 from megaskip.parallel.engine import Engine
 from megaskip.routing import RouterSet
-
-TOLERANCE = 0.01
-"""How far a capacity may be from the asked one."""
 
 
 class UnreachedError(ConfigError):

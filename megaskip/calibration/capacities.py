@@ -3,12 +3,15 @@ out."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megaskip.calibration.allocation import TOLERANCE, UnreachedError, allocate
-from megaskip.calibration.threshold import calibrate_threshold
+from torch import Tensor
+
+from megaskip.calibration.allocation import UnreachedError, allocate
+from megaskip.calibration.equal_scores import give_directions
+from megaskip.calibration.threshold import TOLERANCE, calibrate_threshold
 from megaskip.checkpoint.routers import load_router_tensors, read_router_config
 from megaskip.config import RouterConfig, RunConfig, Threshold
 from megaskip.data import Batch
@@ -53,6 +56,11 @@ class CalibrationResult:
     """Those that the routers realise, in ascending order."""
     problems: tuple[str, ...] = ()
     """For each of the others: what was found, what was expected and what to change."""
+    equal_logits: Mapping[int, float] = field(default_factory=dict)
+    """By layer, for routers that had given every unit the same logit, that logit: to reach a
+    capacity they were given a direction."""
+    weights: Mapping[str, Tensor] | None = None
+    """All routers' then, as a state dict."""
     dense_loss: float = math.nan
     """Held out, nats a supervised token, of the model with everything running; not a number where
     it was not measured."""
@@ -91,13 +99,16 @@ def calibrate_all(
     `allocate`, one of each. Collective.
 
     Each is found on `calibration` and checked on `held_out`; one that the routers cannot realise on
-    either text is a problem of the result. `progress` is called once a capacity and once a round.
+    either text is a problem of the result. Routers that have learnt nothing get a direction where
+    that is needed. `progress` is called once a capacity and once a round.
     """
     alike, points, problems = engine.routers.config, [], []
+    equal_logits: dict[int, float] = {}
     near: RouterConfig | None = None
     for capacity in sorted(capacities, reverse=True):
         engine.routers.configure(alike)
-        kept = calibrate_threshold(engine, calibration, capacity=capacity, rounds=_SEARCH_ROUNDS)
+        kept, equal = reach_capacity(engine, calibration, capacity, rounds=_SEARCH_ROUNDS)
+        equal_logits |= equal
         progress()
         if rounds and _is_near(kept, capacity):
             kept = allocate(
@@ -113,7 +124,28 @@ def calibrate_all(
             problems.append(_does_not_hold(capacity, kept, measured))
             continue
         points.append(_calibrated(engine.routers, capacity, kept, measured))
-    return CalibrationResult(points=tuple(reversed(points)), problems=tuple(problems))
+    return CalibrationResult(
+        points=tuple(reversed(points)),
+        problems=tuple(problems),
+        equal_logits=equal_logits,
+        weights=engine.routers.state_dict() if equal_logits else None,
+    )
+
+
+def reach_capacity(
+    engine: Engine, batches: Batches, capacity: float, *, rounds: int
+) -> tuple[float, dict[int, float]]:
+    """Put the threshold where `batches` keep `capacity`, and give a direction to routers that have
+    learnt nothing where it is not reached without; return (what they keep, see give_directions).
+    Collective."""
+    before, logits = engine.routers.config, {}
+    kept = calibrate_threshold(engine, batches, capacity=capacity, rounds=rounds)
+    if not _is_near(kept, capacity):
+        logits = give_directions(engine.routers)
+    if logits:
+        engine.routers.configure(before)
+        kept = calibrate_threshold(engine, batches, capacity=capacity, rounds=rounds)
+    return kept, logits
 
 
 def with_points(config: RouterConfig, points: Sequence[CalibratedCapacity]) -> RouterConfig:
@@ -129,8 +161,8 @@ def _is_near(kept: float, capacity: float) -> bool:
 def _not_reached(capacity: float, kept: float) -> str:
     return (
         f"--capacity {capacity:g} cannot be reached: the nearest that these routers keep of "
-        f"the calibration text is {kept:.3f}, because too many of their scores are equal. "
-        "Train them longer, or choose another capacity"
+        f"the calibration text is {kept:.3f}, because it has too few different rows. "
+        "Calibrate on more text (--rows, --data)"
     )
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from megaskip.calibration.allocation import require_rounds
@@ -15,9 +17,14 @@ from megaskip.calibration.capacities import (
     routed_engine,
     with_points,
 )
+from megaskip.calibration.equal_scores import decide_as_before
 from megaskip.checkpoint.atomic import new_folder
 from megaskip.checkpoint.base import describe_folder
-from megaskip.checkpoint.routers import read_router_config, update_router_config
+from megaskip.checkpoint.routers import (
+    read_router_config,
+    update_router_config,
+    update_router_weights,
+)
 from megaskip.config import OptimConfig, ParallelConfig, RouterConfig, RunConfig
 from megaskip.config.commands.calibrate import CalibrateOptions
 from megaskip.config.paths import require_new, why_unwritable
@@ -62,7 +69,7 @@ class CalibrationJob:
         self._options, self._topology, self._shows_progress = options, topology, shows_progress
         self._routers = find_routers(options.source)
         self.output = _output(options, self._routers)
-        self._stored, _, described = read_router_config(self._routers.folder)
+        self._stored, self._layers, described = read_router_config(self._routers.folder)
         require_rounds(self._stored, options.allocate)
         if described is not None:
             described.require(describe_folder(self._routers.base), "the router folder")
@@ -110,9 +117,11 @@ class CalibrationJob:
     def write(self, result: CalibrationResult) -> None:
         """Put the thresholds that were found into the settings of the output folder. Collective."""
         if result.points:
-            settings = with_points(self._stored, result.points)
-            folder = self._routers.folder
-            on_first_rank(self._topology, lambda: _write(folder, self.output, settings))
+            stored, weights = self._stored, result.weights
+            if result.equal_logits:
+                stored = decide_as_before(stored, self._layers, result.equal_logits)
+            settings, folder = with_points(stored, result.points), self._routers.folder
+            on_first_rank(self._topology, lambda: _write(folder, self.output, settings, weights))
 
 
 def _output(options: CalibrateOptions, routers: TrainedRouters) -> Path:
@@ -137,12 +146,16 @@ def _run_config(options: CalibrateOptions, routers: TrainedRouters) -> RunConfig
     )
 
 
-def _write(routers: Path, output: Path, config: RouterConfig) -> None:
-    """Put the calibrated settings where they are asked for."""
+def _write(
+    routers: Path, output: Path, config: RouterConfig, weights: Mapping[str, Tensor] | None
+) -> None:
+    """Put the calibrated settings where they are asked for, and weights that are new."""
     if output.resolve() != routers.resolve():
         with new_folder(output) as folder:
             shutil.copytree(routers, folder, dirs_exist_ok=True)
-    update_router_config(output, config)
+    update_router_config(output, config)  # first: it decides alike with the old weights
+    if weights is not None:
+        update_router_weights(output, weights)
 
 
 def _row(point: CalibratedCapacity, *, allocated: bool) -> tuple[str, str]:

@@ -1,6 +1,10 @@
 """The search for the threshold at which a text keeps an asked capacity. Pure arithmetic."""
 
 import math
+from collections.abc import Sequence
+
+_CLOSED = 1e-6
+"""Width of a bracket, of its position, in which float32 logits lie no more."""
 
 
 class ThresholdSearch:
@@ -10,6 +14,10 @@ class ThresholdSearch:
     do, so from the third try on the secant through the last two proposes the next position. A
     proposal outside the bracket (the closest positions that kept too much and too little) is
     replaced by the middle of the bracket.
+
+    Where the capacity falls steeply (many logits lie close together, or all layers hear one) few
+    tries do not get there. `narrow` then shares the bracket by the logits that lie in it, so that
+    each try leaves half of them or fewer.
     """
 
     def __init__(self, target: float) -> None:
@@ -40,6 +48,40 @@ class ThresholdSearch:
         if math.isfinite(high - low) and not low < proposed < high:
             return (low + high) / 2
         return proposed
+
+    def narrow(self, logits: Sequence[float]) -> float | None:
+        """Return the position to try next inside the bracket; None where there is none.
+
+        `logits` of units, ascending, are those of the last try. Every second proposal is the one at
+        which a capacity that falls evenly over the logits in the bracket would be the target.
+        """
+        low, high, share = self._bracket()
+        inside = [logit for logit in logits if low < logit < high]
+        if len(inside) >= 2:
+            at = round(share * len(inside)) if len(self._tried) % 2 else len(inside) // 2
+            at = min(max(at, 1), len(inside) - 1)
+            return (inside[at - 1] + inside[at]) / 2
+        if not math.isfinite(low):
+            return min([high, *logits[:1]]) - 1
+        if not math.isfinite(high):
+            return max([low, *logits[-1:]]) + 1
+        middle = (low + high) / 2
+        if logits[0] == logits[-1]:  # nothing divides them
+            return None
+        return middle if high - low > _CLOSED * max(abs(middle), 1.0) else None
+
+    def _bracket(self) -> tuple[float, float, float]:
+        """Return (the highest position that kept too much below the lowest that kept too little,
+        that one, the share of what they differ by that is to be skipped)."""
+        high, kept_at_high = min(
+            (tried for tried in self._tried if tried[1] <= self._target),
+            default=(math.inf, 0.0),
+        )
+        low, kept_at_low = max(
+            (tried for tried in self._tried if tried[1] > self._target and tried[0] < high),
+            default=(-math.inf, 1.0),
+        )
+        return low, high, (kept_at_low - self._target) / max(kept_at_low - kept_at_high, 1e-9)
 
     def _secant(self, quantile: float) -> float:
         if len(self._tried) < 2:

@@ -10,8 +10,13 @@ from megaskip.calibration.search import ThresholdSearch
 from megaskip.parallel.collectives import gather_from_ranks
 from megaskip.routing import RouterSet, RoutingDecision
 
+TOLERANCE = 0.01
+"""How far a capacity may be from the asked one."""
 _CALIBRATED = 0.002
 """Distance from the asked capacity at which calibration stops."""
+_MORE_ROUNDS = 16
+"""Tries of a search that shares what is left between two positions: about as many as halve 2^16
+logits."""
 _ENOUGH = 2**21
 """Logits of all ranks that a quantile is taken of: its error is then a few ten-thousandths."""
 
@@ -54,7 +59,8 @@ def calibrate_threshold(
     return what they keep. Collective.
 
     Repeated, because a layer's decisions change the input of the layers above it (see
-    ThresholdSearch). `check` as in Engine.forwards.
+    ThresholdSearch): a pass over `batches` in each of `rounds`, and more where these end further
+    than TOLERANCE from the capacity. `check` as in Engine.forwards.
     """
     budget = engine.routers.steering.budget
     target = engine.routers.config.capacity if capacity is None else capacity
@@ -67,7 +73,31 @@ def calibrate_threshold(
         if last or search.distance <= _CALIBRATED:
             break
         budget.place(search.next(quantile(above, 1 - target)))
-    return kept
+    if search.distance <= TOLERANCE:
+        return kept
+    return _narrow(engine, batches, search, above, check)
+
+
+def _narrow(
+    engine: ForwardPasses[B],
+    batches: Sequence[B | None],
+    search: ThresholdSearch,
+    above: Tensor,
+    check: Callable[[], object],
+) -> float:
+    """Go on with a search until nothing is left between its closest positions, and put the
+    threshold at the best one; return what is kept there. `above` is of the last pass. Collective.
+    """
+    budget = engine.routers.steering.budget
+    for _ in range(_MORE_ROUNDS):
+        position = search.narrow(above.double().sort().values.tolist())
+        if position is None or search.distance <= _CALIBRATED:
+            break
+        budget.place(position)
+        kept, above = decide_all(engine, batches, check)
+        search.note(budget.offset, kept)
+    budget.place(search.best)
+    return decide_all(engine, batches, check)[0]
 
 
 @torch.no_grad()

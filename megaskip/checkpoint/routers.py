@@ -3,6 +3,7 @@ need."""
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def update_router_config(path: Path, config: RouterConfig) -> None:
     content = read_json(path / CONFIG)
     settings = {**dataclasses.asdict(config), "layers": content["layers"]}
     write_json(path / CONFIG, content | settings)
+
+
+def update_router_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Rewrite the weights in a router folder, from a state dict of its routers."""
+    draft = path / f".{WEIGHTS}.tmp"
+    write_tensors(draft, {f"{PREFIX}.{name}": tensor for name, tensor in weights.items()})
+    draft.replace(path / WEIGHTS)
 
 
 def load_router_tensors(path: Path, routers: RouterSet) -> dict[str, Tensor]:

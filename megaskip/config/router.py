@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from megaskip.config.checks import at_least, within
-from megaskip.config.routing import RoutingConfig
+from megaskip.config.routing import SATURATED, RoutingConfig
 from megaskip.config.value_types import wrong_types
 from megaskip.errors import ConfigError
 
@@ -41,10 +41,12 @@ class RouterConfig(RoutingConfig):
         return self.unit == "token" and self.target != "mlp"
 
     def describe_threshold(self) -> str:
-        """Return the threshold as text: "0.5", or "0.3113 to 0.6201 by layer"."""
+        """Return the threshold as text: "0.5", "logit 41.2", or "0.3113 to 0.6201 by layer"."""
         if isinstance(self.threshold, float):
-            return f"{self.threshold:.6g}"
-        return f"{min(self.threshold):.4f} to {max(self.threshold):.4f} by layer"
+            is_logit = abs(self.threshold) >= SATURATED
+            return f"logit {self.threshold:.6g}" if is_logit else f"{self.threshold:.6g}"
+        scores = [min(max(threshold, 0.0), 1.0) for threshold in self.threshold]
+        return f"{min(scores):.4f} to {max(scores):.4f} by layer"
 
     def _problems(self) -> Iterator[str]:
         yield from RoutingConfig._problems(self)

@@ -30,7 +30,11 @@ _ADDED = {"capacity_low", "calibrated", "router", "compensation", "compensation_
 
 
 Threshold = float | tuple[float, ...]
-"""Of all routed layers alike, or one of each, in ascending order of the layers."""
+"""Of all routed layers alike, or one of each, in ascending order of the layers: a score inside
+(0, 1), or the logit of one that is so near to 0 or 1 that scores are no longer told apart."""
+SATURATED = 15.0
+"""Size of a logit from which on a threshold is a logit: up to here a float64 score tells apart all
+float32 logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class RoutingConfig:
     batch."""
     threshold: Threshold = 0.5
     """A unit runs when its score (a sigmoid) is at least this; `megaskip calibrate --allocate`
-    finds one for each routed layer."""
+    finds one for each routed layer. A number of 15 or more, or of -15 or less, is a logit."""
     pool: str = field(default="prompt", metadata={"choices": POOLS})
     """Tokens that a sequence's decision looks at: "prompt" (causal: the same in training, scoring
     and generation) or "all" (every real token, as published)."""
@@ -125,7 +129,7 @@ class RoutingConfig:
                 yield from one_of(item.name, getattr(self, item.name), choices)
         for threshold in (self.threshold, *(given for _, given in self.calibrated)):
             for score in (threshold,) if isinstance(threshold, float) else threshold:
-                if not 0.0 < score < 1.0:
+                if not (0.0 < score < 1.0 or abs(score) >= SATURATED):
                     yield f"--threshold {score:g} must lie inside (0, 1): scores are sigmoids"
             if not isinstance(threshold, float) and not threshold:
                 yield "--threshold has no number; it needs one, or one for each routed layer"

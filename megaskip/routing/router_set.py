@@ -16,7 +16,7 @@ from megaskip.routing.counts import Counts
 from megaskip.routing.executor import Executor
 from megaskip.routing.routers import Routers
 from megaskip.routing.steering import Steering
-from megaskip.routing.thresholds import score_of
+from megaskip.routing.thresholds import threshold_of
 from megaskip.routing.training_executor import DenseExecutor
 from megaskip.routing.training_gate import TrainingGate
 
@@ -124,7 +124,7 @@ class RouterSet(Routers):
     def place(self, logits: Sequence[float]) -> None:
         """Put the threshold of each routed layer, in their order, at a logit; infinite for none or
         all."""
-        self.configure(dataclasses.replace(self.config, threshold=tuple(map(score_of, logits))))
+        self.configure(dataclasses.replace(self.config, threshold=tuple(map(threshold_of, logits))))
 
     # -- deprecated names
 

@@ -14,7 +14,7 @@ from megaskip.config import RouterConfig, RoutingConfig
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget
 from megaskip.routing.decision import RoutingDecision
-from megaskip.routing.thresholds import Thresholds, score_of
+from megaskip.routing.thresholds import Thresholds, threshold_of
 
 
 def straight_through(
@@ -68,7 +68,7 @@ class Steering(Thresholds):
         offset = self.budget.settled_offset()
         if not offset:
             return config
-        moved = [score_of(logit + offset) for logit in self.logits.values()]
+        moved = [threshold_of(logit + offset) for logit in self.logits.values()]
         alike = isinstance(config.threshold, float)
         return dataclasses.replace(config, threshold=moved[0] if alike else tuple(moved))
 

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megaskip.config.routing import RoutingConfig
+from megaskip.config.routing import SATURATED, RoutingConfig
 from megaskip.errors import ConfigError
 
-_FAR = 30.0
-"""Logit of a threshold above every score, or with its sign turned below: float64 still holds its
-sigmoid apart from 1."""
+_FAR = 1e9
+"""Logit of a threshold above every score, or with its sign turned below."""
 
 
 class Thresholds:
@@ -31,15 +30,15 @@ class Thresholds:
         Raises ConfigError when it has another number of them than there are routed layers.
         """
         given, count = config.threshold, len(self._layers)
-        scores = [given] * count if isinstance(given, float) else given
+        by_layer = [given] * count if isinstance(given, float) else given
         if config.budget == "static":
-            scores = [score_of(math.inf)] * count
-        if len(scores) != count:
+            by_layer = [threshold_of(math.inf)] * count
+        if len(by_layer) != count:
             raise ConfigError(
-                f"threshold holds {len(scores)} numbers for {count} routed layers; give one for "
+                f"threshold holds {len(by_layer)} numbers for {count} routed layers; give one for "
                 "all, or one for each"
             )
-        self.logits = dict(zip(self._layers, map(logit_of, scores), strict=True))
+        self.logits = dict(zip(self._layers, map(logit_of, by_layer), strict=True))
 
     def keep(self, logit: Tensor, layer: int) -> Tensor:
         """Return which units of a layer run, float32 [B, U], 1 = run, given their logits.
@@ -49,11 +48,16 @@ class Thresholds:
         return (logit.detach() >= self.logits[layer]).float()
 
 
-def logit_of(score: float) -> float:
-    """Return the logit of a score inside (0, 1)."""
-    return math.log(score / (1 - score))
+def logit_of(threshold: float) -> float:
+    """Return the logit of a threshold as it is stored: a score inside (0, 1), or a logit."""
+    if abs(threshold) >= SATURATED:
+        return threshold
+    return math.log(threshold / (1 - threshold))
 
 
-def score_of(logit: float) -> float:
-    """Return the score of a logit, inside (0, 1) for infinite ones too."""
-    return 1 / (1 + math.exp(-min(max(logit, -_FAR), _FAR)))
+def threshold_of(logit: float) -> float:
+    """Return a threshold as it is stored, for infinite logits too: its score where float64 tells it
+    from others, else the logit."""
+    if abs(logit) >= SATURATED:
+        return min(max(logit, -_FAR), _FAR)
+    return 1 / (1 + math.exp(-logit))

@@ -11,12 +11,15 @@ from families import tiny_model
 from routed_models import VOCABULARY, as_exported, randomise
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
-from megaskip.calibration.capacities import calibrate_all, with_points
+from megaskip.arch.task_loss import TaskLoss
+from megaskip.calibration.capacities import calibrate_all, reach_capacity, with_points
+from megaskip.calibration.equal_scores import decide_as_before, give_directions
 from megaskip.calibration.search import ThresholdSearch
 from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import RunConfig
+from megaskip.config.routing import GRANULARITIES
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine
@@ -24,6 +27,7 @@ from megaskip.parallel.topology import process_group, read_topology
 from megaskip.routing import Counts, Measured, RouterSet
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget
+from megaskip.routing.thresholds import Thresholds
 
 
 def batches(seed: int, count: int = 10) -> list[Batch]:
@@ -47,8 +51,6 @@ def batches(seed: int, count: int = 10) -> list[Batch]:
 
 @pytest.fixture
 def engine() -> Any:
-    from megaskip.arch.task_loss import TaskLoss
-
     topology = read_topology({})
     with process_group(topology, timeout=60):
         model = tiny_model()
@@ -68,9 +70,55 @@ def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, capacit
     assert again.capacity == pytest.approx(point.held_out, abs=1e-3)
 
 
-def test_a_capacity_that_equal_scores_cannot_reach_is_refused(engine: Engine) -> None:
-    with pytest.raises(ConfigError, match=r"0.5 cannot be reached: the nearest .* 1.000"):
-        calibrate_all(engine, batches(1), batches(2), [0.5]).require_all()
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("scale", [0.0, 1e3])
+def test_capacities_are_reached_with_equal_and_with_saturated_scores(
+    engine: Engine, granularity: str, scale: float
+) -> None:
+    config = RouterConfig(layers="1-4", granularity=granularity)
+    model = tiny_model()
+    routers = attach_routers(model, config, register=False)
+    engine = Engine(TaskLoss(model, chunk_tokens=64), routers, RunConfig(), read_topology({}))
+    if scale:
+        randomise(routers)
+        with torch.no_grad():
+            for parameter in routers.parameters():
+                parameter.mul_(scale)
+    before, text = routers.config, batches(1, 4)
+    for capacity in (0.875, 0.4):
+        routers.configure(before)
+        kept, equal = reach_capacity(engine, text, capacity, rounds=8)
+        assert kept == pytest.approx(capacity, abs=0.01)
+        assert bool(equal) == (scale == 0 and capacity == 0.875)  # then they have a direction
+        routers.configure(routers.settled_config())
+        assert engine.evaluate(text, routed=True).capacity == pytest.approx(kept, abs=1e-3)
+
+
+def test_a_direction_changes_nothing_at_the_thresholds_that_there_were() -> None:
+    routers = attach_routers(tiny_model(), RouterConfig(layers="1-4", router="affine"))
+    with torch.no_grad():
+        routers.router(1).bias.fill_(0.3)
+        routers.router(2).weight.fill_(0.1)
+    config = RouterConfig(layers="1-4", threshold=0.55, calibrated=((0.9, 0.5),))
+    logits = give_directions(routers)
+    assert logits.keys() == {1, 3, 4} and all(
+        routers.router(layer).weight.any() for layer in logits
+    )
+    assert not give_directions(routers)
+    after = decide_as_before(config, routers.layers, logits)
+    for old, new in [(config, after), (config.at_capacity(0.9), after.at_capacity(0.9))]:
+        old_rule, new_rule = Thresholds(old, routers.layers), Thresholds(new, routers.layers)
+        for layer in routers.layers:
+            logit = torch.tensor([[logits.get(layer, 0.2)]])
+            assert new_rule.keep(logit, layer) == old_rule.keep(logit, layer)
+
+
+def test_text_of_one_row_alone_reaches_all_or_nothing(engine: Engine) -> None:
+    same = [
+        dataclasses.replace(b, input_ids=torch.full_like(b.input_ids, 5)) for b in batches(1, 1)
+    ]
+    with pytest.raises(ConfigError, match=r"0.6 cannot be reached: .* too few different rows"):
+        calibrate_all(engine, same, same, [0.6]).require_all()
 
 
 def test_capacities_that_are_reached_are_not_lost_with_one_that_is_not(engine: Engine) -> None:
@@ -200,6 +248,31 @@ def test_the_search_finds_the_capacity_when_layers_hear_each_other(
         position = search.next(1 - target + moved)
     assert search.distance <= 0.002
     assert abs(1 - search.best * (1 - feedback / (1 + abs(feedback))) - target) <= 0.002
+
+
+def test_a_capacity_that_falls_off_a_cliff_is_found_by_narrowing() -> None:
+    """24 of 28 layers score alike to a thousandth, and all hear what is skipped."""
+    generator = torch.Generator().manual_seed(0)
+    alone = torch.cat([torch.full((40,), -60.0), 1e-3 * torch.randn(240, generator=generator)])
+
+    def measure(position: float) -> tuple[float, list[float]]:
+        kept, logits = 1.0, alone
+        for _ in range(100):
+            logits = alone - 20 * (1 - kept)
+            kept = float((logits >= position).double().mean())
+        return kept, logits.sort().values.tolist()
+
+    search, position = ThresholdSearch(0.866), 0.0
+    for _ in range(7):
+        kept, logits = measure(position)
+        search.note(position, kept)
+        position = search.next(logits[round(0.134 * len(logits))])
+    tried = len(search._tried)
+    while (narrower := search.narrow(logits)) is not None and search.distance > 0.01:
+        kept, logits = measure(narrower)
+        search.note(narrower, kept)
+    assert search.distance <= 0.01
+    assert len(search._tried) - tried <= 16
 
 
 def test_the_search_narrows_down_a_step() -> None:

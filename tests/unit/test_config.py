@@ -125,6 +125,7 @@ def test_router_config_names_target_and_unit() -> None:
         assert f"{config.target}_{config.unit}" == granularity
     with pytest.raises(ConfigError, match="threshold"):
         RouterConfig(threshold=1.0)
+    assert RouterConfig(threshold=(-40.0, 0.5)).describe_threshold() == "0.0000 to 0.5000 by layer"
 
 
 def read_for_run(flags: list[str]) -> dict[str, Any] | None:

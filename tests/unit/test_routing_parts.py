@@ -21,7 +21,7 @@ from megaskip.routing import (
     Thresholds,
 )
 from megaskip.routing.handover import carried_keep, receive_keep
-from megaskip.routing.thresholds import logit_of, score_of
+from megaskip.routing.thresholds import logit_of, threshold_of
 
 LAYERS = (2, 3)
 
@@ -73,9 +73,23 @@ def test_thresholds_of_another_number_of_layers_are_an_error_and_change_nothing(
     assert thresholds.logits == dict.fromkeys(LAYERS, logit_of(0.25))
 
 
-def test_infinite_thresholds_have_a_score() -> None:
-    assert 0 < score_of(-math.inf) < 1e-12 and 1 - 1e-12 < score_of(math.inf) < 1
-    assert score_of(logit_of(0.3)) == pytest.approx(0.3)
+def test_thresholds_are_scores_as_long_as_scores_are_told_apart() -> None:
+    assert threshold_of(logit_of(0.3)) == pytest.approx(0.3)
+    for logit in (-1e4, -40.0, -14.9, 0.0, 14.9, 40.0, 1e4):
+        assert logit_of(threshold_of(logit)) == pytest.approx(logit, abs=1e-6)
+        assert RouterConfig(threshold=threshold_of(logit)).describe_threshold()
+    assert threshold_of(-math.inf) < -1e6 and 1e6 < threshold_of(math.inf) < math.inf
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_logits_beyond_what_a_sigmoid_tells_apart_have_thresholds_between_them(
+    scale: float,
+) -> None:
+    logit = scale * torch.tensor([[40.0, 40.5, 41.0]])
+    steering = Steering(RouterConfig(), LAYERS)
+    steering.budget.place(scale * 40.25)
+    settled = Thresholds(steering.settled(RouterConfig()), LAYERS)
+    assert settled.keep(logit, 2).tolist() == [[0.0, 1.0, 1.0]]
 
 
 # -- the state of one forward pass
