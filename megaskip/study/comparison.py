@@ -262,7 +262,7 @@ class Comparison:
         units = np.broadcast_to(text.units, text.kept.shape)
         kept = text.kept * units
         return total(
-            costs.price(int(read), int(read), kept[:, row], units[:, row])
+            costs.price(int(read), int(read), kept[:, row].tolist(), units[:, row].tolist())
             for row, read in enumerate(text.read)
         )
 

@@ -133,8 +133,8 @@ def draw(points: Sequence[Point], path: Path, *, title: str) -> None:
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _curves(left, points, [point.flops for point in points])
-    timed = [point for point in points if point.latency is not None]
-    _curves(right, timed, [point.latency for point in timed])
+    timed = [(point, point.latency) for point in points if point.latency is not None]
+    _curves(right, [point for point, _ in timed], [latency for _, latency in timed])
     # Methods that lose little would lie on each other beside one that loses much.
     left.set_yscale("symlog", linthresh=_LINEAR)
     left.set(
