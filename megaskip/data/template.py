@@ -41,7 +41,7 @@ class ChatTemplate:
         self._override = read_template(template_file) if template_file else None
         self.origin = template_file or f"the tokenizer in {tokenizer.name_or_path or 'memory'}"
         self._warned: set[str] = set()
-        self._wants_text: dict[str, bool] = {}
+        self._wants_text: set[str] = set()
 
     @property
     def exists(self) -> bool:
@@ -79,14 +79,17 @@ class ChatTemplate:
             call["function"]["arguments"]
             for message in sample.messages
             for call in message.tool_calls
-            if isinstance(call["function"]["arguments"], dict) and call["function"]["arguments"]
+            if isinstance(call["function"]["arguments"], dict)
         ]
         if not arguments or "tool_calls" not in source:
             return objects
         texts = [self._turn(message, source, as_text=True) for message in sample.messages]
-        if source not in self._wants_text:
-            self._wants_text[source] = self._needs_text(sample, source, objects, texts, arguments)
-        return texts if self._wants_text[source] else objects
+        if source in self._wants_text:
+            return texts
+        if not self._needs_text(sample, source, objects, texts, arguments):
+            return objects  # of this sample: another one may print what this one does not
+        self._wants_text.add(source)
+        return texts
 
     def _needs_text(
         self,

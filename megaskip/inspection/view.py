@@ -5,6 +5,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from megaskip.data.inspect import InspectedRow
 from megaskip.data.row_text import (
@@ -110,9 +111,9 @@ def row_lines(
             f"lost, {text.count(CUT_ANSWER)} of them answer",
             "31",
         )
-    for span in text.kept:
+    for span, following in zip_longest(text.kept, text.kept[1:]):
         yield from _span_lines(view, span)
-        if span.end < text.length and span.kind in (PROMPT, CONTEXT):
+        if following and following.kind == LEARNT and span.kind in (PROMPT, CONTEXT):
             yield from _border(view, reader, text, span.end)
     for span in text.cut[:_SHOWN_CUT]:
         yield from _span_lines(view, span)

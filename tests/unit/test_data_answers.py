@@ -273,6 +273,26 @@ def test_arguments_are_objects_or_json_text_as_the_template_wants(
     assert pieces_of(row, tokenizer)[2] == [expected + "<|im_end|>"]
 
 
+@pytest.mark.parametrize("first", ["{}", "refuse"])
+def test_rows_that_do_not_tell_what_a_template_wants_leave_it_open(first: str) -> None:
+    refusing = "{% if messages[0].content == 'refuse' %}{{ raise_exception('no') }}{% endif %}"
+    template = refusing + CALLS.replace("CALL", "c.function.arguments")
+    maker = SampleTokenizer(fast_tokenizer(template), seq_length=512)
+
+    def text_of(question: str, arguments: dict[str, Any]) -> str:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+        fields = {"messages": [{"role": "user", "content": question}, turn]}
+        return maker.template.open(sample_of(fields)).text()
+
+    if first == "refuse":
+        with pytest.raises(DataError, match="rejects this conversation"):
+            text_of("refuse", {"x": 1})
+    else:
+        assert "{}" in text_of("hello", {})
+    assert '{"x": 1}' in text_of("hello", {"x": 1})
+
+
 # -- errors
 
 
