@@ -1,6 +1,7 @@
 """The job of `megaskip fit`: layers to drop for every text, and maps in their places, in closed
 form."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -25,10 +26,11 @@ from megaskip.config.paths import require_new
 from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
 from megaskip.log import quiet_libraries, set_up_logging
-from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.agree import attempt_on_first_rank, on_first_rank
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.loading.source import ModelSource, resolve_source
+from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.summary import table
 from megaskip.routing import RouterSet
@@ -45,16 +47,19 @@ def fit(options: FitOptions) -> None:
     quiet_libraries()
     require_new(options.output)
     source = resolve_source(_model_of(base))
+    weights = attempt_on_first_rank(topology, lambda: check_weights(source))
     depth = source.text_config.num_hidden_layers
     candidates, count = candidate_layers(plan, depth)
     config = _run_config(base, plan, candidates)
-    loader = _loader(config, source, topology)
+    loader = _loader(config, source, topology) if weights.error is None else None
     ds_content = read_ds_config(base.ds_config)
     if ds_content is not None and topology.num_stages == 1:
         from megaskip.parallel.zero3 import prepare_deepspeed
 
         prepare_deepspeed()
     with process_group(topology, timeout=config.parallel.dist_timeout):
+        source = dataclasses.replace(source, weights=weights.shared())
+        assert loader is not None
         engine = build_engine(config, topology, source, ds_content)
         hidden = None if topology.is_first else True
         fitted = fit_static_drop(engine, loader, plan, count, hidden=hidden)

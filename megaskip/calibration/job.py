@@ -28,10 +28,12 @@ from megaskip.checkpoint.routers import (
 from megaskip.config import OptimConfig, ParallelConfig, RouterConfig, RunConfig
 from megaskip.config.commands.calibrate import CalibrateOptions
 from megaskip.config.paths import require_new, why_unwritable
+from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
 from megaskip.log import quiet_libraries, set_up_logging
-from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.agree import attempt_on_first_rank, on_first_rank
 from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.progress import ProgressBatches
 from megaskip.reporting.summary import table
@@ -78,30 +80,37 @@ class CalibrationJob:
 
             prepare_deepspeed()
         self.config = _run_config(options, self._routers)
-        self._source = resolve_source(self.config.model)
-        self._loader = open_text(
+        self._source = source = resolve_source(self.config.model)
+        self._weights = attempt_on_first_rank(topology, lambda: check_weights(source))
+        self._loader = self._open_text() if self._weights.error is None else None
+
+    def _open_text(self) -> DataLoader:
+        loader = open_text(
             self.config.data,
             self.config.model,
             self._source,
             prompt_tokens=self._stored.prompt_tokens,
-            micro_batch_size=options.micro_batch_size,
-            rank=topology.rank,
-            world_size=topology.world_size,
+            micro_batch_size=self._options.micro_batch_size,
+            rank=self._topology.rank,
+            world_size=self._topology.world_size,
         )
-        if not len(self._loader.data.held_out):
+        if not len(loader.data.held_out):
             raise ConfigError(
                 "no text is held out to check the capacities on; give --eval_data, or more --data"
             )
+        return loader
 
     def search(self) -> CalibrationResult:
         """Return the thresholds, found on the text and checked on held-out text. Collective."""
         options, loader = self._options, self._loader
+        source = dataclasses.replace(self._source, weights=self._weights.shared())
+        assert loader is not None
         held_out = loader.held_out()
         capacities = sorted(set(options.capacity))
         hidden = None if self._shows_progress else True
         total = len(capacities) * (1 + options.allocate)
         with tqdm(total=total, desc="calibrating", disable=hidden) as bar:
-            engine = routed_engine(self.config, self._topology, self._source, self._routers.folder)
+            engine = routed_engine(self.config, self._topology, source, self._routers.folder)
             rows = loader.calibration(options.rows)
             result = calibrate_all(
                 engine,

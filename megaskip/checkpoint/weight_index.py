@@ -1,49 +1,44 @@
 """Which file of a model's folder holds which tensor. The one reader of weight indexes."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from megaskip.checkpoint.atomic import read_json
-from megaskip.checkpoint.header import METADATA, read_header
+from megaskip.checkpoint.header import require_no_pointer
 from megaskip.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each stored tensor of a model; empty when there are no safetensors."""
-    return {name: folder / file for name, file in weight_map_of(folder).items()}
-
-
-def weight_map_of(folder: Path) -> dict[str, str]:
-    """Return the file name, as the index has it, of each stored tensor of a model; empty when there
-    are no safetensors.
-
-    Raises CheckpointError when the index or the only file is damaged.
-    """
-    if (folder / INDEX).is_file():
-        return read_weight_map(folder / INDEX)
-    if not (folder / SINGLE).is_file():
-        return {}
-    header, _ = read_header(folder / SINGLE)
-    return dict.fromkeys(sorted(header.keys() - {METADATA}), SINGLE)
-
-
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return the file name of each tensor that an index lists; raises CheckpointError when it is
-    damaged."""
+    """Return the file name of each tensor that an index lists.
+
+    Raises CheckpointError when the index is damaged, or names a file outside its folder.
+    """
+    require_no_pointer(index)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index} is damaged: expected names and their files in weight_map")
+    for file in sorted(set(weight_map.values())):
+        require_inside(index.parent, file, named_by=f"{index} names")
     return weight_map
 
 
-def require_whole_shards(folder: Path) -> None:
-    """Raise CheckpointError when a safetensors file of a model's folder is cut off or missing."""
-    files = set(folder.glob("*.safetensors"))
-    if (folder / INDEX).is_file():
-        files |= {folder / name for name in read_weight_map(folder / INDEX).values()}
-    for file in sorted(files):
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, which {INDEX} names")
-        read_header(file)
+def require_inside(folder: Path, file: str, *, named_by: str) -> None:
+    """Raise CheckpointError when a weight file lies outside of its folder: by its name, or because
+    it is a link. Links of the hub's cache lead to the blobs beside its snapshots."""
+    steps = {*PurePosixPath(file).parts, *PureWindowsPath(file).parts}
+    is_absolute = PurePosixPath(file).is_absolute() or bool(PureWindowsPath(file).anchor)
+    if not file or "\0" in file or is_absolute or ".." in steps:
+        raise CheckpointError(
+            f"{named_by} {file!r}, which is not a file inside {folder}; a model's weight files "
+            "must lie in its folder"
+        )
+    home = folder.resolve()
+    target = (folder / file).resolve()
+    allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise CheckpointError(
+            f"{folder / file} is a link to {target}, outside of the model's folder; copy the file "
+            "into the folder, or name the folder that holds it"
+        )

@@ -3,7 +3,8 @@ r"""Print what `megaskip train` would do and need, without loading weights or st
     megaskip plan --world_size 16 --ds_config ds_configs/zero3.json \
         --model path/to/Meta-Llama-3-70B --seq_length 4096 --micro_batch_size 1 --max_steps 100
 
-Reads the model's config.json only. The flags are those of `megaskip train`.
+Reads the model's config.json and, where there are any, the headers of its weight files. The flags
+are those of `megaskip train`.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaskip.checkpoint.atomic import write_json
-from megaskip.checkpoint.weight_index import INDEX, SINGLE, weight_map_of
+from megaskip.checkpoint.stored_weights import weight_map_of
+from megaskip.checkpoint.weight_index import INDEX, SINGLE
 from megaskip.errors import CheckpointError
 from megaskip.export.shards import bytes_of, copy_without
 

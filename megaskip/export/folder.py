@@ -20,8 +20,9 @@ from megaskip.checkpoint.routers import (
     read_router_config,
     read_router_weights,
 )
+from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.checkpoint.weight_index import INDEX, SINGLE
-from megaskip.config import RouterConfig
+from megaskip.config import ModelConfig, RouterConfig
 from megaskip.config.commands.convert import MODES
 from megaskip.config.paths import require_new
 from megaskip.data.tokenizer import read_tokenizer
@@ -30,6 +31,8 @@ from megaskip.export.base_weights import put_base_weights, require_safetensors
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import routing_rows, use_text, write_card
 from megaskip.extras import MissingExtraError
+from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.routing import PREFIX
 from megaskip.routing.compensation import is_compensation
 
@@ -82,6 +85,10 @@ def export_folder(
     require_new(output)
     done = Exported(folder=output, mode=mode)
     base_config = _config_of(base, described, mode)
+    if mode == "adapter":
+        read_stored_weights(base)  # its own modelling code, if it has any, is not run here
+    else:
+        check_weights(resolve_source(ModelConfig(model=str(base))))
     tensors = read_router_weights(routers, layers, config, _hidden_size(base_config))
     map_parameters = sum(t.numel() for n, t in tensors.items() if is_compensation(n))
     with new_folder(output) as folder:

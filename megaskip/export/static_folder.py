@@ -37,8 +37,9 @@ from megaskip.export.shards import names_of_dropped, stack_of_layers
 from megaskip.export.static import WORDS, describe_dropped
 from megaskip.export.static_maps import SHARD, StaticMaps, norms_behind, stored_maps
 from megaskip.export.verify import Verified, verify_folder
+from megaskip.parallel.loading.skeleton import skeleton
 from megaskip.parallel.loading.source import ModelSource, resolve_source
-from megaskip.parallel.loading.whole import skeleton
+from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.routing import RouterSet
 
 _SUMMARY = (
@@ -90,6 +91,7 @@ def require_exportable(base: Path, output: Path, form: str) -> StaticBase:
             "carry along"
         )
     source = resolve_source(ModelConfig(model=str(base)))
+    source = dataclasses.replace(source, weights=check_weights(source))
     weight_map = require_safetensors(base)
     if form == "decilm":
         require_decilm(source.hf_config, weight_map)

@@ -1,5 +1,6 @@
 """The job of `megaskip export-static`: measure the capacity of each layer, choose, export."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -173,7 +174,8 @@ def _measured(
     base = routers.base
     data, settings = read_as(options.source, options.text, base)
     prompt_tokens = read_router_config(routers.folder)[0].prompt_tokens
-    source = source_in(source.folder, source.hf_config, settings)
+    as_in_the_run = source_in(source.folder, source.hf_config, settings)
+    source = dataclasses.replace(as_in_the_run, weights=source.weights)
     loader = open_text(data, settings, source, prompt_tokens=prompt_tokens)
     batches = [batch for batch in loader.calibration(options.rows) if batch is not None]
     rows = sum(len(batch.input_ids) for batch in batches)

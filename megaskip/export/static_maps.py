@@ -19,8 +19,8 @@ from megaskip.checkpoint.routers import read_router_weights
 from megaskip.config import RouterConfig
 from megaskip.errors import UnsupportedModelError
 from megaskip.inference.dropped import drop_sublayers
+from megaskip.parallel.loading.skeleton import build_tiny, skeleton
 from megaskip.parallel.loading.source import ModelSource
-from megaskip.parallel.loading.whole import build_tiny, skeleton
 from megaskip.routing.compensation import describe_compensation
 
 SHARD = "compensation.safetensors"

@@ -13,14 +13,17 @@ from megaskip.arch.stage_proof import verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.log import get_logger
+from megaskip.parallel.agree import on_every_rank
 from megaskip.parallel.ds_config import require_dtype, zero3_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.full_engine import FullEngine
 from megaskip.parallel.loading.partitioned import load_partitioned
+from megaskip.parallel.loading.skeleton import build_tiny, skeleton
 from megaskip.parallel.loading.source import ModelSource, log_if_slow
 from megaskip.parallel.loading.stage_cuts import cuts_for_training
 from megaskip.parallel.loading.stage_weights import load_stage
-from megaskip.parallel.loading.whole import build_tiny, load_whole, skeleton
+from megaskip.parallel.loading.weight_check import with_checked_weights
+from megaskip.parallel.loading.whole import load_whole
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet, SparseExecutor
 
@@ -29,9 +32,13 @@ logger = get_logger(__name__)
 
 def build_full_engine(config: RunConfig, topology: Topology, source: ModelSource) -> FullEngine:
     """Return the engine that trains every weight (--train full), with the whole model on every
-    rank. `source` is the resolved `config.model`; raises MegaskipError when it cannot be loaded."""
+    rank. Collective.
+
+    `source` is the resolved `config.model`. Raises MegaskipError when it cannot be loaded.
+    """
     log_if_slow(source.dtype, topology.device)
-    model = load_whole(source, topology.device).eval()
+    checked = with_checked_weights(source, topology)
+    model = on_every_rank(topology, lambda: load_whole(checked, topology.device)).eval()
     masked = _needs_mask(model)
     model.train()
     if config.parallel.activation_checkpointing:
@@ -51,15 +58,17 @@ def build_engine(
     or routed.
     """
     log_if_slow(source.dtype, topology.device)
+    source = with_checked_weights(source, topology)
     if ds_content is not None:
         require_dtype(ds_content, str(source.dtype).removeprefix("torch."))
     if topology.num_stages > 1:
         return _pipeline(config, topology, source)
     if ds_content is None:
-        model = load_whole(source, topology.device).eval()
+        model = on_every_rank(topology, lambda: load_whole(source, topology.device)).eval()
         loss, handle = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), None
     else:
-        loss, handle = shard_backbone(source, ds_content, config.parallel.loss_chunk_tokens)
+        chunk_tokens = config.parallel.loss_chunk_tokens
+        loss, handle = shard_backbone(source, ds_content, chunk_tokens, topology)
     verify_task_loss(loss)
     loss.needs_mask = _needs_mask(loss.model)
     routers = attach_routers(loss.model, config.router, register=False)
@@ -83,7 +92,8 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
     def take_apart(model: nn.Module) -> DecoderStage:
         return DecoderStage(model, layers, chunk_tokens=chunk_tokens)
 
-    stage = load_stage(source, layers, take_apart, topology.device)
+    device = topology.device
+    stage = on_every_rank(topology, lambda: load_stage(source, layers, take_apart, device))
     stage.needs_mask = masked
     routers = attach_routers(stage, config.router, register=False)
     _choose_executor(routers, config)
@@ -111,7 +121,7 @@ def _choose_executor(routers: RouterSet, config: RunConfig) -> None:
 
 
 def shard_backbone(
-    source: ModelSource, ds_content: dict[str, Any], chunk_tokens: int
+    source: ModelSource, ds_content: dict[str, Any], chunk_tokens: int, topology: Topology
 ) -> tuple[TaskLoss, Any]:
     """Return (the frozen backbone in its task loss, handle of ZeRO-3's hooks), partitioned over
     the ranks. Collective."""
@@ -122,6 +132,6 @@ def shard_backbone(
     layer_numel = sum(p.numel() for p in find_decoder(shape).layers[-1].parameters())
     largest = max(p.numel() for p in shape.parameters())
     ds_config = zero3_config(ds_content, layer_numel=layer_numel, largest_numel=largest)
-    model = load_partitioned(source, ds_config).eval()
+    model = on_every_rank(topology, lambda: load_partitioned(source, ds_config)).eval()
     freeze(model)
     return shard(TaskLoss(model, chunk_tokens=chunk_tokens), ds_config)

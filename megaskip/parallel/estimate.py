@@ -17,8 +17,8 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.parallel.loading.skeleton import build_uninitialised
 from megaskip.parallel.loading.source import ModelSource
-from megaskip.parallel.loading.whole import build_model
 
 TRAINED_BYTES = 16
 """float32 weight, gradient and two moments of a trained parameter."""
@@ -62,7 +62,7 @@ def estimate(
 ) -> Estimate:
     """Return what each rank of `world_size` will need. Touches no weights and no process group."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(source, source.dtype)
+        model = build_uninitialised(source, source.dtype)
         model.train(config.model.train == "full")
         parameters = [(p.numel(), p.element_size()) for p in model.parameters()]
         layer_numel = sum(p.numel() for p in find_decoder(model).layers[-1].parameters())

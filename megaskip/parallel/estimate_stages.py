@@ -11,9 +11,9 @@ from megaskip.arch.stage import DecoderStage, LayerRange
 from megaskip.config import RunConfig
 from megaskip.parallel.estimate import TRAINED_BYTES, Estimate
 from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.parallel.loading.skeleton import build_uninitialised, skeleton
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.stage_cuts import cuts_for_training
-from megaskip.parallel.loading.whole import build_model, skeleton
 from megaskip.routing import RouterSet
 from megaskip.routing.handover import carried_keep, receive_keep
 
@@ -28,7 +28,7 @@ def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
         # 1F1B: these micro-batches have gone forward here and wait for their backward pass.
         in_flight = min(len(cuts) - number, config.optim.gradient_accumulation_steps)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = build_model(source, source.dtype)
+            model = build_uninitialised(source, source.dtype)
             chunk = config.parallel.loss_chunk_tokens
             stage = DecoderStage(model, layers, chunk_tokens=chunk).eval()
             routers = attach_routers(stage, config.router, register=False, verify=False)

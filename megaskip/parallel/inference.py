@@ -4,6 +4,7 @@ stages.
 Knows folders and weights, not what the model is used for.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +18,26 @@ from megaskip.checkpoint import load_routers
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import is_hub_id
 from megaskip.checkpoint.routers import CONFIG, read_router_config, read_tensors
-from megaskip.checkpoint.weight_index import require_whole_shards
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.inference.dropped import DroppedForCausalLM
 from megaskip.inference.executor import InferenceExecutor
-from megaskip.inference.hf import MODEL_TYPE
+from megaskip.inference.hf import MODEL_TYPE, MegaskipConfig
 from megaskip.inference.routed import MegaskipForCausalLM
+from megaskip.parallel.agree import on_every_rank, on_first_rank
 from megaskip.parallel.build import shard_backbone
+from megaskip.parallel.loading.loaded_values import require_loaded
 from megaskip.parallel.loading.source import (
     ModelSource,
     find_model_folder,
+    first_line,
     log_if_slow,
     resolve_source,
     source_in,
 )
 from megaskip.parallel.loading.staged_model import StagedModel, load_staged
+from megaskip.parallel.loading.weight_check import check_weights, with_checked_weights
 from megaskip.parallel.loading.whole import load_whole, read_onto
 from megaskip.parallel.topology import Topology
 from megaskip.routing import PREFIX, Routers
@@ -87,7 +91,8 @@ def load_for_inference(
 ) -> InferenceModel:
     """Return the model of an exported, a run, a router or a plain HF folder.
 
-    Collective when the placement spreads it. Raises ConfigError for a folder that is none of these.
+    Collective: every rank of the placement's topology calls it. Raises ConfigError for a folder
+    that is none of these, and CheckpointError for weights that `check_weights` refuses.
     """
     folder, backbone = Path(name), ModelConfig(dtype=dtype)
     routers = folder if (folder / CONFIG).is_file() else folder / "routers"
@@ -100,7 +105,6 @@ def load_for_inference(
     backbone = dataclasses.replace(backbone, model=name)
     folder = find_model_folder(backbone)
     content = read_json(folder / "config.json")
-    require_whole_shards(folder)
     if str(content.get("model_type")).startswith(MODEL_TYPE):
         return _exported(folder, content, backbone, placement)
     return _Backbone(resolve_source(backbone, folder), placement).dense(f"{name}, dense")
@@ -115,8 +119,7 @@ def _with_router_folder(
         raise ConfigError(f"--model {routers} does not name its base model; give --base")
     revision = described.revision if described is not None and base is None else None
     backbone = dataclasses.replace(backbone, model=named, revision=revision)
-    source = resolve_source(backbone)
-    require_whole_shards(source.folder)
+    source = with_checked_weights(resolve_source(backbone), placement.topology)
     if described is not None:
         described.require(source.describe(), "the router folder")
     loaded = _Backbone(source, placement)
@@ -130,22 +133,7 @@ def _exported(
 ) -> InferenceModel:
     routing = content.get("routing")
     if not placement.is_spread:
-        kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
-        # The package's own code, the same that the folder carries.
-        made: Any = DroppedForCausalLM if routing is None else MegaskipForCausalLM
-        try:
-            model = made.from_pretrained(
-                folder, dtype=kind or "auto", **read_onto(placement.topology.device)
-            )
-        except OSError as error:
-            raise CheckpointError(f"--model {error}") from None
-        log_if_slow(model.dtype, placement.topology.device)
-        model.to(placement.topology.device).eval().requires_grad_(False)
-        routers = model.get_submodule(PREFIX) if routing is not None else None
-        what = "sublayers dropped" if routing is None else routing["granularity"]
-        return InferenceModel(
-            model=model, routers=routers, folder=folder, description=f"{folder}, {what}"
-        )
+        return _exported_whole(folder, routing, backbone, placement.topology)
     if routing is None:
         raise ConfigError(
             f"--model {folder} has sublayers dropped for good, which cannot be spread over ranks "
@@ -164,6 +152,31 @@ def _exported(
     return loaded.routed(attached, routing.get("kv", "keep"), str(folder), config)
 
 
+def _exported_whole(
+    folder: Path, routing: dict[str, Any] | None, backbone: ModelConfig, topology: Topology
+) -> InferenceModel:
+    kind = None if backbone.dtype == "auto" else getattr(torch, backbone.dtype)
+    # The package's own code, the same that the folder carries.
+    made: Any = DroppedForCausalLM if routing is None else MegaskipForCausalLM
+    try:
+        hf_config = MegaskipConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            shape = made._from_config(copy.deepcopy(hf_config))
+        source = source_in(folder, hf_config, backbone)
+        plan = on_first_rank(topology, lambda: check_weights(source, shape))
+        model = made.from_pretrained(folder, dtype=kind or "auto", **read_onto(topology.device))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--model {folder}: {first_line(error)}") from None
+    log_if_slow(model.dtype, topology.device)
+    model.to(topology.device).eval().requires_grad_(False)
+    on_every_rank(topology, lambda: require_loaded(folder, plan, model))
+    routers = model.get_submodule(PREFIX) if routing is not None else None
+    what = "sublayers dropped" if routing is None else routing["granularity"]
+    return InferenceModel(
+        model=model, routers=routers, folder=folder, description=f"{folder}, {what}"
+    )
+
+
 class _Backbone:
     """A base model, placed; then with routers or without."""
 
@@ -172,15 +185,18 @@ class _Backbone:
         self._staged: StagedModel | None = None
         self.model: Any
         log_if_slow(source.dtype, self._device)
-        if placement.topology.num_stages > 1:
-            self._staged = load_staged(source, placement.topology)
+        topology = placement.topology
+        source = with_checked_weights(source, topology)
+        if topology.num_stages > 1:
+            self._staged = load_staged(source, topology)
             self.model = self._staged.model
         elif placement.ds_content is not None:
             chunk_tokens = ParallelConfig().loss_chunk_tokens
-            loss, _ = shard_backbone(source, placement.ds_content, chunk_tokens)
+            loss, _ = shard_backbone(source, placement.ds_content, chunk_tokens, topology)
             self.model = loss.model.eval()
         else:
-            self.model = load_whole(source, self._device).eval().requires_grad_(False)
+            model = on_every_rank(topology, lambda: load_whole(source, self._device))
+            self.model = model.eval().requires_grad_(False)
 
     def dense(self, description: str) -> InferenceModel:
         """Return the model without routers."""

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megaskip.checkpoint.resume import checkpoints
-from megaskip.checkpoint.weight_index import tensor_files
+from megaskip.checkpoint.weight_index import INDEX, SINGLE, read_weight_map
 from megaskip.config import RunConfig, resolve_layers
 from megaskip.errors import RankError
 from megaskip.parallel.loading.source import ModelSource
@@ -204,7 +204,8 @@ def _free_memory(device: torch.device) -> int:
 
 def _model_files(folder: Path) -> list[tuple[str, int, str]]:
     """Return name, size and a hash of the head of every file that makes the model."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    names = ("*.safetensors", INDEX, "config.json")
+    files = sorted(file for name in names for file in folder.glob(name) if file.is_file())
     return [(f.name, f.stat().st_size, _head(f)) for f in files]
 
 
@@ -214,8 +215,9 @@ def _head(file: Path) -> str:
 
 
 def _weight_bytes(folder: Path) -> int:
-    files = set(tensor_files(folder).values()) or set(folder.glob("*.safetensors"))
-    return sum(file.stat().st_size for file in files)
+    index = folder / INDEX
+    files = set(read_weight_map(index).values()) if index.is_file() else {SINGLE}
+    return sum((folder / file).stat().st_size for file in files if (folder / file).is_file())
 
 
 def _hash(content: Any) -> str:

@@ -12,6 +12,7 @@ from megaskip.data.demo import with_demo
 from megaskip.errors import ConfigError
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.weight_check import with_checked_weights
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.study.comparison import Comparison
 from megaskip.study.over_seeds import Measured, contrasts
@@ -37,7 +38,7 @@ def compare(options: CompareOptions) -> None:
         raise ConfigError(f"--output {options.output}: {error.strerror}; name a folder") from None
     topology = read_topology({})
     config = _run_config(options)
-    source = resolve_source(config.model)
+    source = with_checked_weights(resolve_source(config.model), topology)
     with process_group(topology, timeout=600):
         comparison = Comparison(config, topology, source, prefill_runs=options.prefill_runs)
         for skip in options.shares:

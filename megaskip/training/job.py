@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.checkpoint import BaseModel
-from megaskip.checkpoint.weight_index import require_whole_shards
 from megaskip.config import RunConfig
 from megaskip.data import TokenizedData
 from megaskip.data.demo import with_demo
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
-from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.agree import attempt_on_first_rank, on_first_rank
 from megaskip.parallel.build import build_engine, build_full_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.loading.source import ModelSource, resolve_source
+from megaskip.parallel.loading.weight_check import check_weights, check_what_is_there
 from megaskip.parallel.preflight import preflight
 from megaskip.parallel.protocol import StepEngine
 from megaskip.parallel.topology import Topology, process_group, read_topology
@@ -67,9 +67,9 @@ def train(config: RunConfig) -> None:
     if config.dry_run:
         _print_plan(config, topology, source)
         return
-    require_whole_shards(source.folder)
     # Before there is a process group: in one, ranks would time out while they wait for a slow one.
-    data, pad_token_id = read_data(config, source)
+    weights = attempt_on_first_rank(topology, lambda: check_weights(source))
+    data = read_data(config, source) if weights.error is None else None
     if ds_content is not None and topology.num_stages == 1:
         from megaskip.parallel.zero3 import prepare_deepspeed
 
@@ -77,24 +77,27 @@ def train(config: RunConfig) -> None:
     with (
         process_group(topology, timeout=config.parallel.dist_timeout),
         HeartbeatMonitor(topology, silence=config.parallel.heartbeat_timeout),
-        open_run_folder(config, topology) as (output_dir, checkpoint),
     ):
-        job = _Job(
-            config=config,
-            topology=topology,
-            source=source,
-            ds_content=ds_content,
-            data=data,
-            pad_token_id=pad_token_id,
-            output_dir=output_dir,
-            checkpoint=checkpoint,
-        )
-        _run(job)
+        source = dataclasses.replace(source, weights=weights.shared())
+        assert data is not None
+        with open_run_folder(config, topology) as (output_dir, checkpoint):
+            job = _Job(
+                config=config,
+                topology=topology,
+                source=source,
+                ds_content=ds_content,
+                data=data[0],
+                pad_token_id=data[1],
+                output_dir=output_dir,
+                checkpoint=checkpoint,
+            )
+            _run(job)
 
 
 def _print_plan(config: RunConfig, topology: Topology, source: ModelSource) -> None:
     """Print the table of --dry_run, on the first rank."""
     if topology.is_first:
+        check_what_is_there(source)
         config = dataclasses.replace(config, data=with_demo(config.data))
         stages = config.parallel.pipeline_stages
         world_size = config.parallel.world_size or max(topology.world_size, stages)

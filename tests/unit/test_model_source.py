@@ -8,12 +8,12 @@ import pytest
 import torch
 from families import tiny_model
 
-from megaskip.checkpoint.weight_index import require_whole_shards, tensor_files
+from megaskip.checkpoint.stored_weights import read_stored_weights, weight_map_of
 from megaskip.config import ModelConfig
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.inference import Placement, load_for_inference
+from megaskip.parallel.loading import skeleton, whole
 from megaskip.parallel.loading import source as source_module
-from megaskip.parallel.loading import whole
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 
 CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ def stored(family: str, folder: Path) -> ModelSource:
 def test_what_is_built_does_not_change_the_config_that_all_share(tmp_path: Path) -> None:
     source = stored("llama", tmp_path)
     before = source.hf_config.to_dict()
-    whole.skeleton(source)
-    whole.build_model(source, torch.float32)
+    skeleton.skeleton(source)
+    skeleton.build_model(source, torch.float32)
     whole.load_whole(source, CPU)
     assert source.hf_config.to_dict() == before
 
@@ -82,16 +82,16 @@ def test_every_tensor_has_a_file_with_an_index_and_without(tmp_path: Path) -> No
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "single")
     model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
-    single, shards = tensor_files(tmp_path / "single"), tensor_files(tmp_path / "shards")
+    single, shards = weight_map_of(tmp_path / "single"), weight_map_of(tmp_path / "shards")
     assert single.keys() == shards.keys() == model.state_dict().keys()
-    assert set(single.values()) == {tmp_path / "single/model.safetensors"}
+    assert set(single.values()) == {"model.safetensors"}
     assert len(set(shards.values())) > 2
-    assert tensor_files(tmp_path) == {}
+    assert weight_map_of(tmp_path) == {}
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
 def test_a_damaged_index_is_named(content: Any, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
-    for read in (tensor_files, require_whole_shards):
+    for read in (weight_map_of, read_stored_weights):
         with pytest.raises(CheckpointError, match="is damaged: expected names and their files"):
             read(tmp_path)

@@ -19,7 +19,7 @@ from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.atomic import new_folder
 from megaskip.checkpoint.resume import COMPLETE, checkpoints, prune, require_same_routers
-from megaskip.checkpoint.weight_index import require_whole_shards
+from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -194,13 +194,13 @@ def test_a_shard_that_is_cut_off_or_missing_is_named(missing: bool, tmp_path: Pa
     tiny_model().save_pretrained(tmp_path, max_shard_size="50KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
-    require_whole_shards(tmp_path)
+    read_stored_weights(tmp_path)
     if missing:
         shards[1].unlink()
     else:
         shards[1].write_bytes(shards[1].read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=f"{shards[1].name} is "):
-        require_whole_shards(tmp_path)
+        read_stored_weights(tmp_path)
 
 
 def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:

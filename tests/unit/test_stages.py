@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
 
 from megaskip.arch import stage_proof
 from megaskip.arch.decoder import find_decoder
@@ -18,7 +19,7 @@ from megaskip.arch.stage_proof import verify_stages
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig, parse_run_config
 from megaskip.errors import ConfigError, MegaskipError, UnsupportedModelError
 from megaskip.parallel.ds_config import read_ds_config
-from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.stage_cuts import (
     balance,
     cuts_for_inference,
@@ -26,6 +27,7 @@ from megaskip.parallel.loading.stage_cuts import (
     layer_costs,
 )
 from megaskip.parallel.loading.stage_weights import load_stage
+from megaskip.parallel.loading.weight_check import with_checked_weights
 from megaskip.parallel.topology import read_topology
 
 PIPELINE = ["--ds_config", "ds_configs/pipeline.json"]
@@ -78,8 +80,8 @@ def test_a_family_that_cannot_be_shrunk_is_refused_with_the_reason() -> None:
         verify_stages(tiny_config("llama"), fail)
 
 
-def load(folder: Path, layers: LayerRange) -> DecoderStage:
-    source = resolve_source(ModelConfig(model=str(folder), dtype="float32"))
+def load(folder: Path, layers: LayerRange, source: ModelSource | None = None) -> DecoderStage:
+    source = source or resolve_source(ModelConfig(model=str(folder), dtype="float32"))
 
     def take_apart(model: Any) -> DecoderStage:
         return DecoderStage(model, layers, chunk_tokens=64)
@@ -129,27 +131,25 @@ def test_a_stage_reads_its_own_files_and_no_others(family: str, tmp_path: Path) 
         f for n, f in files.items() if "embed" in n or any(f"layers.{i}." in n for i in range(3))
     }
     assert foreign - own
+    # As other ranks get it: the first one has read the headers of all files.
+    topology = read_topology({})
+    source = resolve_source(ModelConfig(model=str(tmp_path), dtype="float32"))
+    source = with_checked_weights(source, topology)
     for file in foreign - own:
         (tmp_path / file).write_bytes(b"not weights")
-    load(tmp_path, first)
+    load(tmp_path, first, source)
     with pytest.raises(MegaskipError, match="cannot read the weights"):
-        load(tmp_path, last)
+        load(tmp_path, last, source)
 
 
 def test_a_layer_that_is_not_stored_is_named(tmp_path: Path) -> None:
-    tiny_model("mixtral").save_pretrained(tmp_path, max_shard_size="40KB")
-    file = tmp_path / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    index["weight_map"] = {
-        name: at
-        for name, at in index["weight_map"].items()
-        if "layers.4.mlp" not in name and "layers.4.block_sparse_moe" not in name
-    }
-    file.write_text(json.dumps(index))
-    first, last = layer_ranges([3], 6)
-    load(tmp_path, first)
-    with pytest.raises(MegaskipError, match=r"becomes model\.layers\.4\.mlp.* of layers 3 to 5"):
-        load(tmp_path, last)
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {n: t for n, t in load_file(file).items() if "layers.4.block_sparse_moe" not in n}
+    save_file(kept, file, metadata={"format": "pt"})
+    for layers in layer_ranges([3], 6):
+        with pytest.raises(MegaskipError, match=r"is model\.layers\.4\.mlp.*3 of \d+ weights"):
+            load(tmp_path, layers)
 
 
 def test_cuts_are_the_best_there_are() -> None:

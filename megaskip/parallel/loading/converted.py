@@ -2,8 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,13 +12,18 @@ from torch import Tensor, nn
 
 from megaskip.arch.stage import LayerRange
 from megaskip.errors import MegaskipError
+from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.weight_plan import WeightPlan
 
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?:(?<=^layers\.)|(?<=\.layers\.))\d+(?=\.)")
 
 
 def makes_same_layers(model: Any, layers: LayerRange) -> bool:
     """Return whether a model of these layers alone has the same ones: not where what a layer is
-    depends on its number, as in models whose first layers have no experts."""
+    depends on its number, as in models whose first layers have no experts, nor where a model has
+    other stacks of layers, such as an encoder of pictures."""
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return False
     with torch.device("meta"):
         alone = type(model)(_config_of(model.config, layers))
     shapes = {_renumbered(n, layers.first): p.shape for n, p in alone.named_parameters()}
@@ -31,8 +35,8 @@ def load_converted(
     model: nn.Module,
     layers: LayerRange,
     wanted: set[str],
-    shards: Mapping[str, Path],
-    dtype: torch.dtype,
+    plan: WeightPlan,
+    source: ModelSource,
 ) -> dict[str, Tensor]:
     """Return the tensors of some layers in the form that `model` (its weights may be on the meta
     device) has them, by its names.
@@ -40,7 +44,7 @@ def load_converted(
     A model of these layers alone is loaded by transformers, on the CPU; of stored tensors that
     belong to no layer those in `wanted` are read. Raises MegaskipError for what is missing.
     """
-    stored = dict(_stored(layers, wanted, shards))
+    stored = dict(_stored(layers, wanted, plan, source))
     level = transformers.utils.logging.get_verbosity()
     # What these layers lack on purpose is not worth a report.
     transformers.utils.logging.set_verbosity_error()
@@ -49,7 +53,7 @@ def load_converted(
             None,
             config=_config_of(model.config, layers),
             state_dict=stored,
-            dtype=dtype,
+            dtype=source.dtype,
             output_loading_info=True,
         )
     finally:
@@ -76,21 +80,22 @@ def _config_of(config: Any, layers: LayerRange) -> Any:
 
 
 def _stored(
-    layers: LayerRange, wanted: set[str], shards: Mapping[str, Path]
+    layers: LayerRange, wanted: set[str], plan: WeightPlan, source: ModelSource
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the stored tensors of some layers, the first of them numbered 0."""
-    for file in sorted(set(shards.values())):
-        names = [
-            n for n, holder in shards.items() if holder == file and _belongs(n, layers, wanted)
-        ]
-        if not names:
-            continue
+    tensors = list(plan.stored.items())
+    tensors += [(tensor.name, tensor) for group in plan.converted.values() for tensor in group]
+    mine = [(name, tensor) for name, tensor in tensors if _belongs(name, layers, wanted)]
+    for file in sorted({tensor.file for _, tensor in mine}):
         try:
-            with safe_open(file, framework="pt") as handle:
-                for name in names:
-                    yield _renumbered(name, -layers.first), handle.get_tensor(name)
+            with safe_open(source.folder / file, framework="pt") as handle:
+                for name, tensor in mine:
+                    if tensor.file == file:
+                        yield _renumbered(name, -layers.first), handle.get_tensor(tensor.name)
         except (OSError, SafetensorError) as error:
-            raise MegaskipError(f"{file}: cannot read the weights ({error})") from None
+            raise MegaskipError(
+                f"{source.folder / file}: cannot read the weights ({error})"
+            ) from None
 
 
 def _belongs(name: str, layers: LayerRange, wanted: set[str]) -> bool:

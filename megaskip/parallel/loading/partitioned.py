@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +9,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from megaskip.checkpoint.weight_index import tensor_files
-from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
+from megaskip.parallel.loading.loaded_values import require_same
+from megaskip.parallel.loading.skeleton import build_model, skeleton
 from megaskip.parallel.loading.source import ModelSource
-from megaskip.parallel.loading.whole import build_model, load_whole, skeleton
+from megaskip.parallel.loading.weight_check import plan_of
+from megaskip.parallel.loading.weight_plan import WeightPlan
+from megaskip.parallel.loading.whole import load_whole
 
 logger = get_logger(__name__)
 
@@ -24,46 +25,45 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
     Collective.
 
     Each rank maps the safetensors shards and copies its own slice of every tensor: no
-    communication, and a rank reads 1/W of the bytes. Models whose stored names are not those of the
-    module (MoE experts that transformers fuses on loading), or that store buffers, go through
-    from_pretrained, where rank 0 reads and scatters.
+    communication, and a rank reads 1/W of the bytes. Models whose stored tensors transformers joins
+    or splits on loading (experts), or that store buffers, go through from_pretrained, where rank 0
+    reads and scatters. Raises CheckpointError as `check_weights` does, and when the weights in
+    memory are not those of the files.
     """
     import deepspeed
 
-    shards = tensor_files(source.folder)
+    plan = plan_of(source)
     offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
-    why = _why_scattered(skeleton(source), shards)
+    why = _why_scattered(skeleton(source), plan)
     if offload == "nvme" or why:
         why = why or "NVMe offload"
         logger.info("weights are read by rank 0 and scattered (%s)", why)
-        return _load_by_transformers(source, ds_config)
+        model = _load_by_transformers(source, ds_config)
+        _require_loaded(source, plan, model)
+        return model
     with (
         no_init_weights(),
         _exact_arange(),
         deepspeed.zero.Init(config_dict_or_path=_with_dtype(ds_config, source.dtype)),
     ):
-        model: Any = build_model(source, source.dtype)
+        model = build_model(source, source.dtype)
     # Construction without initialisation leaves tied embeddings apart.
-    model.tie_weights()
-    _fill_partitions(model, shards)
+    model.tie_weights()  # type: ignore[operator]
+    _fill_partitions(model, source, plan)
+    _require_loaded(source, plan, model)
     return model
 
 
 @torch.no_grad()
-def _fill_partitions(model: nn.Module, shards: Mapping[str, Path]) -> None:
+def _fill_partitions(model: nn.Module, source: ModelSource, plan: WeightPlan) -> None:
     """Copy this rank's slice of every parameter from the mapped shards into its partition."""
-    by_file: dict[Path, list[tuple[str, Any]]] = {}
+    by_file: dict[str, list[tuple[str, Any]]] = {}
     for name, parameter in model.named_parameters():
-        by_file.setdefault(shards[name], []).append((name, parameter))
+        by_file.setdefault(plan.stored[name].file, []).append((name, parameter))
     for file, parameters in sorted(by_file.items()):
-        with safe_open(file, framework="pt") as handle:
+        with safe_open(source.folder / file, framework="pt") as handle:
             for name, parameter in parameters:
-                stored = handle.get_tensor(name)
-                if tuple(stored.shape) != tuple(parameter.ds_shape):
-                    raise MegaskipError(
-                        f"{file}: {name} has shape {tuple(stored.shape)}, config.json asks for "
-                        f"{tuple(parameter.ds_shape)}"
-                    )
+                stored = handle.get_tensor(plan.stored[name].name)
                 rank = parameter.ds_process_group.rank()
                 _copy_slice(parameter.ds_tensor, stored, rank)
                 if parameter.ds_secondary_tensor is not None:
@@ -77,6 +77,22 @@ def _copy_slice(partition: Any, stored: Tensor, rank: int) -> None:
     start = partition.ds_numel * rank
     mine = stored.view(-1)[start : start + partition.ds_numel]
     partition.data[: mine.numel()].copy_(mine)
+
+
+def _require_loaded(source: ModelSource, plan: WeightPlan, model: nn.Module) -> None:
+    """Raise CheckpointError unless this rank's partitions hold what the files have in their
+    place."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in plan.stored:
+            continue
+        partition = getattr(tensor, "ds_tensor", None)
+        if partition is None or tensor.ds_status == ZeroParamStatus.AVAILABLE:
+            require_same(source.folder, name, plan.stored[name], tensor)
+        elif partition.numel() == partition.ds_numel:  # not where it is swapped to a disk
+            first = partition.ds_numel * tensor.ds_process_group.rank()
+            require_same(source.folder, name, plan.stored[name], partition, first=first)
 
 
 def _load_by_transformers(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Module:
@@ -124,11 +140,11 @@ def _with_dtype(ds_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, A
     return {**ds_config, "bf16": {"enabled": dtype == torch.bfloat16}}
 
 
-def _why_scattered(model: nn.Module, shards: Mapping[str, Path]) -> str | None:
+def _why_scattered(model: nn.Module, plan: WeightPlan) -> str | None:
     """Return why ranks cannot fill their partitions of `model` from the shards, None if they
     can."""
     parameters = {name for name, _ in model.named_parameters()}
-    if not shards or not parameters <= shards.keys():
-        return "stored tensor names differ from the module's"
+    if not parameters <= plan.stored.keys():
+        return "stored tensors are joined or split on loading"
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     return "the model stores buffers, too" if buffers else None

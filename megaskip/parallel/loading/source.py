@@ -19,10 +19,13 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig
 
 from megaskip.checkpoint.base import BaseModel, describe_base
+from megaskip.checkpoint.header import require_no_pointer
+from megaskip.checkpoint.stored_weights import ADAPTER
 from megaskip.config import ModelConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import ConfigError
 from megaskip.log import get_logger
+from megaskip.parallel.loading.weight_plan import WeightPlan
 
 logger = get_logger(__name__)
 
@@ -54,6 +57,8 @@ class ModelSource:
     """Attention as transformers names it; None takes what transformers prefers for the family."""
     trust_remote_code: bool
     """Whether code in the folder may run."""
+    weights: WeightPlan | None = None
+    """Which stored tensor becomes which weight; None until its files are checked."""
 
     @property
     def text_config(self) -> Any:
@@ -80,6 +85,7 @@ def resolve_source(config: ModelConfig, folder: Path | None = None) -> ModelSour
     model or its config.json cannot be read.
     """
     folder = find_model_folder(config) if folder is None else folder
+    require_no_pointer(folder / "config.json")
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except _CONFIG_ERRORS as error:
@@ -111,7 +117,9 @@ def find_model_folder(config: ModelConfig, *, weights: bool = True) -> Path:
     folder = Path(config.model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"--model {folder}: no config.json in this folder")
+            is_adapter = (folder / ADAPTER).is_file()
+            why = f"; it holds {ADAPTER}: merge the adapter into its base" if is_adapter else ""
+            raise ConfigError(f"--model {folder}: no config.json in this folder{why}")
         return folder
     if folder.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1:
         raise ConfigError(f"--model {config.model}: no such folder")

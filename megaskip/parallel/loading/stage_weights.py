@@ -9,15 +9,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers.initialization import no_init_weights
 
 from megaskip.arch.stage import LayerRange
-from megaskip.checkpoint.weight_index import tensor_files
+from megaskip.checkpoint.stored_weights import StoredTensor
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.converted import load_converted, makes_same_layers
+from megaskip.parallel.loading.loaded_values import require_same
+from megaskip.parallel.loading.skeleton import build_uninitialised
 from megaskip.parallel.loading.source import ModelSource
-from megaskip.parallel.loading.whole import build_model, load_whole
+from megaskip.parallel.loading.weight_check import plan_of
+from megaskip.parallel.loading.whole import load_whole
 
 logger = get_logger(__name__)
 
@@ -33,13 +35,14 @@ def load_stage(
     """Return what `take_apart` leaves of the model, `layers` and what goes with them, with its
     weights on `device`.
 
-    Every rank calls it by itself and reads its own tensors. Models whose stored names are not those
-    of the module (MoE experts that transformers fuses on loading) go through the CPU's memory;
-    those whose layers differ by their number besides, such as deepseek_v3, are read whole.
+    Every rank calls it by itself and reads its own tensors. Models whose stored tensors
+    transformers joins or splits (experts) go through the CPU's memory; those whose layers differ by
+    their number besides, such as deepseek_v3, are read whole. Raises CheckpointError as
+    `check_weights` does, and when the weights in memory are not those of the files.
     """
-    shards = tensor_files(source.folder)
+    plan = plan_of(source)
     model = _without_weights(source)
-    stored_as_named = {name for name, _ in model.named_parameters()} <= shards.keys()
+    stored_as_named = {name for name, _ in model.named_parameters()} <= plan.stored.keys()
     if not stored_as_named and not makes_same_layers(model, layers):
         logger.info("every rank reads the whole model (its layers differ by their number)")
         whole = load_whole(source, torch.device("cpu"))
@@ -47,12 +50,12 @@ def load_stage(
     names, exact = _stored_names(model), _kept_exact(model)
     stage = take_apart(model).eval()
     # Buffers count that are stored, such as the bias by which experts are chosen.
-    buffers = [buffer for buffer in stage.buffers() if names.get(id(buffer)) in shards]
+    buffers = [buffer for buffer in stage.buffers() if names.get(id(buffer)) in plan.stored]
     wanted = {names[id(empty)]: empty for empty in (*stage.parameters(), *buffers)}
-    if wanted.keys() <= shards.keys():
-        stored = _from_files(wanted, shards)
+    if wanted.keys() <= plan.stored.keys():
+        stored = _from_files(source.folder, {name: plan.stored[name] for name in wanted})
     else:
-        stored = iter(load_converted(model, layers, set(wanted), shards, source.dtype).items())
+        stored = iter(load_converted(model, layers, set(wanted), plan, source).items())
     filled = {
         id(wanted[name]): _own(tensor, wanted[name], name, device, exact(name))
         for name, tensor in stored
@@ -63,6 +66,9 @@ def load_stage(
         raise MegaskipError(
             f"{source.folder}: no stored tensor becomes {missing[0]}; is it complete?"
         )
+    for name, empty in wanted.items():
+        if name in plan.stored:
+            require_same(source.folder, name, plan.stored[name], filled[id(empty)])
     _replace(stage, filled)
     return stage.to(device)
 
@@ -94,11 +100,8 @@ def _kept_exact(model: nn.Module) -> Callable[[str], bool]:
 
 def _without_weights(source: ModelSource) -> nn.Module:
     """Return the model with parameters on the meta device and buffers, such as RoPE's, computed."""
-    with no_init_weights(), _parameters_on_meta():
-        model = build_model(source, source.dtype)
-    # Construction without initialisation leaves tied embeddings apart.
-    model.tie_weights()  # type: ignore[operator]
-    return model
+    with _parameters_on_meta():
+        return build_uninitialised(source, source.dtype)
 
 
 @contextlib.contextmanager
@@ -115,17 +118,16 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def _from_files(
-    wanted: Mapping[str, Tensor], shards: Mapping[str, Path]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the stored values of each wanted tensor, file by file."""
-    for file in sorted({shards[name] for name in wanted}):
+def _from_files(folder: Path, wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stored values of each wanted tensor by the model's names, file by file."""
+    for file in sorted({tensor.file for tensor in wanted.values()}):
         try:
-            with safe_open(file, framework="pt") as handle:
-                for name in (name for name in wanted if shards[name] == file):
-                    yield name, handle.get_tensor(name)
+            with safe_open(folder / file, framework="pt") as handle:
+                for name, tensor in wanted.items():
+                    if tensor.file == file:
+                        yield name, handle.get_tensor(tensor.name)
         except (OSError, SafetensorError) as error:
-            raise MegaskipError(f"{file}: cannot read the weights ({error})") from None
+            raise MegaskipError(f"{folder / file}: cannot read the weights ({error})") from None
 
 
 @torch.no_grad()

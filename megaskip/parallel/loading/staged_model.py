@@ -10,10 +10,11 @@ from transformers import GenerationConfig
 from megaskip.arch.neighbours import connect
 from megaskip.arch.stage import LayerRange, cut
 from megaskip.arch.stage_proof import verify_stages
+from megaskip.parallel.agree import on_every_rank
+from megaskip.parallel.loading.skeleton import build_tiny, skeleton
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.stage_cuts import cuts_for_inference
 from megaskip.parallel.loading.stage_weights import load_stage
-from megaskip.parallel.loading.whole import build_tiny, skeleton
 from megaskip.parallel.p2p import P2PChannel
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Routers
@@ -75,8 +76,8 @@ class StageLinks:
 def load_staged(source: ModelSource, topology: Topology) -> StagedModel:
     """Return this rank's stage, unconnected; the layers' weights are balanced over the stages.
 
-    Every rank calls it by itself and reads its own tensors. Raises UnsupportedModelError for a
-    family whose stages do not compute what the whole does.
+    Collective; every rank reads its own tensors. Raises UnsupportedModelError for a family whose
+    stages do not compute what the whole does, and what `load_stage` does.
     """
     masked = verify_stages(source.hf_config, functools.partial(build_tiny, source), generates=True)
     shape = skeleton(source)
@@ -86,7 +87,10 @@ def load_staged(source: ModelSource, topology: Topology) -> StagedModel:
         cut(model, layers)
         return model
 
-    model: Any = load_stage(source, layers, take_apart, topology.device)
+    def load() -> Any:
+        return load_stage(source, layers, take_apart, topology.device)
+
+    model = on_every_rank(topology, load)
     model.requires_grad_(False)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)

@@ -1,0 +1,53 @@
+"""A model built from its config, without the weights of its files."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from megaskip.errors import ConfigError
+from megaskip.parallel.loading.source import ModelSource, first_line
+
+_CANNOT_BUILD = (
+    *(ValueError, ImportError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, RuntimeError, AssertionError),
+)
+"""What a family's constructor raises for a config that does not fit it."""
+
+
+def skeleton(source: ModelSource) -> nn.Module:
+    """Return the model without weights, on the meta device."""
+    with torch.device("meta"):
+        return build_model(source)
+
+
+def build_model(source: ModelSource, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the model of a config, its weights not loaded; raises ConfigError when it cannot be
+    built."""
+    # transformers notes the type in the config that it is given.
+    hf_config = copy.deepcopy(source.hf_config)
+    try:
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **source.build_options)
+    except _CANNOT_BUILD as error:
+        raise ConfigError(
+            f"--model {source.name}: cannot be built as a decoder ({first_line(error)})"
+        ) from None
+
+
+def build_uninitialised(source: ModelSource, dtype: torch.dtype) -> nn.Module:
+    """Return the model of a config with numbers that mean nothing, for those who fill or fake
+    them; errors as `build_model`."""
+    with no_init_weights():
+        model = build_model(source, dtype)
+    # Construction without initialisation leaves tied embeddings apart.
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def build_tiny(source: ModelSource, tiny_config: Any) -> nn.Module:
+    """Return a model of another config, in float32, built as that of `source` is."""
+    return build_model(dataclasses.replace(source, hf_config=tiny_config), torch.float32)
