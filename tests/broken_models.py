@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import tiny_model
+from families import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -322,6 +323,25 @@ LOADED: dict[str, Fault] = {
     "shards_below": _shards_below,
 }
 """Folders that look odd and are read alike by every engine."""
+
+
+def with_pictures(folder: Path) -> Path:
+    """Write a model that is a decoder inside of one for pictures and text."""
+    config = Gemma3Config(
+        text_config=tiny_config("gemma3", num_hidden_layers=2).to_dict(),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        mm_tokens_per_image=4,
+    )
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
 
 
 def write(folder: Path, fault: Fault) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.header import require_no_pointer
+from megaskip.config.value_types import shown
 from megaskip.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -31,11 +32,15 @@ def require_inside(folder: Path, file: str, *, named_by: str) -> None:
     is_absolute = PurePosixPath(file).is_absolute() or bool(PureWindowsPath(file).anchor)
     if not file or "\0" in file or is_absolute or ".." in steps:
         raise CheckpointError(
-            f"{named_by} {file!r}, which is not a file inside {folder}; a model's weight files "
+            f"{named_by} {shown(file)}, which is not a file inside {folder}; a model's weights "
             "must lie in its folder"
         )
-    home = folder.resolve()
-    target = (folder / file).resolve()
+    try:
+        home, target = folder.resolve(), (folder / file).resolve()
+        target.exists()  # a name may be longer than the system allows
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a link to itself
+        why = getattr(error, "strerror", None) or "a link that leads nowhere"
+        raise CheckpointError(f"{named_by} {shown(file)}, which cannot be read: {why}") from None
     allowed = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(target.is_relative_to(root) for root in allowed):
         raise CheckpointError(

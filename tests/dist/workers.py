@@ -5,19 +5,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensor_calls import AttentionMasks
 
+from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
 from megaskip.calibration.allocation import allocate, skip_costs
 from megaskip.calibration.drop_order import greedy_drop_order
 from megaskip.calibration.fit import fit_compensation
+from megaskip.errors import MegaskipError
 from megaskip.parallel import pipeline
+from megaskip.parallel.agree import attempt_on_first_rank, on_every_rank
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.loading.source import resolve_source
@@ -231,6 +234,33 @@ def memory_of_steps(model: str, flags: list[str], counts: list[int]) -> list[int
                 engine.train_step(batches, 0.0)
             peaks.append(live.peak)
     return peaks
+
+
+def outcomes(models: list[str], cases: list[list[str]]) -> list[list[float | str]]:
+    """Return the loss of a step on each model for each case's flags, or what it was refused with;
+    last, what this rank says of a folder that one rank alone finds broken, each in turn."""
+    told = [[_or_refusal(lambda: _loss(model, case)) for case in cases] for model in models]
+    topology = read_topology(os.environ)
+    nowhere = Path(models[0]).with_name("nowhere")
+    attempt = attempt_on_first_rank(topology, lambda: read_stored_weights(nowhere))
+
+    def read_on_last() -> None:
+        if topology.rank == topology.world_size - 1:
+            read_stored_weights(nowhere)
+
+    ways = (attempt.shared, lambda: on_every_rank(topology, read_on_last))
+    return [*told, [_or_refusal(way) for way in ways]]
+
+
+def _loss(model: str, flags: list[str]) -> float:
+    return float(_one_step(model, {"flags": flags, "parts": [0, 1]})["loss_task"])
+
+
+def _or_refusal(act: Callable[[], Any]) -> Any:
+    try:
+        return act()
+    except MegaskipError as error:
+        return str(error)
 
 
 def whole_weights(model: str, cases: list[list[str]]) -> list[dict[str, torch.Tensor]]:

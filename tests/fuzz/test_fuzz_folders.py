@@ -30,7 +30,7 @@ from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.resume import checkpoints, prune, read_state
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
-from megaskip.checkpoint.weight_index import require_whole_shards, tensor_files
+from megaskip.checkpoint.stored_weights import read_stored_weights, weight_map_of
 from megaskip.config import DataConfig, ModelConfig, RunConfig
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.config.run import CheckpointConfig
@@ -38,6 +38,7 @@ from megaskip.data import TokenizedData, build_dataset
 from megaskip.export.folder import export_folder
 from megaskip.export.published import import_published
 from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.runs.source import find_routers, read_as, run_facts
 from megaskip.training.initial_routers import with_initial_routers
 from megaskip.training.run_folder import choose_run_folder, reopen, write_run_file
@@ -226,16 +227,14 @@ def test_model_folders(router_folder: Folder, base_folder: Folder, data: st.Data
     with ends_well():
         describe_folder(folder)
     with ends_well():
-        require_whole_shards(folder)
-    with ends_well():
-        for file in tensor_files(folder).values():
-            assert file.parent == folder
+        for file in weight_map_of(folder).values():
+            assert (folder / file).parent == folder
     output = folder.with_name("exported")
     with ends_well():
         export_folder(router_folder.good, folder, output, mode="copy")
     shutil.rmtree(output, ignore_errors=True)
     with ends_well():
-        resolve_source(ModelConfig(model=str(folder)))
+        check_weights(resolve_source(ModelConfig(model=str(folder))))
     assert not base_folder.watched.was_opened(), "a file outside of the folder was read"
 
 
@@ -252,7 +251,7 @@ def test_names_of_shards(
     index.write_text(json.dumps(content))
     base_folder.watched.was_opened()
     with ends_well():
-        require_whole_shards(folder)
+        read_stored_weights(folder)
     output = folder.with_name("exported")
     with ends_well():
         export_folder(router_folder.good, folder, output, mode="copy")

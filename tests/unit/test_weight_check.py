@@ -195,3 +195,14 @@ def test_an_expert_that_is_missing_is_noticed_from_headers(
     edit_weights(tmp_path, lambda w: {name: w[name] for name in w if lost not in name})
     with pytest.raises(CheckpointError, match=r"layers\.4\.mlp\.experts|do not become those of"):
         check_weights(source_of(tmp_path))
+
+
+def test_the_table_in_the_documents_has_every_folder_and_its_outcome() -> None:
+    page = Path(__file__).parents[2] / "docs/model-folders.md"
+    rows = [line.strip("|").split(" | ") for line in page.read_text().splitlines()]
+    cells = {
+        row[1].strip("`"): {cell.strip() for cell in row[2:]} for row in rows if len(row) == 10
+    }
+    del cells["in short"]
+    expected = dict.fromkeys(REFUSED, {"refused"}) | dict.fromkeys(LOADED, {"read"})
+    assert cells == expected
