@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megaskip.data.plain_text import PlainTextEncoder
+from megaskip.data.segments import Segment, SegmentTokenizer
 from megaskip.errors import ConfigError
 
 Pair = tuple[list[int], list[int]]
@@ -16,6 +17,7 @@ class RequestEncoder:
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._plain_text = PlainTextEncoder(tokenizer)
+        self._segments = SegmentTokenizer(tokenizer)
         self._max_length = max_length
 
     def context(self, text: str, *, is_chat: bool) -> list[int]:
@@ -27,17 +29,16 @@ class RequestEncoder:
     def pair(self, context: str, answer: str, *, is_chat: bool) -> Pair:
         """Return the tokens of a context and of an answer behind it.
 
-        White space between them is the answer's, as in lm-eval. Where the two would merge into one
-        token they are encoded apart: generation would never see the merged token.
+        White space between them is the answer's, as in lm-eval. The context's tokens are those that
+        it has alone, whatever a tokenizer would merge across the border: generation would never
+        see the merged token.
         """
         bare = context.rstrip()
         answer = context[len(bare) :] + answer
         if not bare:
             return self._plain_text.split(answer)
-        head = self.context(bare, is_chat=is_chat)
-        both = self.context(bare + answer, is_chat=is_chat)
-        rest = both[len(head) :] if both[: len(head)] == head else self._plain_text.ids(answer)
-        return head, rest
+        joined = self._segments.encode([Segment(text=bare), Segment(text=answer, learnt=True)])
+        return self.context(bare, is_chat=is_chat), joined.ids[joined.prompt :]
 
     def windows(self, text: str) -> Iterator[Pair]:
         """Yield windows of a text in which every token is predicted once, as lm-eval cuts them.

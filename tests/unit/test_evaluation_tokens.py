@@ -1,11 +1,12 @@
 """Evaluation reads texts as training does, and as lm-eval does where it is asked to."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from data_samples import CHATML, fast_tokenizer
+from data_samples import CHATML, fast_tokenizer, slow_tokenizer
 from families import tiny_model
 from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
@@ -17,6 +18,7 @@ from megaskip.data.tokenize import SampleTokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport
+from megaskip.evaluation.request_encoder import RequestEncoder
 
 RULES = ["$A", "<s> $A", "$A </s>", "<s> $A </s>", "<|im_start|> <s> $A"]
 """What tokenizers put around a text: GPT-2's, Llama's, add_eos_token, both, GLM's."""
@@ -121,6 +123,17 @@ def test_no_end_token_stands_behind_a_context(rule: str) -> None:
     assert rows[0] == [*start, *encoder.ids("how are you")]
     assert rows[3] == (start or [1])
     assert 2 not in ids[mask.bool()]
+
+
+def test_a_sentencepiece_answer_that_would_merge_gets_no_space_of_its_own(tmp_path: Path) -> None:
+    tokenizer = slow_tokenizer(tmp_path, None)
+    encoder = RequestEncoder(tokenizer, 40)
+    for context, answer in [("the answ", "er is"), ("hello", " world"), ("hello ", "world")]:
+        head, rest = encoder.pair(context, answer, is_chat=False)
+        assert head == [*PlainTextEncoder(tokenizer).encode(context.rstrip())]
+        assert tokenizer.decode([*head, *rest]).replace("<s>", "").strip() == context + answer
+    head, rest = encoder.pair("the answ", "er is", is_chat=False)
+    assert rest[0] != PlainTextEncoder(tokenizer).ids("er is")[0]
 
 
 def test_what_is_cut_from_the_left_keeps_its_begin_token() -> None:
