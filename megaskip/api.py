@@ -101,6 +101,7 @@ def export_static(
     form: str = "hf",
     without_compensation: bool = False,
     tokenizer: str | None = None,
+    chat_template: str | Path | None = None,
     trust_remote_code: bool = False,
     dtype: str | None = None,
     verify: bool = False,
@@ -116,8 +117,9 @@ def export_static(
     hub names as `megaskip train` reads them; the text of the run for a run folder).
     `form` is "hf" for transformers or "decilm" for vLLM. Maps that routers have for what they skip
     stand in the place of what is dropped; `without_compensation` leaves them out, as "decilm"
-    needs. `dtype` is the type of the weights while it is measured. `verify` compares logits with
-    those of the base whose sublayers are off.
+    needs. `chat_template`, a jinja file, takes the place of the tokenizer's. `dtype` is the type of
+    the weights while it is measured. `verify` compares logits with those of the base whose
+    sublayers are off.
 
     Raises ConfigError, DataError, CheckpointError or UnsupportedModelError.
     """
@@ -126,6 +128,7 @@ def export_static(
         source=_router_source(routers, base, trust_remote_code),
         text=TextSource(data=tuple(map(str, data)), dtype=dtype),
         tokenizer=tokenizer,
+        chat_template=None if chat_template is None else str(chat_template),
         rows=rows,
         below=below,
         count=count,

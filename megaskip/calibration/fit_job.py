@@ -3,6 +3,7 @@ form."""
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 
 from megaskip.calibration.static_drop import (
@@ -73,9 +74,13 @@ def fit(options: FitOptions) -> None:
 def _next(options: FitOptions) -> str:
     """Return the command that goes on from what was fitted."""
     if options.plan.compensation == "none":
-        return f"megaskip export-static --routers {options.output} --output smaller --verify"
-    start = f"--model {options.base.model} --init_routers {options.output}"
-    return f"megaskip train {start} --distill 0.5"
+        start = f"megaskip export-static --routers {options.output} --output smaller --verify"
+    else:
+        start = f"megaskip train --model {options.base.model} --init_routers {options.output}"
+        start += " --distill 0.5"
+    given = {"tokenizer": options.base.tokenizer, "chat_template": options.base.chat_template}
+    named = [f"--{name} {shlex.quote(value)}" for name, value in given.items() if value]
+    return " ".join([start, *named])
 
 
 def _write(output: Path, static: RouterSet, source: ModelSource, fitted: Fitted) -> None:

@@ -89,7 +89,9 @@ def drop_and_export(
     config, routed, described = read_router_config(routers.folder)
     if described is not None:
         described.require(describe_folder(base), "the router folder")
-    tokenizer = chosen_tokenizer(options.tokenizer, options.source, base)
+    tokenizer = chosen_tokenizer(
+        options.tokenizer, options.source, base, template=options.chat_template
+    )
     exportable = require_exportable(base, options.output, options.format)
     layers, capacity, text = _choose(options, routers, config, routed, exportable.source)
     dropped = sublayers(config.target, layers)

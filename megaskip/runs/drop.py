@@ -33,14 +33,8 @@ def drop(options: DropOptions) -> None:
         _run(options, ["fit", *_fit_flags(options), "--output", str(fitted)])
     if options.steps and not (run / "report.json").is_file():
         _run(options, ["train", *_train_flags(options, fitted), "--output_dir", str(run)])
-    trained = ["--run", str(run)] if options.steps else ["--routers", str(fitted)]
-    tokenizer = options.base.tokenizer
-    named = ["--tokenizer", tokenizer] if tokenizer is not None and not options.steps else []
-    named += ["--trust_remote_code"] if options.base.trust_remote_code else []
-    _start(
-        [sys.executable, "-m", "megaskip", "export-static", *trained, *named]
-        + ["--output", str(options.output), "--verify"]
-    )
+    command = [sys.executable, "-m", "megaskip", "export-static", *_export_flags(options, work)]
+    _start([*command, "--output", str(options.output), "--verify"])
 
 
 def _begin(work: Path, options: DropOptions) -> None:
@@ -107,6 +101,15 @@ def _train_flags(options: DropOptions, fitted: Path) -> list[str]:
         "resume": "auto",
     }
     return _base_flags(options) + _flags(values)
+
+
+def _export_flags(options: DropOptions, work: Path) -> list[str]:
+    base = options.base
+    trusted = ["--trust_remote_code"] if base.trust_remote_code else []
+    if options.steps:  # the run knows its tokenizer and template
+        return ["--run", str(work / "run"), *trusted]
+    values = {"tokenizer": base.tokenizer, "chat_template": base.chat_template}
+    return ["--routers", str(work / "fitted"), *_flags(values), *trusted]
 
 
 def _base_flags(options: DropOptions) -> list[str]:

@@ -16,6 +16,7 @@ from megaskip.data import build_dataset
 from megaskip.data.dataset import for_vocabulary
 from megaskip.data.demo import with_demo
 from megaskip.data.loader import DataLoader
+from megaskip.data.template import read_template
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.data.vocabulary import padding_token
 from megaskip.errors import CheckpointError, ConfigError
@@ -52,9 +53,21 @@ def find_routers(source: RouterSource) -> TrainedRouters:
     return TrainedRouters(folder=folder, base=base, facts=facts)
 
 
-def chosen_tokenizer(named: str | None, source: RouterSource, base: Path) -> Any | None:
-    """Return the tokenizer that is exported in place of the base's; None for the base's own."""
-    return other_tokenizer(named, source.run, base, trust_remote_code=source.trust_remote_code)
+def chosen_tokenizer(
+    named: str | None, source: RouterSource, base: Path, *, template: str | None = None
+) -> Any | None:
+    """Return the tokenizer that is exported in place of the base's; None for the base's own.
+
+    `template` is a file with the chat template that it is to have.
+    """
+    trusted = source.trust_remote_code
+    tokenizer = other_tokenizer(named, source.run, base, trust_remote_code=trusted)
+    if template is not None:
+        text = read_template(template)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(base, trust_remote_code=trusted)
+        tokenizer.chat_template = text
+    return tokenizer
 
 
 def run_facts(run: Path) -> tuple[dict[str, Any], str | None]:

@@ -13,6 +13,7 @@ import megaskip
 from megaskip import RouterConfig
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config
+from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 
 DEMO = Path(megaskip.__file__).parent / "demo"
@@ -67,7 +68,11 @@ def test_calibrate_stores_capacities_that_can_be_chosen(routers: Path, tmp_path:
 
 
 def test_export_static_drops_listed_or_measured_layers(routers: Path, tmp_path: Path) -> None:
-    listed = megaskip.export_static(routers, tmp_path / "listed", layers=[4, 6])
+    (tmp_path / "a.jinja").write_text("{{ messages }}")
+    listed = megaskip.export_static(
+        routers, tmp_path / "listed", layers=[4, 6], chat_template=tmp_path / "a.jinja"
+    )
+    assert load_tokenizer(listed.folder).chat_template == "{{ messages }}"
     assert listed.removed > 0
     shorter = megaskip.load_for_inference(tmp_path / "listed", dtype="float32")
     assert shorter.model.config.dropped["attn"] == [4, 6]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megaskip.calibration.fit_job import _next
 from megaskip.calibration.static_drop import Fitted, candidate_layers
 from megaskip.cli import drop, fit
 from megaskip.config.commands.fit import DropPlan
@@ -61,3 +62,19 @@ def test_work_that_was_begun_with_other_flags_is_not_taken_for_this_command(
     assert len(started) == 6
     recorded = json.loads((tmp_path / "smaller.work/drop.json").read_text())
     assert recorded["drop"] == 25.0
+
+
+def test_an_export_of_fitted_maps_has_the_tokenizer_and_template_they_were_fitted_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("megaskip.runs.drop._start", started.append)
+    given = ["--tokenizer=t", "--chat_template=c.jinja"]
+    argv = [*SMALL, *given, "--output", str(tmp_path / "smaller")]
+    drop.main([*argv, "--steps", "0"])
+    assert [command[3] for command in started] == ["fit", "export-static"]
+    assert all(set(given) <= set(command) for command in started)
+    drop.main([*argv, "--steps", "9", "--work_dir", str(tmp_path / "other")])
+    assert not set(given) & set(started[-1])  # the run knows them
+    options = fit.parse([*argv[:-1], "fitted"])
+    assert _next(options).endswith("--distill 0.5 --tokenizer t --chat_template c.jinja")

@@ -19,6 +19,8 @@ class ExportStaticOptions(Checked):
     text: TextSource
     tokenizer: str | None = option(None, metavar="TOKENIZER")
     """Tokenizer, folder or hub id [with --run: what it was trained with; else the base's]."""
+    chat_template: str | None = option(None, metavar="FILE.jinja")
+    """A jinja file that replaces the tokenizer's chat template in the folder."""
     rows: int = 256
     """Rows of the text to measure on."""
     below: float | None = option(None, metavar="SHARE")
