@@ -120,41 +120,50 @@ def export_static(
     if maps is not None and base.form == "decilm":
         raise ConfigError(NO_MAPS_IN_DECILM)
     _require_droppable(base.source, dropped, "" if maps is None else maps.site)
-    added: dict[str, Tensor] = {}
-    norms = {} if base.form == "hf" else NORMS
-    if maps is not None:
-        added = stored_maps(maps, base.source, stack_of_layers(base.weight_map))
-        norms = norms_behind(maps, base.source)
-    gone = names_of_dropped(base.weight_map, dropped, norms)
+    gone, added = _changed_tensors(base, dropped, maps)
     done = StaticExport(folder=output, mode="overlay")
-    base_folder = base.source.folder
     with new_folder(output) as folder:
         if added:
             write_tensors(folder / SHARD, added)
         weights = put_base_weights(
             folder,
-            base_folder,
+            base.source.folder,
             base.weight_map,
             without=gone,
             beside=dict.fromkeys(added, SHARD),
             progress=progress,
         )
         done.linked, done.removed, done.notes = weights.linked, weights.removed, weights.notes
-        put_rest(folder, base_folder, tokenizer)
+        put_rest(folder, base.source.folder, tokenizer)
         _put_config(folder, base, dropped, maps)
-        made_from = base_name(name, base_folder)
-        rows = {"base model": f"{made_from}, frozen", "dropped": describe_dropped(dropped)}
-        write_card(
-            folder,
-            base_folder,
-            made_from,
-            title="with sublayers dropped",
-            summary=_SUMMARY,
-            rows={**rows, **_map_rows(maps), **(facts or {})},
-            use=use_text(base.form, made_from),
-        )
+        rows = {"dropped": describe_dropped(dropped), **_map_rows(maps), **(facts or {})}
+        _put_card(folder, base, base_name(name, base.source.folder), rows)
     done.written = size_of(output) - done.linked
     return done
+
+
+def _changed_tensors(
+    base: StaticBase, dropped: Mapping[str, Sequence[int]], maps: StaticMaps | None
+) -> tuple[set[str], dict[str, Tensor]]:
+    """Return (names of the base's tensors that are gone, tensors that are added, by name)."""
+    norms = {} if base.form == "hf" else NORMS
+    added: dict[str, Tensor] = {}
+    if maps is not None:
+        norms = norms_behind(maps, base.source)
+        added = stored_maps(maps, base.source, stack_of_layers(base.weight_map))
+    return names_of_dropped(base.weight_map, dropped, norms), added
+
+
+def _put_card(folder: Path, base: StaticBase, made_from: str, rows: Mapping[str, Any]) -> None:
+    write_card(
+        folder,
+        base.source.folder,
+        made_from,
+        title="with sublayers dropped",
+        summary=_SUMMARY,
+        rows={"base model": f"{made_from}, frozen", **rows},
+        use=use_text(base.form, made_from),
+    )
 
 
 def _map_rows(maps: StaticMaps | None) -> dict[str, str]:

@@ -95,17 +95,7 @@ def drop_and_export(
     exportable = require_exportable(base, options.output, options.format)
     layers, capacity, text = _choose(options, routers, config, routed, exportable.source)
     dropped = sublayers(config.target, layers)
-    hidden_size = describe_folder(base).hidden_size
-    maps = read_static_maps(routers.folder, config, routed, hidden_size, layers)
-    if maps is not None and options.without_compensation:
-        logger.warning(
-            "--without_compensation leaves out what stands in the place of dropped sublayers (%s); "
-            "what that costs is not measured",
-            maps.describe(),
-        )
-        maps = None
-    if maps is not None and options.format == "decilm":
-        raise ConfigError(NO_MAPS_IN_DECILM)
+    maps = _maps(options, routers, config, routed, layers)
     begun = time.monotonic()
     done = export_static(
         exportable,
@@ -130,6 +120,28 @@ def drop_and_export(
         maps=maps,
         verified=verified,
     )
+
+
+def _maps(
+    options: ExportStaticOptions,
+    routers: TrainedRouters,
+    config: RouterConfig,
+    routed: tuple[int, ...],
+    dropped: tuple[int, ...],
+) -> StaticMaps | None:
+    """Return what is to stand in the place of the `dropped` layers; None for nothing."""
+    hidden_size = describe_folder(routers.base).hidden_size
+    maps = read_static_maps(routers.folder, config, routed, hidden_size, dropped)
+    if maps is not None and options.without_compensation:
+        logger.warning(
+            "--without_compensation leaves out what stands in the place of dropped sublayers (%s); "
+            "what that costs is not measured",
+            maps.describe(),
+        )
+        return None
+    if maps is not None and options.format == "decilm":
+        raise ConfigError(NO_MAPS_IN_DECILM)
+    return maps
 
 
 def _choose(
