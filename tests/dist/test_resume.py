@@ -42,11 +42,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(data: Path, output_dir: Path, *more: str) -> list[str]:
+    """Return the flags of a run that trains all there is: routers and compensations."""
     return [
         *("--data", str(data / "rows.jsonl"), "--cache_dir", str(data / "cache")),
         *("--output_dir", str(output_dir), "--max_steps", str(STEPS), "--save_every", "3"),
         *("--micro_batch_size", "1", "--gradient_accumulation_steps", "4", "--held_out", "8"),
-        *("--calibration_rows", "16", "--lr", "1e-2", *more),
+        *("--calibration_rows", "16", "--lr", "1e-2"),
+        *("--compensation", "low_rank", "--compensation_rank", "4", "--fit_rows", "16", *more),
     ]
 
 
@@ -141,14 +143,16 @@ def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
             os.kill(os.getpid(), number)
         return decide_all(engine, batches, check)  # type: ignore[arg-type]
 
-    train(flags(data, tmp_path / "whole", "--no-progress"))
+    # With maps the first threshold keeps what is asked, and there is no search to stop.
+    plain = ("--compensation", "none", "--no-progress")
+    train(flags(data, tmp_path / "whole", *plain))
     folder = tmp_path / "run"
     checkpoint = folder / f"step_{STEPS:06d}"
 
     def saved() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
-    settings = [*flags(data, folder, "--no-progress"), "--resume", "auto"]
+    settings = [*flags(data, folder, *plain), "--resume", "auto"]
     monkeypatch.setattr(threshold, "decide_all", signalled)
     train(settings)
     assert "COMPLETE" in saved()
