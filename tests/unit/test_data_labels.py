@@ -12,6 +12,7 @@ from data_samples import SPECIAL, slow_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -73,9 +74,25 @@ def wrapped(tokenizer: Tokenizer, *, bos: bool = False) -> Any:
     )
 
 
-def byte_level(*, prefix: bool, regex: bool = True, bos: bool = False) -> Any:
+# Llama 3's and Qwen's: line breaks are taken together with what is before them.
+LINES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(
+    *, prefix: bool = False, regex: bool = True, bos: bool = False, split: str | None = None
+) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=regex)
+    if split is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -115,6 +132,22 @@ def metaspace(scheme: str, *, split: bool = False) -> Any:
     return wrapped(tokenizer, bos=True)
 
 
+def unigram() -> Any:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    alphabet = sorted(set("".join(ATOMS)) - {" "})
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200,
+        special_tokens=SPECIAL,
+        unk_token="<unk>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT.split("\n") * 4, trainer)
+    return wrapped(tokenizer, bos=True)
+
+
 def word_level() -> Any:
     vocabulary = [*SPECIAL, *{word for atom in ATOMS for word in atom.split()}, "USER", "ASSISTANT"]
     tokenizer = Tokenizer(
@@ -132,18 +165,20 @@ def slow(**options: Any) -> Any:
 
 
 TOKENIZERS = {
-    "bytes": functools.partial(byte_level, prefix=False),
-    "bytes without words": functools.partial(byte_level, prefix=False, regex=False, bos=True),
+    "bytes": byte_level,
+    "bytes of lines": functools.partial(byte_level, split=LINES, bos=True),
+    "bytes without words": functools.partial(byte_level, regex=False, bos=True),
     "bytes with a first space": functools.partial(byte_level, prefix=True),
     "metaspace": functools.partial(metaspace, "never"),
     "metaspace of words": functools.partial(metaspace, "always", split=True),
     "metaspace, first": functools.partial(metaspace, "first"),
     "metaspace, always": functools.partial(metaspace, "always"),
     "metaspace, normalizer": functools.partial(metaspace, "normalizer"),
+    "unigram": unigram,
     "words": word_level,
     "slow": slow,
 }
-LOSSY = ("words", "slow")
+LOSSY = ("unigram", "words", "slow")
 """Tokenizers that do not give a text back with its white space."""
 
 
