@@ -270,7 +270,7 @@ def _leading_blank(text: str) -> str:
 
 
 def _is_whole(text: str, rendered: str) -> bool:
-    """Return whether every line of `text` is in `rendered`, tags and white space aside."""
+    """Return whether every line of `text` is in `rendered`, tags, case and white space aside."""
     if text.strip() in rendered:
         return True
     shown = _bare(rendered)
@@ -278,4 +278,4 @@ def _is_whole(text: str, rendered: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    return "".join(_TAG.sub("", text).split())
+    return "".join(_TAG.sub("", text).split()).casefold()

@@ -156,6 +156,12 @@ def two_turns(first: str, second: str) -> dict[str, Any]:
             id="ends the conversation with a second token",
         ),
         pytest.param(
+            CHATML.replace("m.content", "m.content | upper"),
+            "fine",
+            [("<s>" + ASKED.replace("hello", "HELLO"), "", ["FINE<|im_end|>", "THANKS<|im_end|>"])],
+            id="changes the case",
+        ),
+        pytest.param(
             ANSWER_MARKED,
             "fine",
             [("<s>" + ASKED, "", ["fine<|im_end|>", "thanks<|im_end|>"])],
