@@ -215,11 +215,12 @@ class AnswerFinder:
         position = answer.find(content) if content and not turn.get("tool_calls") else -1
         if position >= 0:
             position += len(content)
-        else:
-            around = self._chat.around(index)
-            behind = around[1] if around else ""
-            position = len(answer) - len(behind) if answer.endswith(behind) else len(answer)
-        return position + len(self._end_of(answer[position:]))
+            return position + len(self._end_of(answer[position:]))
+        around = self._chat.around(index)
+        if around and answer.endswith(around[1]):
+            return len(answer) - len(around[1]) + len(self._end_of(around[1]))
+        last = self._tokens.last_special(answer)
+        return last.end() if last and not answer[last.end() :].strip() else len(answer)
 
     def _end_of(self, behind: str) -> str:
         """Return the end token of what a template prints behind an answer, and what is before it;
