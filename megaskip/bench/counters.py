@@ -5,7 +5,7 @@ that the same calls would be on a GPU.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 """cudaDeviceSynchronize is left out: the profiler ends with it, and so do our clocks."""
 CPU_WAITS = ("aten::_local_scalar_dense", "aten::nonzero")
 """Operators for whose results the host waits on a GPU."""
+_OPTIMIZER = "Optimizer.step#"
 
 
 def count_calls(call: Callable[[], object], device: torch.device) -> dict[str, float]:
@@ -33,7 +34,7 @@ def count_calls(call: Callable[[], object], device: torch.device) -> dict[str, f
             torch.cuda.synchronize(device)
     # Not profiled.key_averages(): it builds a tree of all calls, which takes seconds for a step.
     events: Any = profiled.profiler.kineto_results.events()
-    counts = Counter(event.name() for event in events)
+    counts = Counter(event.name() for event in _without_optimizer_reads(events))
     counted = from_names(counts, is_cuda=device.type == "cuda")
     if device.type == "cuda":
         counted["busy_ms"] = sum(e.duration_ns() for e in events if _is_work(e)) / 1e6
@@ -49,6 +50,16 @@ def from_names(counts: Mapping[str, int], *, is_cuda: bool) -> dict[str, float]:
     launches = sum(n for name, n in counts.items() if name.startswith((*LAUNCHES, GRAPHS)))
     waits = sum(n for name, n in counts.items() if name.startswith(WAITS))
     return {"operators": operators, "launches": launches, "waits": waits}
+
+
+def _without_optimizer_reads(events: Iterable[Any]) -> Iterator[Any]:
+    """Yield events but the optimizer's reads of its step counters, which are on the CPU always."""
+    events = list(events)
+    steps = [(e.start_ns(), e.end_ns()) for e in events if e.name().startswith(_OPTIMIZER)]
+    for event in events:
+        inside = any(start <= event.start_ns() <= end for start, end in steps)
+        if not (inside and event.name() == CPU_WAITS[0]):
+            yield event
 
 
 def _is_work(event: Any) -> bool:

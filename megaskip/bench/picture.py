@@ -12,6 +12,7 @@ with extra("report"):
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
 _METHOD_COLOURS = {"routers": "#1b6ca8", "lora": "#d98c21", "full": "#7a7a7a"}
 _KIND_COLOURS = ("#c6d3de", "#7a7a7a", "#b5534b", "#d98c21", "#1b6ca8")
@@ -36,7 +37,7 @@ def _training(axes: Axes, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(_setting(row) for row in rows))
     for index, (method, colour) in enumerate(_METHOD_COLOURS.items()):
         values = {_setting(r): r["tokens_per_second"] for r in rows if r["method"] == method}
-        heights = [n + (1 - index) * 0.27 for n, name in enumerate(names) if name in values]
+        heights = [n + (index - 1) * 0.27 for n, name in enumerate(names) if name in values]
         lengths = [values[name] for name in names if name in values]
         axes.barh(heights, lengths, height=0.25, color=colour, label=METHODS[method])
         for height, length in zip(heights, lengths, strict=True):
@@ -44,6 +45,8 @@ def _training(axes: Axes, rows: Sequence[Row]) -> None:
     _labelled(axes, names, "training, tokens/s (model, rows x tokens)")
     if names:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.12)
         axes.legend(fontsize=8)
 
 
@@ -68,7 +71,7 @@ def _against_dense(axes: Axes, rows: Sequence[Row], phase: str) -> None:
     errors = [row[f"{phase}_error"] or 0.0 for row in rows]
     axes.barh(places, ideal, color=_IDEAL, label="ideal")
     axes.barh(places, values, height=0.4, xerr=errors, color=_MEASURED, label="measured")
-    about = ", ".join(f"{r['shape']}, {r['batch']} row(s), prompt {r['prompt']}" for r in rows[:1])
+    about = ", ".join(f"{r['shape']}, batch {r['batch']}, prompt {r['prompt']}" for r in rows[:1])
     _labelled(axes, [variant_name(row) for row in rows], f"{phase}, times dense's speed ({about})")
     if rows:
         axes.axvline(1, color="black", linewidth=0.8)

@@ -21,9 +21,10 @@ from megaskip.checkpoint.atomic import write_json
 
 _TRAINING = """\
 Steps by the engines of `megaskip train`; every token has a loss. LoRA: rank 16 on every projection.
-"Tokens/s / first case" is the median of paired ratios to the first case of the same model, with its
-standard error. MFU: FLOPs that the method needs (causal attention, nothing computed twice) over the
-time and the measured matrix product peak.
+"Time / router-tuning" is a ratio of medians of one report, for methods are measured one model at a
+time; "tokens/s / first case" is the median of paired ratios to the first case of the same model;
+"+-" are standard errors, which need two runs. MFU: FLOPs that the method needs (causal attention,
+nothing computed twice) over the time and the measured matrix product peak.
 """
 _SERVING = """\
 "x dense" is the median of paired ratios to dense runs, with its standard error; above 1 is faster.
@@ -34,7 +35,7 @@ their units; at one row they are layers, at several rows each keeps other layers
 """
 _CALLS = """\
 Launches are kernels, copies and graphs that the host gives to the GPU. On a CPU there are none, and
-waits are reads of numbers and of indices, at which the host would wait for a GPU.
+waits are reads of numbers and of indices, without the optimizer's: on a GPU at most so many wait.
 """
 
 

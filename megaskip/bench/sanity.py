@@ -69,6 +69,10 @@ def _logits(bench: Bench, variant: Variant, executor: Executor) -> Tensor:
 def check_zero3(part: Part, setup: Setup) -> Snapshots:
     """Yield whether steps of router-tuning under ZeRO-3, on one rank, have the losses of a replica,
     bit for bit. Needs DeepSpeed, and is the last that a process does."""
+    # DeepSpeed takes seconds to import; only this part pays for it.
+    from megaskip.parallel.zero3 import prepare_deepspeed
+
+    prepare_deepspeed()
     config = RunConfig(model=ModelConfig(model="demo"))
     source = resolve_source(config.model)
     topology = Topology(rank=0, world_size=1, local_rank=0, device=setup.device)

@@ -1,5 +1,6 @@
 """The figures of a report as tables in Markdown. Pure: rows in, text out."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,22 +62,26 @@ def with_error(name: str, error: str) -> Callable[[Row], str]:
         if row.get(name) is None:
             return NOTHING
         spread = row.get(error)
-        return f"{row[name]:.2f}" + ("" if spread is None else f" +- {spread:.2f}")
+        is_exact = spread in (None, 0.0)  # a single pair, or the base beside itself
+        return f"{row[name]:.2f}" + ("" if is_exact else f" +- {spread:.2f}")
 
     return cell
 
 
 def train_table(rows: Sequence[Row]) -> str:
     """Return the table of training steps; `/ router-tuning` compares the same rows of text."""
-    base = {
-        (r["shape"], r["layers"], r["case"]): r["ms"]
-        for r in rows
-        if r["method"] == "routers" and "ms" in r
-    }
+    base = {_text_of(r): r for r in rows if r["method"] == "routers" and "ms" in r}
 
     def relative(row: Row) -> str:
-        own = base.get((row["shape"], row["layers"], row["case"]))
-        return f"{row['ms'] / own:.2f}" if own and "ms" in row else NOTHING
+        own = base.get(_text_of(row))
+        if own is None or own is row or "ms" not in row:
+            return NOTHING if own is not row else "1.00"
+        ratio = {"value": row["ms"] / own["ms"]}
+        errors = [other["ms_error"] for other in (row, own)]
+        if None not in errors:
+            parts = [other["ms_error"] / other["ms"] for other in (row, own)]
+            ratio["error"] = ratio["value"] * math.hypot(*parts)
+        return with_error("value", "error")(ratio)
 
     columns = [
         Column("model", _model),
@@ -182,6 +187,11 @@ def variant_name(row: Mapping[str, Any]) -> str:
         return f"{target} dropped"
     kept = {0.0: "all skipped", 1.0: "everything runs"}
     return f"{target} routed, {kept.get(row['kept'], format(row['kept'], '.0%') + ' kept')}"
+
+
+def _text_of(row: Row) -> tuple[Any, ...]:
+    """Return what rows have in common whose methods are compared."""
+    return row["shape"], row["layers"], row["case"]
 
 
 def _serve_columns() -> list[Column]:

@@ -21,7 +21,7 @@ from megaskip.bench.memory import free, peak_of
 from megaskip.bench.parts import Case, Part
 from megaskip.bench.setup import Row, Setup, Snapshots
 from megaskip.bench.shapes import SHAPES, Shape, build, config_of
-from megaskip.bench.timing import Sample, of_base, speedup, timed_pairs
+from megaskip.bench.timing import Sample, median_error, of_base, speedup, timed_pairs
 from megaskip.config import RouterConfig, RunConfig
 from megaskip.extras import extra
 from megaskip.parallel.engine import Engine
@@ -170,14 +170,19 @@ def _rows(
     )
     row |= observed[case.name] | {
         "ms": 1e3 * seconds,
+        "ms_error": _scaled(median_error([own[0] for _, own in pairs]), 1e3),
         "tokens_per_second": case.rows * case.real / seconds,
         "speedup": as_many * ratio.value,
-        "error": None if ratio.error is None else as_many * ratio.error,
+        "error": _scaled(ratio.error, as_many),
         "mfu": flops / seconds / setup.speeds.flops,
         "pairs": len(pairs),
         "peak_bytes": sum(observed[case.name]["memory"].values()),
     }
     return [row]
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
 
 
 def _extrapolated(part: Part, shape: Shape, rows: Sequence[Row]) -> list[Row]:

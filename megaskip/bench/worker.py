@@ -74,7 +74,7 @@ def machine(part: Part, setup: Setup) -> Snapshots:
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
     else:
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name = f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     row: dict[str, Any] = {"table": "machine", "device": name, "memory_bytes": memory}
     row |= {"dtype": str(setup.dtype).removeprefix("torch."), "cuda": torch.version.cuda}

@@ -62,7 +62,7 @@ SIZES = {
     "fit": _FIT,
     "drop": f"{_FIT} --steps 2 --batch_size 4",
     "doctor": "",
-    "bench": "--parts machine --minutes 2",
+    "bench": "--parts zero3 --minutes 4",
     "tools/bench/inference.py": """--batch 2 --prompt 8 --capacity 0.5 --repeats 1 --warmup 0
         --threads 1 --decode_steps 2 --layers_used 3 --layers 1-2 --cpu_time""",
     "tools/bench/pipeline.py": """--micro_batches 1 2 --hidden 64 --width 64 --layers 4 --heads 1
