@@ -32,7 +32,7 @@ class Thresholds:
         given, count = config.threshold, len(self._layers)
         by_layer = [given] * count if isinstance(given, float) else given
         if config.budget == "static":
-            by_layer = [threshold_of(math.inf)] * count
+            by_layer = [_FAR] * count
         if len(by_layer) != count:
             raise ConfigError(
                 f"threshold holds {len(by_layer)} numbers for {count} routed layers; give one for "
