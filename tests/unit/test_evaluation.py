@@ -390,6 +390,7 @@ def test_more_examples_than_documents_are_refused() -> None:
     [
         (["--output", "/nowhere/out.json"], "there is no folder /nowhere"),
         (["--pipeline_stages", "2", "--ds_config", "x"], "choose one"),
+        (["--chat_template", "x.jinja"], "is used with --apply_chat_template"),
         (["--limit", "0", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["--max_length", "0"], "--max_length 0 must be at least 2"),
         (["--output", str(ROOT)], "is a folder; name a .json file"),
