@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -125,6 +126,8 @@ def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
     backend = "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo"
     try:
+        if not topology.is_first:
+            _wait_for_port(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     except (dist.DistStoreError, dist.DistNetworkError, TimeoutError, ConnectionError) as error:
         raise RankError(
@@ -139,6 +142,22 @@ def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
         # process then.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _wait_for_port(address: str, port: int, timeout: float) -> None:
+    """Wait until somebody listens where ranks meet; raises TimeoutError after `timeout` seconds.
+
+    torch's own client tries again, for several times its timeout, when the first rank is dead.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(error.strerror or str(error)) from None
+        time.sleep(0.2)
 
 
 def _free_port() -> int:

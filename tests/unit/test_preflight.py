@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megaskip.config import CheckpointConfig, ModelConfig, RouterConfig, RunConf
 from megaskip.errors import RankError
 from megaskip.parallel.loading.source import log_if_slow, resolve_source
 from megaskip.parallel.preflight import Report, checkpoint_bytes, find_problems, preflight
-from megaskip.parallel.topology import process_group, read_topology
+from megaskip.parallel.topology import _free_port, process_group, read_topology
 
 GIB = 2**30
 
@@ -32,6 +33,17 @@ def report(rank: int, node: str, **changes: object) -> Report:
         model="c",
     )
     return dataclasses.replace(one, **changes)  # type: ignore[arg-type]
+
+
+def test_a_first_rank_that_never_came_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**places, "MASTER_PORT": str(_free_port())}.items():
+        monkeypatch.setenv(name, value)
+    begun = time.monotonic()
+    group = process_group(read_topology(places), timeout=1)
+    with pytest.raises(RankError, match="rank 1 of 2 waited 1 s for the others at 127"), group:
+        pass
+    assert time.monotonic() - begun < 3
 
 
 def four(**changes: object) -> list[Report]:

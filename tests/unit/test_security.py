@@ -15,6 +15,7 @@ import transformers.dynamic_module_utils
 from data_samples import fast_tokenizer, write_lines
 
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
+from megaskip.checkpoint.weight_index import INDEX, read_weight_map
 from megaskip.config import ModelConfig
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.data.corpus import parse_rows
@@ -127,6 +128,19 @@ def test_a_pickle_is_refused_and_not_run(is_zip: bool, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
     torch.load(file, weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have run
+
+
+@pytest.mark.parametrize(
+    "shard", ["../../x.safetensors", "/etc/passwd", "..", "a/../../x", "C:\\x", "..\\x", ""]
+)
+def test_a_shard_outside_of_its_folder_is_refused(shard: str, tmp_path: Path) -> None:
+    index = tmp_path / INDEX
+    index.write_text(json.dumps({"weight_map": {"model.layers.1.router.weight": shard}}))
+    with pytest.raises(CheckpointError, match="index"):
+        read_weight_map(index)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="index"):
+        import_published(tmp_path, tmp_path / "out")
 
 
 SCRIPT = "<script>alert(1)</script>\" onmouseover='x' &amp;"
