@@ -12,6 +12,7 @@ import pytest
 import torch
 from broken_models import LOADED, REFUSED, edit_weights, good_folder, write
 from families import tiny_model
+from safetensors.torch import save_file
 from torch import nn
 
 from megaskip.arch import attach_routers
@@ -19,6 +20,7 @@ from megaskip.arch.stage import LayerRange, cut
 from megaskip.calibration.fit_job import fit
 from megaskip.calibration.job import CalibrationJob
 from megaskip.checkpoint import save_routers
+from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.config import ModelConfig, RouterConfig, RunConfig
 from megaskip.config.commands.calibrate import CalibrateOptions
 from megaskip.config.commands.compare import CompareOptions
@@ -29,6 +31,7 @@ from megaskip.export.folder import export_folder
 from megaskip.export.static_folder import require_exportable
 from megaskip.parallel.build import build_engine, build_full_engine
 from megaskip.parallel.inference import Placement, load_for_inference
+from megaskip.parallel.loading.joined_values import holds_row
 from megaskip.parallel.loading.loaded_values import require_loaded
 from megaskip.parallel.loading.partitioned import load_partitioned
 from megaskip.parallel.loading.source import ModelSource, resolve_source
@@ -173,6 +176,35 @@ def test_weights_in_memory_that_are_not_those_of_the_files_are_refused(
         model.get_parameter("model.norm.weight")[-1] += 1
     with pytest.raises(CheckpointError, match="model.norm.weight in memory is not model.norm.wei"):
         require_loaded(tmp_path, plan, model)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_experts_in_memory_that_are_not_those_of_the_files_are_refused(
+    family: str, tmp_path: Path
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    source = source_of(tmp_path)
+    plan, model = check_weights(source), load_whole(source, CPU)
+    assert len(plan.joined) == len(plan.converted) == 12
+    name = "model.layers.3.mlp.experts.gate_up_proj"
+    with torch.no_grad():
+        model.get_parameter(name).neg_()
+    with pytest.raises(CheckpointError, match=f"{name} in memory has no row of model.layers.3"):
+        require_loaded(tmp_path, plan, model)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_a_row_is_found_on_the_rank_that_holds_its_beginning(ranks: int, tmp_path: Path) -> None:
+    matrix = torch.randn(6, 20)
+    save_file({"w": matrix}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    stored = read_stored_weights(tmp_path).tensors["w"]
+    weight = torch.stack([torch.randn(6, 20), matrix]).flatten()
+    share = -(-len(weight) // ranks)
+    slices = [(weight[n * share : (n + 1) * share], n * share) for n in range(ranks)]
+    for row in (0, 5):
+        held = [holds_row(tmp_path, part, stored, row, first=first) for part, first in slices]
+        assert sum(held) == (1 if (120 + row * 20) % share <= share - 16 else 0)
+    assert not any(holds_row(tmp_path, -part, stored, 0, first=first) for part, first in slices)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megaskip.checkpoint.stored_weights import StoredTensor
 from megaskip.errors import CheckpointError
+from megaskip.parallel.loading.joined_values import holds_row, joined_rows, not_joined
 from megaskip.parallel.loading.stored_values import read_block
 from megaskip.parallel.loading.weight_plan import WeightPlan
 
@@ -25,8 +26,16 @@ def require_loaded(folder: Path, plan: WeightPlan, model: nn.Module) -> None:
     """Raise CheckpointError unless the weights of `model`, whole and by its own names, are those of
     the files in `folder`."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in plan.stored:
-            require_same(folder, name, plan.stored[name], tensor)
+        require_same_weight(folder, plan, name, tensor)
+
+
+def require_same_weight(folder: Path, plan: WeightPlan, name: str, loaded: Tensor) -> None:
+    """Raise CheckpointError unless `loaded`, the whole weight `name`, is that of the files."""
+    if name in plan.stored:
+        require_same(folder, name, plan.stored[name], loaded)
+    for stored, row in joined_rows(plan, name):
+        if not holds_row(folder, loaded, stored, row):
+            raise not_joined(folder, name, stored)
 
 
 @torch.no_grad()

@@ -9,7 +9,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from megaskip.errors import CheckpointError
 from megaskip.log import get_logger
+from megaskip.parallel.collectives import gather_from_ranks
+from megaskip.parallel.loading.joined_values import holds_row, joined_rows, not_joined
 from megaskip.parallel.loading.loaded_values import require_same
 from megaskip.parallel.loading.skeleton import build_model, skeleton
 from megaskip.parallel.loading.source import ModelSource
@@ -80,19 +83,45 @@ def _copy_slice(partition: Any, stored: Tensor, rank: int) -> None:
 
 
 def _require_loaded(source: ModelSource, plan: WeightPlan, model: nn.Module) -> None:
-    """Raise CheckpointError unless this rank's partitions hold what the files have in their
-    place."""
+    """Raise CheckpointError unless this rank's partitions hold what the files have in their place,
+    and joined weights some rows of the files on one rank or another. Collective."""
+    folder = source.folder
+    problem: CheckpointError | None = None
+    looked_for: list[CheckpointError] = []
+    seen: list[bool] = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        mine, first = _mine(tensor)
+        if mine is not None and name in plan.stored:
+            try:
+                require_same(folder, name, plan.stored[name], mine, first=first)
+            except CheckpointError as error:
+                problem = problem or error
+        rows = list(joined_rows(plan, name))
+        if rows:
+            looked_for.append(not_joined(folder, name, rows[0][0]))
+            # What is swapped to a disk is not looked at; a row may begin across a border of ranks.
+            seen.append(
+                mine is None
+                or any(holds_row(folder, mine, stored, row, first=first) for stored, row in rows)
+            )
+    everywhere = zip(*gather_from_ranks(seen), strict=True)
+    missing = [e for e, held in zip(looked_for, everywhere, strict=True) if not any(held)]
+    if problem is not None or missing:
+        raise problem or missing[0]
+
+
+def _mine(tensor: Any) -> tuple[Tensor | None, int]:
+    """Return (what this rank holds of a weight, number of its first element); None for what is not
+    in memory."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in plan.stored:
-            continue
-        partition = getattr(tensor, "ds_tensor", None)
-        if partition is None or tensor.ds_status == ZeroParamStatus.AVAILABLE:
-            require_same(source.folder, name, plan.stored[name], tensor)
-        elif partition.numel() == partition.ds_numel:  # not where it is swapped to a disk
-            first = partition.ds_numel * tensor.ds_process_group.rank()
-            require_same(source.folder, name, plan.stored[name], partition, first=first)
+    partition = getattr(tensor, "ds_tensor", None)
+    if partition is None or tensor.ds_status == ZeroParamStatus.AVAILABLE:
+        return tensor, 0
+    if partition.numel() != partition.ds_numel:
+        return None, 0
+    first = partition.ds_numel * tensor.ds_process_group.rank()
+    return partition[: max(tensor.ds_numel - first, 0)], first
 
 
 def _load_by_transformers(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Module:

@@ -15,7 +15,7 @@ from megaskip.checkpoint.stored_weights import StoredTensor
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.converted import load_converted, makes_same_layers
-from megaskip.parallel.loading.loaded_values import require_same
+from megaskip.parallel.loading.loaded_values import require_same_weight
 from megaskip.parallel.loading.skeleton import build_uninitialised
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.weight_check import plan_of
@@ -67,8 +67,7 @@ def load_stage(
             f"{source.folder}: no stored tensor becomes {missing[0]}; is it complete?"
         )
     for name, empty in wanted.items():
-        if name in plan.stored:
-            require_same(source.folder, name, plan.stored[name], filled[id(empty)])
+        require_same_weight(source.folder, plan, name, filled[id(empty)])
     _replace(stage, filled)
     return stage.to(device)
 

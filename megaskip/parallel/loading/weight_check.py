@@ -92,9 +92,11 @@ def check_weights(source: ModelSource, shape: Any | None = None) -> WeightPlan:
         missing = missing_after_conversion(source, model, stored.tensors.values(), missing)
     _require_all(folder, missing, len(weights), stored.tensors)
     _require_no_other_model(folder, model, extra)
+    converted = {n: t for n, t in renamed.converted.items() if n in weights}
     plan = WeightPlan(
         stored=direct,
-        converted={n: t for n, t in renamed.converted.items() if n in weights},
+        converted=converted,
+        joined={n: converted[n] for n in converted if _keeps_rows(n, renamed, weights)},
         notes=tuple(_notes(extra, stored.unread)),
     )
     for note in plan.notes:
@@ -195,6 +197,14 @@ def _require_shapes(
             f"{source.folder}: {tensor.name} has shape {tensor.shape}, config.json asks for "
             f"{asked}; {why}"
         )
+
+
+def _keeps_rows(name: str, renamed: Renamed, weights: Mapping[str, Tensor]) -> bool:
+    """Return whether a weight that is joined consists of the rows of stored matrices."""
+    width = weights[name].shape[-1:]
+    return name in renamed.joined and all(
+        len(tensor.shape) == 2 and tensor.shape[1:] == width for tensor in renamed.converted[name]
+    )
 
 
 # -- what is in the files and not in the model

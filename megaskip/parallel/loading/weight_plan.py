@@ -10,6 +10,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from megaskip.checkpoint.stored_weights import StoredTensor
 
+_JOINS = {"MergeModulelist", "Concatenate"}
+"""Operations of transformers after which matrices still have their rows, if they are as wide."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightPlan:
@@ -21,6 +24,8 @@ class WeightPlan:
     converted: Mapping[str, tuple[StoredTensor, ...]]
     """By the model's names: what transformers joins or splits, such as experts. Where several
     weights come of it, under the first of them."""
+    joined: Mapping[str, tuple[StoredTensor, ...]]
+    """Of `converted`, the weights that consist of the rows of all these matrices."""
     notes: tuple[str, ...] = ()
     """What is in the folder and not in the model, in words."""
 
@@ -31,6 +36,8 @@ class Renamed:
 
     direct: Mapping[str, tuple[StoredTensor, ...]]
     converted: Mapping[str, tuple[StoredTensor, ...]]
+    joined: frozenset[str]
+    """Names in `converted` that are stacked and concatenated, and nothing else."""
 
 
 def rename_as_transformers(model: Any, tensors: Mapping[str, StoredTensor]) -> Renamed:
@@ -46,12 +53,21 @@ def rename_as_transformers(model: Any, tensors: Mapping[str, StoredTensor]) -> R
     prefix = model.base_model_prefix
     direct: dict[str, list[StoredTensor]] = {}
     converted: dict[str, list[StoredTensor]] = {}
+    joining = {
+        pattern
+        for converter in converters
+        if all(type(operation).__name__ in _JOINS for operation in converter.operations)
+        for pattern in converter.source_patterns
+    }
+    joined: set[str] = set()
     for name, tensor in tensors.items():
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, weights)
         if renamed not in weights and name in weights:
             renamed, pattern = rename_source_key(name, [], [], prefix, weights)
         (direct if pattern is None else converted).setdefault(renamed, []).append(tensor)
-    return Renamed(direct=_frozen(direct), converted=_frozen(converted))
+        if pattern in joining:
+            joined.add(renamed)
+    return Renamed(direct=_frozen(direct), converted=_frozen(converted), joined=frozenset(joined))
 
 
 def _frozen(groups: Mapping[str, list[StoredTensor]]) -> dict[str, tuple[StoredTensor, ...]]:
