@@ -18,6 +18,8 @@ class RequestEncoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._plain_text = PlainTextEncoder(tokenizer)
         self._segments = SegmentTokenizer(tokenizer)
+        begin = tokenizer.bos_token_id
+        self._kept = list(self._plain_text.start) or ([] if begin is None else [begin])
         self._max_length = max_length
 
     def context(self, text: str, *, is_chat: bool) -> list[int]:
@@ -60,9 +62,9 @@ class RequestEncoder:
             yield [*start, *ids[last - size - 1 : first]], ids[first:last]
 
     def cut(self, ids: Sequence[int], length: int) -> list[int]:
-        """Return the last `length` tokens, behind those that the text was begun with: some models
-        cannot do without their begin token."""
-        kept = list(self._plain_text.start)
+        """Return the last `length` tokens, behind those that the text was begun with, by the
+        tokenizer or by a chat template: some models cannot do without their begin token."""
+        kept = self._kept
         if len(ids) <= length or length <= len(kept) or list(ids[: len(kept)]) != kept:
             return list(ids[-length:])
         return [*kept, *ids[len(ids) - length + len(kept) :]]

@@ -136,9 +136,11 @@ def test_a_sentencepiece_answer_that_would_merge_gets_no_space_of_its_own(tmp_pa
     assert rest[0] != PlainTextEncoder(tokenizer).ids("er is")[0]
 
 
-def test_what_is_cut_from_the_left_keeps_its_begin_token() -> None:
-    tokenizer = tokenizer_with("<s> $A")
-    long = "a b c d " * 30
+@pytest.mark.parametrize(("rule", "begin"), [("<s> $A", ""), ("$A", "<s>"), ("$A </s>", "<s>")])
+def test_what_is_cut_from_the_left_keeps_its_begin_token(rule: str, begin: str) -> None:
+    """Whether the tokenizer or the text, such as a chat, has put it there."""
+    tokenizer = tokenizer_with(rule)
+    long = begin + "a b c d " * 30
     lm = lm_with(tokenizer)
     (scored,) = [lm._scored_text((long, "e"), *lm._encoder.pair(long, "e", is_chat=False))]
     assert (scored.tokens[0], len(scored.tokens)) == (1, 40)
