@@ -6,8 +6,9 @@
 Trains what is to be trained (runs that exist are taken as they are), puts every method at the same
 shares of all attention skipped, and writes into the output folder
 
+  report.html             all figures and tables, in one file that needs nothing else
   report.json, report.md  points and paired differences with 95 % intervals
-  pareto.png, .html       loss against FLOPs and against measured prefill time
+  pareto.png              loss against FLOPs and against measured prefill time
   layers.png              what each method skips, by layer
   token_map.png, .html    what ours does to one document
 

@@ -1,11 +1,8 @@
 """The table and the figure of a comparison: quality against what is spent. Knows points, not
 models."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 from megaskip.extras import extra
@@ -129,28 +126,28 @@ def markdown(points: Sequence[Point]) -> str:
 
 
 def draw(points: Sequence[Point], path: Path, *, title: str) -> None:
-    """Write the figure to `path` (PNG), and beside it an HTML page that holds it and the table."""
+    """Write the figure to `path` (PNG): loss over FLOPs, and over prefill time."""
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    _curves(left, points, [point.flops for point in points])
+    loss_axes(left, points, [point.flops for point in points])
     timed = [(point, point.latency) for point in points if point.latency is not None]
-    _curves(right, [point for point, _ in timed], [latency for _, latency in timed])
-    # Methods that lose little would lie on each other beside one that loses much.
-    left.set_yscale("symlog", linthresh=_LINEAR)
+    loss_axes(right, [point for point, _ in timed], [latency for _, latency in timed])
     left.set(
         xlabel="FLOPs, of the dense model's", ylabel="loss over the dense model's, nats a token"
     )
     right.set(xlabel="prefill time, of the dense model's (measured)")
     left.legend()
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    path.write_bytes(buffer.getvalue())
-    path.with_suffix(".html").write_text(_page(points, buffer.getvalue(), title), encoding="utf-8")
+    FigureCanvasAgg(figure).print_png(str(path))
 
 
 def draw_layers(points: Sequence[Point], path: Path, *, title: str) -> None:
     """Write a heat map to `path`: what each method skips, by layer."""
+    FigureCanvasAgg(layers_figure(points, title=title)).print_png(str(path))
+
+
+def layers_figure(points: Sequence[Point], *, title: str) -> Figure:
+    """Return a heat map of what each method skips, by layer."""
     shown = [point for point in points if point.skipped > 0]
     layers = sorted({layer for point in shown for layer in point.skipped_by_layer})
     shares = [[point.skipped_by_layer[layer] for point in shown] for layer in layers]
@@ -162,11 +159,12 @@ def draw_layers(points: Sequence[Point], path: Path, *, title: str) -> None:
     names = [f"{point.method} {point.asked:.1%}" for point in shown]
     axes.set_xticks(range(len(shown)), names, rotation=60, ha="right", fontsize=8)
     axes.set(ylabel="layer", title=title)
-    figure.colorbar(drawn, ax=axes, label="share of documents that skip it")
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.colorbar(drawn, ax=axes, label="share of units that skip it")
+    return figure
 
 
-def _curves(axes: Axes, points: Sequence[Point], spent: Sequence[float]) -> None:
+def loss_axes(axes: Axes, points: Sequence[Point], spent: Sequence[float]) -> None:
+    """Draw the loss over the dense model's of each method, with intervals, over what is `spent`."""
     for method in dict.fromkeys(point.method for point in points):
         mine = [(x, p) for x, p in zip(spent, points, strict=True) if p.method == method]
         gaps = [p.loss_gap for _, p in mine]
@@ -174,21 +172,9 @@ def _curves(axes: Axes, points: Sequence[Point], spent: Sequence[float]) -> None
         high = [gap.high - gap.value for gap in gaps]
         places = ([x for x, _ in mine], [gap.value for gap in gaps])
         axes.errorbar(*places, yerr=[low, high], marker="o", capsize=3, label=method)
+    # Methods that lose little would lie on each other beside one that loses much.
+    axes.set_yscale("symlog", linthresh=_LINEAR)
     axes.grid(alpha=0.3)
-
-
-def _page(points: Sequence[Point], image: bytes, title: str) -> str:
-    picture = base64.b64encode(image).decode("ascii")
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in (HEADER, *table_rows(points))
-    )
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title>'
-        "<style>body{font:14px sans-serif}td{padding:2px 10px;text-align:right}</style>"
-        f'<h1>{escape(title)}</h1><img src="data:image/png;base64,{picture}" alt="">'
-        f"<table>{rows}</table>\n"
-    )
 
 
 def _interval(gap: Difference, form: str) -> str:

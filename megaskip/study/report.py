@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.config.commands.compare import CompareOptions
+from megaskip.study.page import page
 from megaskip.study.pareto import (
     HEADER,
     Contrast,
@@ -30,8 +31,8 @@ class ComparisonReport:
     """Runs that cannot reach a skip, each with its reason."""
 
     def write(self) -> None:
-        """Write report.json and report.md into the output folder."""
-        content = {
+        """Write report.json, report.md and report.html into the output folder."""
+        content: dict[str, Any] = {
             "options": _plain(self.options),
             "points": [dataclasses.asdict(point) for point in self.points],
             "contrasts": [dataclasses.asdict(contrast) for contrast in self.contrasts],
@@ -42,6 +43,14 @@ class ComparisonReport:
         notes = [*map(str, self.contrasts), *(f"left out: {why}" for why in self.left_out)]
         lines = "".join(f"- {note}\n" for note in notes)
         (output / "report.md").write_text(markdown(self.points) + "\n" + lines)
+        whole = page(
+            self.points,
+            self.contrasts,
+            self.left_out,
+            title=f"{Path(self.options.model).name}: what skipping costs",
+            settings=[(name, str(value)) for name, value in content["options"].items()],
+        )
+        (output / "report.html").write_text(whole, encoding="utf-8")
 
     def show(self) -> None:
         """Draw the figures and print the table."""

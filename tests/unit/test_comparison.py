@@ -1,6 +1,7 @@
 """A comparison puts every method at the same skip and pairs it with the dense model by document."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.study.comparison import Comparison
 from megaskip.study.over_seeds import contrasts
-from megaskip.study.pareto import draw, draw_layers, markdown
+from megaskip.study.page import page
+from megaskip.study.pareto import Contrast, draw, draw_layers, markdown
 from megaskip.study.scoring import spread_documents
 from megaskip.study.static_drops import StaticDrops
 
@@ -89,6 +91,18 @@ def test_trained_routers_are_put_at_the_skip(
     assert point.skipped == pytest.approx(0.375, abs=0.1)
     picture = comparison.picture("what ran")
     np.testing.assert_array_equal(picture.ran[:, 0], found.text.kept[:, 0] > 0)
+    contrast = Contrast(
+        method="ours",
+        against="<none>",
+        skip=0.375,
+        loss=point.loss_gap,
+        pairs=point.pairs_gap,
+        exact=point.exact_gap,
+    )
+    html = page([point], [contrast], ["<b> & co"], title="a < b", settings=[("data", "<x>")])
+    assert "ours - &lt;none&gt;" in html and "&lt;b&gt; &amp; co" in html and "a &lt; b" in html
+    assert "http" not in re.sub(r'base64,[^"]*', "", html) and "<x>" not in html
+    assert html.count("<figure>") == 3  # FLOPs, keys and values, layers
     for name in ("pareto", "layers"):
         (draw if name == "pareto" else draw_layers)([point], tmp_path / f"{name}.png", title="t")
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
