@@ -70,7 +70,7 @@ class Waits(TorchFunctionMode):
         moves = name == "to" and _is_device(args[1] if len(args) > 1 else device)
         if (
             (name in self._READS and not on_host)
-            or (name in ("__getitem__", "__setitem__") and _by_mask(args[1]))
+            or (name in ("__getitem__", "__setitem__") and _by_mask(args[1]) and not on_host)
             or (name in self._MAKES and self._copies(name, args, device))
             or (moves and on_host and not kwargs.get("non_blocking"))
         ):

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megaskip.routing.decision import RoutingDecision
@@ -19,20 +20,18 @@ class DecisionCache:
 
     _skip_decisions: dict[int, RoutingDecision]
 
-    def reorder_cache(self, beam_idx: Tensor) -> Any:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Re-order the rows, as beam search does; `beam_idx` int64 [B]."""
-        self._skip_pick(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-        return super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._skip_select("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> Any:
         """Repeat each row `repeats` times."""
-        self._skip_pick(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._skip_pick(lambda rows: rows.repeat_interleave(repeats))
         return super().batch_repeat_interleave(repeats)  # type: ignore[misc]
 
-    def batch_select_indices(self, indices: Tensor) -> Any:
-        """Keep the rows of `indices`."""
-        self._skip_pick(lambda tensor: tensor[indices.to(tensor.device)])
-        return super().batch_select_indices(indices)  # type: ignore[misc]
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of `indices`, numbers or a mask."""
+        self._skip_select("batch_select_indices", indices)
 
     def crop(self, *args: Any, **kwargs: Any) -> Any:
         """Shorten the text; one of which nothing is left is judged anew."""
@@ -46,16 +45,17 @@ class DecisionCache:
         self._skip_decisions = {}
         return super().reset()  # type: ignore[misc]
 
+    def _skip_select(self, method: str, index: Tensor) -> None:
+        """Call a layer's method; layers that hold a part choose on the host, so that `index` is
+        read once and not by each of them."""
+        on_host = index.cpu()
+        self._skip_pick(lambda rows: rows[on_host])
+        for layer in self.layers:  # type: ignore[attr-defined]
+            getattr(layer, method)(on_host if hasattr(layer, "_skip_pick") else index)
+
     def _skip_pick(self, pick: Callable[[Tensor], Tensor]) -> None:
-        self._skip_decisions = {
-            layer: dataclasses.replace(
-                decision,
-                logit=pick(decision.logit),
-                keep=pick(decision.keep),
-                unit_mask=pick(decision.unit_mask),
-            )
-            for layer, decision in self._skip_decisions.items()
-        }
+        old = self._skip_decisions.items()
+        self._skip_decisions = {k: d.of_rows(pick(torch.arange(len(d.keep)))) for k, d in old}
 
 
 def put_decisions(cache: Any, decisions: Mapping[int, RoutingDecision]) -> None:

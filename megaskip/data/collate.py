@@ -10,6 +10,7 @@ import torch
 
 from megaskip.data.row import AnyRow
 from megaskip.labels import IGNORED
+from megaskip.routing.copies import copy_to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,15 +85,8 @@ class Batch:
         for name in (item.name for item in dataclasses.fields(self)):
             tensor = getattr(self, name)
             if isinstance(tensor, torch.Tensor):
-                object.__setattr__(moved, name, _moved(tensor, device))
+                object.__setattr__(moved, name, copy_to(tensor, device))
         return moved
-
-
-def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    if tensor.is_cpu and torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()  # a copy of other memory would be waited for
-    # A copy to the host must have arrived when it is read.
-    return tensor.to(device, non_blocking=tensor.is_cpu)
 
 
 def collate(

@@ -20,6 +20,7 @@ _MODULES = {
         "config/value_types",
         "config/checks",
         "config/routing",
+        "routing/copies",
         "routing/decision",
         "routing/pooling",
         "routing/executor",
@@ -38,7 +39,13 @@ _MODULES = {
         "inference/executor",
         "inference/routed",
     ),
-    "dropped": (*_MODELS, "routing/decision", "inference/kept", "inference/dropped"),
+    "dropped": (
+        *_MODELS,
+        "routing/copies",
+        "routing/decision",
+        "inference/kept",
+        "inference/dropped",
+    ),
 }
 """The modules of an export by its kind, in an order in which each finds what it needs."""
 _ROOTS = {

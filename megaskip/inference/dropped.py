@@ -236,7 +236,7 @@ def _count_tokens(cache: Any, index: int, hidden_states: Tensor) -> None:
         _count_in_whole(cache_layer, hidden_states)
         return
     if cache_layer._skip_rows is None:
-        cache_layer.decide(SelectedRows(index=torch.empty(0, dtype=torch.int64), total=batch))
+        cache_layer._skip_rows = SelectedRows.of(torch.zeros(batch, dtype=torch.bool))
     cache_layer.advance(tokens, ran=False)
 
 

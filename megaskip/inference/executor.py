@@ -18,7 +18,7 @@ from megaskip.inference.kept import (
     store_tokens_in,
 )
 from megaskip.inference.packed import attend_among_kept
-from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.decision import RoutingDecision, SelectedRows
 from megaskip.routing.executor import Kwargs, Run
 from megaskip.routing.kept_units import run_rows, run_units
 
@@ -62,9 +62,10 @@ class InferenceExecutor:
                 return _multiplied(run(hidden_states, **kwargs), decision)
             cache_layer = store_rows_in(cache, layer)
         if cache_layer._skip_rows is None:
-            cache_layer.decide(decision.rows)
-        ran = run_rows(run, hidden_states, kwargs, cache_layer._skip_selected)
-        cache_layer.advance(hidden_states.shape[1], ran=not cache_layer._skip_selected.none)
+            cache_layer._skip_rows = decision.rows
+        rows: SelectedRows = cache_layer._skip_rows
+        ran = run_rows(run, hidden_states, kwargs, rows)
+        cache_layer.advance(hidden_states.shape[1], ran=not rows.none)
         return ran
 
     def mlp(

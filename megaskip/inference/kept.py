@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from megaskip.routing.copies import copy_to
 from megaskip.routing.decision import SelectedRows
 
 
@@ -67,17 +68,9 @@ class KeptLayer:
 class KeptRows(KeptLayer):
     """Holds the rows of a batch that run this layer: keys and values [n, H, L, D]."""
 
-    _skip_rows: Tensor | None = None
-    """bool [B], on the CPU: decisions of a sequence do not change, so nobody waits for a device.
+    _skip_rows: SelectedRows | None = None
+    """The kept rows, of B: decisions of a sequence do not change, so nobody waits for a device.
     None before the first one."""
-    _skip_selected: SelectedRows
-    """The kept rows, on the layer's device."""
-
-    def decide(self, selected: SelectedRows) -> None:
-        """Hold the rows of `selected` from now on."""
-        rows = torch.zeros(selected.total, dtype=torch.bool)
-        self._skip_rows = rows.index_fill_(0, selected.index.cpu(), True)
-        self._skip_selected = selected
 
     def advance(self, tokens: int, *, ran: bool) -> None:
         """Take note of `tokens` more tokens, stored or (no row ran) not."""
@@ -89,21 +82,19 @@ class KeptRows(KeptLayer):
         self._skip_rows = None
 
     def _skip_batch(self) -> int:
-        return 0 if self._skip_rows is None else len(self._skip_rows)
+        return 0 if self._skip_rows is None else len(self._skip_rows.mask)
 
     def _skip_pick(self, index: Tensor) -> None:
         if self._skip_rows is None:
             return
         index = index.cpu()
-        stored_index = torch.cumsum(self._skip_rows.long(), 0) - 1
-        rows = self._skip_rows[index]
+        rows = self._skip_rows.of_rows(index)
         if self.is_initialized:
-            stored = stored_index[index][rows].to(self.keys.device)
+            stored_index = torch.cumsum(self._skip_rows.mask.long(), 0) - 1
+            stored = copy_to(stored_index[index][rows.mask], self.keys.device)
             self.keys = self.keys.index_select(0, stored)
             self.values = self.values.index_select(0, stored)
         self._skip_rows = rows
-        kept = rows.nonzero().squeeze(1).to(self._skip_selected.index.device)
-        self._skip_selected = SelectedRows(index=kept, total=len(rows))
 
     def _skip_crop(self, tokens: int) -> None:
         if self.is_initialized:
@@ -135,7 +126,8 @@ class KeptTokens(KeptLayer):
         self._skip_seen += tokens
 
     def expect(self, position: Tensor, count: Tensor) -> Tensor:
-        """Make room for tokens at `position` int64 [B, q], each row's `count` [B] first, then -1.
+        """Make room for tokens at `position` int64 [B, q], each row's `count` [B] first, then -1;
+        `count` is on the CPU.
 
         Returns the positions of all slots after the coming update, int64 [B, L].
         """
@@ -145,8 +137,10 @@ class KeptTokens(KeptLayer):
             self._skip_incoming = None
             self._skip_position = torch.cat([self._skip_position, position], dim=1)
         else:
-            rows, columns = (position >= 0).nonzero(as_tuple=True)
-            slots = used.to(position.device)[rows] + columns
+            slot = torch.arange(position.shape[1])
+            rows, columns = (slot < count.unsqueeze(1)).nonzero(as_tuple=True)
+            incoming = torch.stack([rows, columns, used[rows] + columns])
+            rows, columns, slots = copy_to(incoming, position.device)
             self._skip_incoming = rows, columns, slots
             self._skip_position = _widen(self._skip_position, int(self._skip_count.max()), 1, -1)
             self._skip_position[rows, slots] = position[rows, columns]

@@ -22,7 +22,7 @@ def attend_among_kept(
     Returns its output tuple, zero for the others. `cache_layer` is the layer's; None without one.
     """
     tokens = kept.shape[1]
-    count = kept.sum(1).cpu()
+    count = kept.cpu().sum(1)
     width = int(count.max())
     seen = cache_layer._skip_seen if cache_layer is not None else 0
     if cache_layer is not None:

@@ -193,7 +193,7 @@ class Engine:
 
     def _forward(self, batch: Batch, **how: Any) -> Tensor:
         masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
-        self.routers.set_batch(*masks, segments=batch.counts.segments)
+        self.routers.set_batch(*masks, batch.counts.segments)
         loss: Tensor = self.module(
             batch.input_ids,
             batch.attention_mask,

@@ -216,7 +216,7 @@ class PipelineEngine(Engine):
 
     def _pooling(self, batch: Batch) -> Pooling:
         masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
-        return self.routers.pooling(*masks, segments=batch.counts.segments)
+        return self.routers.pooling(*masks, batch.counts.segments)
 
     # -- across the boundaries
 

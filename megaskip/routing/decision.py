@@ -4,38 +4,61 @@ Shapes: B rows, T tokens, U units of decision in a row (1 for a sequence, segmen
 or T tokens).
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megaskip.routing.copies import copy_to
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SelectedRows:
-    """A selection of a number of rows or tokens: those that run, or those that do not."""
+    """A selection of a number of rows or tokens: those that run, or those that do not. The host
+    knows it, so that branches and indices do not wait for a device."""
 
-    index: Tensor
-    """int64 [n], ascending."""
-    total: int
+    mask: Tensor
+    """bool [total], on the CPU."""
+    device: torch.device
+    """Where the rows are."""
 
-    @property
+    @classmethod
+    def of(cls, mask: Tensor) -> "SelectedRows":
+        """Return what `mask` bool [total] selects; its device is waited for, once."""
+        return cls(mask=mask.cpu(), device=mask.device)
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """int64 [n], ascending, on the device."""
+        return copy_to(self.mask.nonzero().squeeze(1), self.device)
+
+    @functools.cached_property
     def all(self) -> bool:
-        """Return whether everything is selected."""
-        return len(self.index) == self.total
+        """Whether everything is selected."""
+        return bool(self.mask.all())
 
-    @property
+    @functools.cached_property
     def none(self) -> bool:
-        """Return whether nothing is selected."""
-        return len(self.index) == 0
+        """Whether nothing is selected."""
+        return not self.mask.any()
+
+    @functools.cached_property
+    def others(self) -> "SelectedRows":
+        """The selection of what is not in this one."""
+        return SelectedRows(mask=~self.mask, device=self.device)
+
+    def of_rows(self, index: Tensor) -> "SelectedRows":
+        """Return the selection once the rows are those of `index`, int64 on the CPU."""
+        return SelectedRows(mask=self.mask[index], device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingDecision:
     """What one layer's router decided: which units run, and what it based that on.
 
-    Which rows and tokens run is computed once and kept, for reading it waits for the device. Those
-    that do not run wait once more only where some run and some do not.
+    Which rows and tokens run is computed once and kept, for reading it waits for the device.
     """
 
     logit: Tensor
@@ -57,27 +80,28 @@ class RoutingDecision:
     @functools.cached_property
     def rows(self) -> SelectedRows:
         """The rows, of B, in which some unit runs."""
-        return _selected((self.keep.detach() > 0).any(dim=1))
+        return SelectedRows.of((self.keep.detach() > 0).any(dim=1))
 
     @functools.cached_property
     def tokens(self) -> SelectedRows:
         """The tokens, of B * T, that run; not for one decision a row."""
-        return _selected((self.per_token().detach() > 0).flatten())
-
-    @functools.cached_property
-    def skipped_rows(self) -> SelectedRows:
-        """The rows, of B, in which no unit runs."""
-        return _others(self.rows) or _selected((self.keep.detach() == 0).all(dim=1))
-
-    @functools.cached_property
-    def skipped_tokens(self) -> SelectedRows:
-        """The tokens, of B * T, that do not run; not for one decision a row."""
-        return _others(self.tokens) or _selected((self.per_token().detach() == 0).flatten())
+        return SelectedRows.of((self.per_token().detach() > 0).flatten())
 
     @property
     def is_per_row(self) -> bool:
         """Return whether all tokens of a row share one decision."""
         return self.unit_of_token is None and self.keep.shape[1] == 1
+
+    def of_rows(self, index: Tensor) -> "RoutingDecision":
+        """Return the decision once the batch's rows are those of `index` int64, on the CPU; for one
+        decision a row. What the host knows of it stays known."""
+        there = copy_to(index, self.keep.device)
+        tensors = {"logit": self.logit, "keep": self.keep, "unit_mask": self.unit_mask}
+        picked = {name: tensor.index_select(0, there) for name, tensor in tensors.items()}
+        decision = dataclasses.replace(self, **picked)
+        if "rows" in self.__dict__:
+            decision.__dict__["rows"] = self.rows.of_rows(index)
+        return decision
 
     def kept(self) -> Tensor:
         """Return the number of real units that run, as a float32 scalar with gradient."""
@@ -86,17 +110,3 @@ class RoutingDecision:
     def units(self) -> Tensor:
         """Return the number of real units, as a float32 scalar."""
         return self.unit_mask.sum(dtype=torch.float32)
-
-
-def _selected(mask: Tensor) -> SelectedRows:
-    return SelectedRows(index=mask.nonzero().squeeze(1), total=len(mask))
-
-
-def _others(selected: SelectedRows) -> SelectedRows | None:
-    """Return what is not selected where that is everything or nothing, without a wait."""
-    device, total = selected.index.device, selected.total
-    if selected.none:
-        return SelectedRows(index=torch.arange(total, device=device), total=total)
-    if selected.all:
-        return SelectedRows(index=selected.index.new_empty(0), total=total)
-    return None

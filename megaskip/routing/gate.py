@@ -97,7 +97,7 @@ class Gate:
             return update
         decision = self._decided()
         by_row = decision.is_per_row
-        skipped = decision.skipped_rows if by_row else decision.skipped_tokens
+        skipped = (decision.rows if by_row else decision.tokens).others
         if skipped.none:
             return update
         if skipped.all:

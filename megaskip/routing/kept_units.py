@@ -18,12 +18,11 @@ def run_rows(run: Run, hidden_states: Tensor, kwargs: Kwargs, rows: SelectedRows
         return run(hidden_states, **kwargs)
     if rows.none:
         return torch.zeros_like(hidden_states), None
-    picked = {name: rows_of(value, rows.index, rows.total) for name, value in kwargs.items()}
-    ran = run(hidden_states.index_select(0, rows.index), **picked)
+    index, batch = rows.index, len(hidden_states)
+    picked = {name: rows_of(value, index, batch) for name, value in kwargs.items()}
+    ran = run(hidden_states.index_select(0, index), **picked)
     # The second is None or the attention's weights, which are rows' too.
-    return tuple(
-        put_back(item, rows.index, rows.total) if isinstance(item, Tensor) else item for item in ran
-    )
+    return tuple(put_back(item, index, batch) if isinstance(item, Tensor) else item for item in ran)
 
 
 def run_units(run: Run, hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool) -> Any:

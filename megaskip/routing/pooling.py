@@ -35,7 +35,6 @@ class Pooling:
         pools all real tokens without `pooled`."""
         if unit == "token":
             return cls.tokens(token_mask)
-        pooled = token_mask if pooled is None else pooled
         return cls.sequences(pooled, token_mask, segment_ids, segments)
 
     @classmethod
@@ -47,18 +46,18 @@ class Pooling:
     @classmethod
     def sequences(
         cls,
-        pooled: Tensor,
+        pooled: Tensor | None,
         token_mask: Tensor,
         segment_ids: Tensor | None = None,
         segments: int | None = None,
     ) -> "Pooling":
         """Return the pooling in which each row, or each segment of a packed row, is one unit.
 
-        `pooled` bool [B, T] marks the tokens that are averaged, `token_mask` bool [B, T] the real
-        ones; `segment_ids` int64 [B, T] numbers the segments of a row from 0, padding is -1; a row
-        has at most `segments`.
+        `pooled` bool [B, T] marks the tokens that are averaged (all without it), `token_mask` bool
+        [B, T] the real ones; `segment_ids` int64 [B, T] numbers the segments of a row from 0,
+        padding is -1; a row has at most `segments`.
         """
-        pooled = pooled & token_mask
+        pooled = token_mask if pooled is None else pooled & token_mask
         if segment_ids is None:
             member = torch.ones_like(token_mask).unsqueeze(1)
             unit_of_token = None

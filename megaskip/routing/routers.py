@@ -67,7 +67,6 @@ class Routers(nn.Module):
         token_mask: Tensor,
         prompt_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        *,
         segments: int | None = None,
     ) -> None:
         """Say what the next forward pass holds: a sublayer cannot see padding by itself.
@@ -77,7 +76,7 @@ class Routers(nn.Module):
         segments of packed rows (padding -1). A row has at most `segments`; without that number the
         device is waited for. It holds for one forward pass.
         """
-        pooling = self.pooling(token_mask, prompt_mask, segment_ids, segments=segments)
+        pooling = self.pooling(token_mask, prompt_mask, segment_ids, segments)
         self.state.begin(pooling, described=True)
 
     def pooling(
@@ -85,7 +84,6 @@ class Routers(nn.Module):
         token_mask: Tensor,
         prompt_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        *,
         segments: int | None = None,
     ) -> Pooling:
         """Return what each decision about a batch looks at; arguments as in `set_batch`."""

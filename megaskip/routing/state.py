@@ -93,11 +93,10 @@ class RoutingState:
         stays."""
         if layer not in self.overrides:
             return keep
-        given = self.overrides[layer]
-        if isinstance(given, Tensor):
-            value = given.to(dtype=torch.float32, device=keep.device).expand_as(keep)
-        else:  # written by the device: a copy from the host would be waited for
-            value = torch.full_like(keep, given, requires_grad=False)
+        value = self.overrides[layer]
+        if not isinstance(value, Tensor):  # a copy from the host would be waited for
+            value = torch.full_like(keep, value, requires_grad=False)
+        value = value.to(dtype=torch.float32, device=keep.device).expand_as(keep)
         return value + (keep - keep.detach()) if keep.requires_grad else value
 
     def record(self, layer: int, decision: RoutingDecision) -> None:

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tensor_calls import Waits
 from torch import Tensor
 
 from megaskip import RouterConfig, RouterSet
@@ -36,22 +37,20 @@ def decision(keep: Tensor) -> RoutingDecision:
 
 
 @pytest.mark.parametrize("keep", ([0, 0, 0], [1, 1, 1], [0, 1, 0]))
-def test_what_is_skipped_waits_again_only_in_a_mixed_batch(
-    keep: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[int] = []
-    nonzero = Tensor.nonzero
-    monkeypatch.setattr(Tensor, "nonzero", lambda self: (waits.append(1), nonzero(self))[1])
+def test_the_device_is_waited_for_once_whatever_is_selected(keep: list[float]) -> None:
     expected = [index for index, kept in enumerate(keep) if not kept]
     rows = decision(torch.tensor(keep).float().unsqueeze(1))
     tokens = decision(torch.tensor([keep]).float())
-    for selected, skipped in (
-        (rows.rows, rows.skipped_rows),
-        (tokens.tokens, tokens.skipped_tokens),
-    ):
-        assert len(selected.index) + len(skipped.index) == selected.total == skipped.total == 3
+    with Waits() as waits:
+        pairs = [(selected, selected.others) for selected in (rows.rows, tokens.tokens)]
+        for selected, skipped in pairs:
+            assert len(selected.mask) == len(skipped.mask) == 3
+            assert (selected.all, selected.none) == (not expected, len(expected) == 3)
+            _ = selected.index, skipped.index
+    assert len(waits.take()) == 2
+    for selected, skipped in pairs:
+        assert len(selected.index) == 3 - len(expected)
         assert skipped.index.tolist() == expected and skipped.index.dtype == torch.int64
-    assert len(waits) == (4 if 0 < sum(keep) < 3 else 2)
 
 
 # -- thresholds

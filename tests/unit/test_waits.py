@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
 from tensor_calls import Waits
 from tiny_run import alone, rows, tiny_config, tiny_engine, tiny_full_engine
 
-from megaskip import RouterConfig
+from megaskip import RouterConfig, attach_routers
 from megaskip.config import RunConfig
 from megaskip.data import Batch, PackedRow, collate
+from megaskip.inference.executor import InferenceExecutor
 
 TRANSFORMERS_READS = "masking_utils.py"
 """Each forward pass reads whether the positions are those of packed rows."""
@@ -82,3 +84,52 @@ def test_the_count_can_fail() -> None:
         torch.tensor([1.0]).sum().item()  # of the host all along
         torch.full((2,), 1.0, device=torch.device("cpu")), tensor.new_zeros(3)
         assert not waits.take()
+
+
+def routed_model(granularity: str, kv: str = "keep") -> Any:
+    model = tiny_model()
+    routers = attach_routers(model, RouterConfig(layers="1-4", granularity=granularity))
+    for number, router in enumerate(routers.parameters()):
+        torch.nn.init.normal_(router, generator=torch.Generator().manual_seed(number))
+    routers.executor = InferenceExecutor(unit=routers.config.unit, kv=kv)
+    return model
+
+
+LAYERS = 4
+IDS = torch.arange(3, 75).reshape(6, 12)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "kv", "prefill", "decode"),
+    [
+        ("attn_sequence", "keep", LAYERS, 0),
+        ("mlp_sequence", "keep", LAYERS, 0),
+        ("block_sequence", "keep", LAYERS, 0),
+        ("attn_token", "keep", 0, 0),
+        ("attn_token", "drop", LAYERS, LAYERS),
+        ("mlp_token", "keep", LAYERS, LAYERS),
+    ],
+)
+def test_generation_waits_once_a_decision(
+    granularity: str, kv: str, prefill: int, decode: int
+) -> None:
+    model = routed_model(granularity, kv)
+
+    def waits_of(ids: torch.Tensor, cache: Any = None) -> tuple[int, Any]:
+        with torch.no_grad(), Waits() as waits:
+            out = model(ids, past_key_values=cache, use_cache=True)
+        own = [call for call in waits.take() if "transformers" not in call]
+        return len(own), out.past_key_values
+
+    count, cache = waits_of(IDS)
+    assert count == prefill
+    assert 0 < model.skip_routers.capacity() < 1
+    for _ in range(2):
+        count, cache = waits_of(IDS[:, -1:], cache)
+        assert count == decode
+    beams = torch.tensor([1, 1, 0, 3, 4, 2])
+    with Waits() as waits:
+        cache.reorder_cache(beams)
+    if granularity.endswith("sequence"):
+        assert len(waits.take()) == 1, "beams are re-ordered by one index, read once"
+        assert waits_of(IDS[:, -1:], cache)[0] == 0
