@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
 """Beginnings of the runtime's names of what the host gives to the device, graphs aside."""
 GRAPHS = "cudaGraphLaunch"
+RUNTIME = ("cuda", "cuLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 """cudaDeviceSynchronize is left out: the profiler ends with it, and so do our clocks."""
 CPU_WAITS = ("aten::_local_scalar_dense", "aten::nonzero")
@@ -23,7 +24,7 @@ _OPTIMIZER = "Optimizer.step#"
 
 def count_calls(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Return {"operators", "launches", "waits", "busy_ms"} of one call; on a CPU without launches
-    and busy time."""
+    and busy time, and on a GPU without what the profiler is kept from seeing."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -36,7 +37,7 @@ def count_calls(call: Callable[[], object], device: torch.device) -> dict[str, f
     events: Any = profiled.profiler.kineto_results.events()
     counts = Counter(event.name() for event in _without_optimizer_reads(events))
     counted = from_names(counts, is_cuda=device.type == "cuda")
-    if device.type == "cuda":
+    if "launches" in counted:
         counted["busy_ms"] = sum(e.duration_ns() for e in events if _is_work(e)) / 1e6
     return counted
 
@@ -47,6 +48,8 @@ def from_names(counts: Mapping[str, int], *, is_cuda: bool) -> dict[str, float]:
     if not is_cuda:
         waits = sum(counts.get(name, 0) for name in CPU_WAITS)
         return {"operators": operators, "waits": waits}
+    if not any(name.startswith(RUNTIME) for name in counts):
+        return {"operators": operators}  # the profiler may not look at the runtime here
     launches = sum(n for name, n in counts.items() if name.startswith((*LAUNCHES, GRAPHS)))
     waits = sum(n for name, n in counts.items() if name.startswith(WAITS))
     return {"operators": operators, "launches": launches, "waits": waits}

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +75,9 @@ def check_zero3(part: Part, setup: Setup) -> Snapshots:
     from megaskip.parallel.zero3 import prepare_deepspeed
 
     prepare_deepspeed()
+    if sys.platform == "linux":  # one rank talks to itself: it needs no network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     config = RunConfig(model=ModelConfig(model="demo"))
     source = resolve_source(config.model)
     topology = Topology(rank=0, world_size=1, local_rank=0, device=setup.device)

@@ -110,7 +110,7 @@ def test_prefill_flops_are_those_that_torch_counts(granularity: str) -> None:
     mlp = 5 / 6 if target in ("mlp", "block") else 1.0
     expected = prefill_flops(MICRO, 2, 16, attention=attention, mlp=mlp)
     other_half = 2 * attention * MICRO.layers * attention_flops(MICRO, 16)
-    assert counted == pytest.approx(expected + other_half, rel=1e-6)
+    assert counted == pytest.approx(expected + other_half, rel=1e-3)
 
 
 @torch.no_grad()
@@ -139,6 +139,8 @@ def test_launches_and_waits_are_counted_by_their_names() -> None:
     counted = from_names(names, is_cuda=True)
     assert counted == {"operators": 8, "launches": 4, "waits": 4}
     assert from_names(names, is_cuda=False) == {"operators": 8, "waits": 5}
+    # No figure is better than a wrong one where the profiler is kept from the runtime's calls.
+    assert from_names({"aten::mm": 3}, is_cuda=True) == {"operators": 3}
 
 
 # -- the clock
