@@ -11,6 +11,6 @@ if [ $# -gt 0 ]; then
 fi
 # Small tensors gain nothing from threads, so files share the cores; ranks share them by themselves.
 export OMP_NUM_THREADS=1
-python -m pytest -n auto --dist loadfile tests/unit tests/golden tests/integrations tests/packaging
+python -m pytest -n auto --dist loadfile tests/unit tests/golden tests/integrations tests/packaging tests/fuzz
 python -m pytest tests/dist
 exec python -m pytest -n 2 tests/docs  # every command of the documents, at a small size

@@ -290,7 +290,7 @@ def test_the_readme_is_a_page() -> None:
 def test_versions_agree() -> None:
     citation = yaml.safe_load(documents.text_of("CITATION.cff"))
     assert citation["version"] == __version__
-    newest = re.search(r"^## (\S+)", documents.text_of("CHANGELOG.md"), re.MULTILINE)
+    newest = re.search(r"^## (\d\S+)", documents.text_of("CHANGELOG.md"), re.MULTILINE)
     assert newest is not None
     assert newest.group(1) == __version__
     hook = yaml.safe_load(documents.text_of(".pre-commit-config.yaml"))["repos"][0]
