@@ -21,7 +21,7 @@ _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1500px;padding:0 1em;"
     "color:#222}h1{font-size:1.5em}h2{font-size:1.15em;margin:1.8em 0 .4em}"
     "figure{display:inline-block;margin:0 1em 1em 0;vertical-align:top}"
-    "figcaption{max-width:36em;color:#555}div{overflow-x:auto}"
+    "img{max-width:100%;max-height:640px}figcaption{max-width:36em;color:#555}div{overflow-x:auto}"
     "table{border-collapse:collapse;white-space:nowrap}"
     "td,th{padding:3px 9px;text-align:right;border-bottom:1px solid #ddd}"
     "td:first-child,th:first-child{text-align:left}"
