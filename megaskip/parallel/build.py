@@ -19,7 +19,7 @@ from megaskip.parallel.engine import Engine
 from megaskip.parallel.full_engine import FullEngine
 from megaskip.parallel.loading.partitioned import load_partitioned
 from megaskip.parallel.loading.skeleton import build_tiny, skeleton
-from megaskip.parallel.loading.source import ModelSource, log_if_slow
+from megaskip.parallel.loading.source import ModelSource, choose_arithmetic
 from megaskip.parallel.loading.stage_cuts import cuts_for_training
 from megaskip.parallel.loading.stage_weights import load_stage
 from megaskip.parallel.loading.weight_check import with_checked_weights
@@ -36,7 +36,7 @@ def build_full_engine(config: RunConfig, topology: Topology, source: ModelSource
 
     `source` is the resolved `config.model`. Raises MegaskipError when it cannot be loaded.
     """
-    log_if_slow(source.dtype, topology.device)
+    choose_arithmetic(source.dtype, topology.device)
     checked = with_checked_weights(source, topology)
     model = on_every_rank(topology, lambda: load_whole(checked, topology.device)).eval()
     masked = _needs_mask(model)
@@ -57,7 +57,7 @@ def build_engine(
     `source` is the resolved `config.model`. Raises MegaskipError for models that cannot be loaded
     or routed.
     """
-    log_if_slow(source.dtype, topology.device)
+    choose_arithmetic(source.dtype, topology.device)
     source = with_checked_weights(source, topology)
     if ds_content is not None:
         require_dtype(ds_content, str(source.dtype).removeprefix("torch."))

@@ -30,9 +30,9 @@ from megaskip.parallel.build import shard_backbone
 from megaskip.parallel.loading.loaded_values import require_loaded
 from megaskip.parallel.loading.source import (
     ModelSource,
+    choose_arithmetic,
     find_model_folder,
     first_line,
-    log_if_slow,
     resolve_source,
     source_in,
 )
@@ -167,7 +167,7 @@ def _exported_whole(
         model = made.from_pretrained(folder, dtype=kind or "auto", **read_onto(topology.device))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"--model {folder}: {first_line(error)}") from None
-    log_if_slow(model.dtype, topology.device)
+    choose_arithmetic(model.dtype, topology.device)
     model.to(topology.device).eval().requires_grad_(False)
     on_every_rank(topology, lambda: require_loaded(folder, plan, model))
     routers = model.get_submodule(PREFIX) if routing is not None else None
@@ -184,7 +184,7 @@ class _Backbone:
         self._folder, self._device = source.folder, placement.topology.device
         self._staged: StagedModel | None = None
         self.model: Any
-        log_if_slow(source.dtype, self._device)
+        choose_arithmetic(source.dtype, self._device)
         topology = placement.topology
         source = with_checked_weights(source, topology)
         if topology.num_stages > 1:

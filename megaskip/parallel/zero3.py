@@ -24,10 +24,9 @@ _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 def prepare_deepspeed() -> None:
     """Set the process up for ZeRO-3; before the first weight is made."""
-    from deepspeed.ops import __compatible_ops__
-
     # On a CPU DeepSpeed would build it: 27 s, and a lock that can hang for ever after a kill.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    # Nothing else is looked up there; asking for the attribute would try out every operation.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     _return_memory()
 
 

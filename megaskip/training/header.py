@@ -5,6 +5,7 @@ from pathlib import Path
 from megaskip.config import RunConfig
 from megaskip.data.loader import DataLoader
 from megaskip.log import get_logger
+from megaskip.parallel.loading.source import uses_tf32
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.protocol import StepEngine
 from megaskip.parallel.topology import Topology
@@ -42,7 +43,8 @@ def _engine_text(config: RunConfig, topology: Topology, engine: StepEngine) -> s
     else:
         name = "ZeRO-3" if config.parallel.ds_config else "replicas"
     dtype = next(engine.module.parameters()).dtype
-    return f"{name} on {topology.world_size} rank(s), {topology.device.type}, {dtype}"
+    precision = f"{dtype}, TF32" if uses_tf32(dtype, topology.device) else f"{dtype}"
+    return f"{name} on {topology.world_size} rank(s), {topology.device.type}, {precision}"
 
 
 def _bytes_text(engine: StepEngine) -> str:
