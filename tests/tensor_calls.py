@@ -108,3 +108,17 @@ def _line() -> str:
     frames = [f for f in traceback.extract_stack() if "/site-packages/torch/" not in f.filename]
     frame = frames[-3]
     return f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"
+
+
+class IndexCalls(TorchFunctionMode):
+    """Counts the calls that look for rows or choose them: each is a kernel, however few rows."""
+
+    _NAMES = frozenset("index_select index_copy_ index_add gather nonzero argsort cumsum".split())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self._NAMES
+        return func(*args, **(kwargs or {}))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
-from tensor_calls import Waits
+from tensor_calls import IndexCalls, Waits
 from tiny_run import alone, rows, tiny_config, tiny_engine, tiny_full_engine
 
 from megaskip import RouterConfig, attach_routers
@@ -133,3 +133,20 @@ def test_generation_waits_once_a_decision(
     if granularity.endswith("sequence"):
         assert len(waits.take()) == 1, "beams are re-ordered by one index, read once"
         assert waits_of(IDS[:, -1:], cache)[0] == 0
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence"])
+def test_decode_chooses_rows_only_in_layers_whose_rows_differ(granularity: str) -> None:
+    """Hidden states, cosines, sines, positions and back in an attention; hidden states and back in
+    an MLP. What was found at the prefill is not found again."""
+    model = routed_model(granularity)
+    mask = torch.ones_like(IDS)
+    with torch.no_grad():
+        cache = model(IDS, attention_mask=mask, use_cache=True).past_key_values
+        kept = [decision.rows for decision in model.skip_routers.decisions().values()]
+        mixed = sum(not (rows.all or rows.none) for rows in kept)
+        position = torch.full((6, 1), IDS.shape[1])
+        with IndexCalls() as calls:
+            model(IDS[:, -1:], position_ids=position, past_key_values=cache)
+    each = {"attn_sequence": 5, "mlp_sequence": 2, "block_sequence": 7}[granularity]
+    assert mixed > 0 and calls.count == each * mixed
