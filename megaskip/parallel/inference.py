@@ -29,6 +29,7 @@ from megaskip.parallel.agree import on_every_rank, on_first_rank
 from megaskip.parallel.build import shard_backbone
 from megaskip.parallel.loading.loaded_values import require_loaded
 from megaskip.parallel.loading.source import (
+    CONFIG_ERRORS,
     ModelSource,
     choose_arithmetic,
     find_model_folder,
@@ -140,12 +141,14 @@ def _exported(
             "yet (--ds_config, --pipeline_stages); evaluate it without"
         )
     # The base's tensors have the base's names, so its own class reads them from this folder.
-    family = content["base_model_type"]
     foreign = ("routing", "dropped", "base_model_type", "auto_map", "model_type", "architectures")
     own = {name: value for name, value in content.items() if name not in foreign}
-    hf_config = CONFIG_MAPPING[family].from_dict(own)
+    try:
+        hf_config = CONFIG_MAPPING[content["base_model_type"]].from_dict(own)
+        config = RouterConfig.from_dict(routing)
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"--model {folder}: {first_line(error)}") from None
     loaded = _Backbone(source_in(folder, hf_config, backbone), placement)
-    config = RouterConfig.from_dict(routing)
     attached = attach_routers(loaded.model, config, register=False)
     stored = read_tensors(folder / f"{PREFIX}.safetensors")
     attached.load_state_dict({n.removeprefix(f"{PREFIX}."): t for n, t in stored.items()})
@@ -165,7 +168,7 @@ def _exported_whole(
         source = source_in(folder, hf_config, backbone)
         plan = on_first_rank(topology, lambda: check_weights(source, shape))
         model = made.from_pretrained(folder, dtype=kind or "auto", **read_onto(topology.device))
-    except (OSError, ValueError) as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(f"--model {folder}: {first_line(error)}") from None
     choose_arithmetic(model.dtype, topology.device)
     model.to(topology.device).eval().requires_grad_(False)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from megaskip.checkpoint import BaseModel
 from megaskip.checkpoint.resume import (
+    STATE,
     TrainerState,
     prune,
     read_state,
@@ -15,6 +16,7 @@ from megaskip.checkpoint.resume import (
     restore,
     save_checkpoint,
 )
+from megaskip.errors import CheckpointError
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.protocol import StepEngine
 from megaskip.parallel.topology import Topology
@@ -107,7 +109,12 @@ class Checkpointer:
             self.engine.optimizer,
             state.optimizer_steps,
         )
-        self.weights.steer_from(state.steering)
+        try:
+            self.weights.steer_from(state.steering)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path / STATE} is damaged: its steering lacks {error}; resume another checkpoint"
+            ) from None
         return state
 
     def state(self, step: int, tokens: int) -> TrainerState:

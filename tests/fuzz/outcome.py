@@ -16,7 +16,7 @@ from megaskip.errors import MegaskipError
 SECONDS = 20
 """Of computing, which other jobs on the machine do not lengthen: an input that takes more hangs.
 One that waits for something ends with the test's own timeout."""
-_LONG = 60
+_LONG = 80
 """How many times as many inputs --hypothesis-profile long tries."""
 _LONGEST_MESSAGE = 4000
 _OPENED = 0x20

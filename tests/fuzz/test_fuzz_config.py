@@ -73,7 +73,7 @@ def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
     return command, argv + draw(st.lists(st.text(max_size=5), max_size=1))
 
 
-@fuzzed(500)
+@fuzzed(250)
 @given(command_lines())
 def test_command_lines(case: tuple[str, list[str]]) -> None:
     command, argv = case
@@ -83,7 +83,7 @@ def test_command_lines(case: tuple[str, list[str]]) -> None:
             use(options)
 
 
-@fuzzed(200)
+@fuzzed(120)
 @given(
     st.lists(st.sampled_from([*COMMANDS, "--local_rank", "--local_rank=0"]) | st.text(), max_size=2)
 )
@@ -120,7 +120,7 @@ def use(config: RunConfig) -> None:
     assert config.optim.compensation_lr_ratio >= 0
 
 
-@fuzzed(500)
+@fuzzed(250)
 @given(
     changed_json(GOOD_YAML).map(lambda value: yaml.safe_dump(value).encode())
     | st.dictionaries(st.sampled_from(sorted(RUN_FLAGS)), odd_values(), max_size=4).map(
@@ -135,7 +135,7 @@ def test_yaml_files(file: Path, content: bytes) -> None:
         use(parse_run_config(["--config", str(file)]))
 
 
-@fuzzed(500)
+@fuzzed(250)
 @given(
     st.sampled_from(DS_CONFIGS).flatmap(changed_json_file),
     st.sampled_from(
@@ -156,7 +156,7 @@ def test_deepspeed_json(file: Path, content: bytes, argv: list[str]) -> None:
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@fuzzed(200)
+@fuzzed(120)
 @given(
     st.dictionaries(st.sampled_from(LAUNCHER), odd_values().map(str) | st.integers(0, 3).map(str)),
     st.integers(1, 3),

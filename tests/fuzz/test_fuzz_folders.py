@@ -37,6 +37,7 @@ from megaskip.config.run import CheckpointConfig
 from megaskip.data import TokenizedData, build_dataset
 from megaskip.export.folder import export_folder
 from megaskip.export.published import import_published
+from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.runs.source import find_routers, read_as, run_facts
@@ -138,7 +139,7 @@ def save_sharded(path: Path) -> None:
     assert (path / "model.safetensors.index.json").is_file()
 
 
-@fuzzed(500)
+@fuzzed(200)
 @given(st.data())
 def test_router_folders(router_folder: Folder, base_folder: Folder, data: st.DataObject) -> None:
     folder = router_folder.with_changed(data)
@@ -170,7 +171,7 @@ def run_folder(scratch: tuple[Path, Watched]) -> Folder:
     return made(scratch, "run", make)
 
 
-@fuzzed(500)
+@fuzzed(200)
 @given(st.data())
 def test_run_folders(run_folder: Folder, router_folder: Folder, data: st.DataObject) -> None:
     folder = run_folder.with_changed(data)
@@ -194,7 +195,7 @@ def test_run_folders(run_folder: Folder, router_folder: Folder, data: st.DataObj
         prune(folder, 1)
 
 
-@fuzzed(150)
+@fuzzed(100)
 @given(st.data())
 def test_resumed_checkpoints(run_folder: Folder, trainer: Any, data: st.DataObject) -> None:
     files = [f"step_000006/{name}" for name in CHECKPOINT_FILES]
@@ -220,7 +221,7 @@ def trainer(scratch: tuple[Path, Watched]) -> Iterator[Any]:
 # -- models and their indexes
 
 
-@fuzzed(500)
+@fuzzed(200)
 @given(st.data())
 def test_model_folders(router_folder: Folder, base_folder: Folder, data: st.DataObject) -> None:
     folder = base_folder.with_changed(data)
@@ -262,6 +263,26 @@ def test_names_of_shards(
     assert not base_folder.watched.was_opened(), f"the shard {shard!r} was read"
 
 
+@pytest.fixture(scope="module")
+def exported(router_folder: Folder, base_folder: Folder, scratch: tuple[Path, Watched]) -> Folder:
+    def make(path: Path) -> None:
+        export_folder(router_folder.good, base_folder.good, path, mode="copy")
+
+    return made(scratch, "exported-good", make)
+
+
+@fuzzed(40)
+@given(st.booleans(), st.data())
+def test_folders_that_are_loaded(
+    exported: Folder, base_folder: Folder, is_routed: bool, data: st.DataObject
+) -> None:
+    chosen = exported if is_routed else base_folder
+    folder = chosen.with_changed(data)
+    with ends_well():
+        load_for_inference(str(folder), Placement.on(torch.device("cpu")))
+    assert not chosen.watched.was_opened(), "a file outside of the folder was read"
+
+
 # -- published routers
 
 
@@ -288,7 +309,7 @@ def published(scratch: tuple[Path, Watched]) -> Folder:
     return made(scratch, "published", make)
 
 
-@fuzzed(500)
+@fuzzed(200)
 @given(st.data(), st.sampled_from((".", "model.safetensors", "pytorch_model.bin", "old.pt")))
 def test_published_routers(published: Folder, data: st.DataObject, name: str) -> None:
     folder = published.with_changed(data)
@@ -301,7 +322,7 @@ def test_published_routers(published: Folder, data: st.DataObject, name: str) ->
 # -- tokenised data
 
 
-@fuzzed(200)
+@fuzzed(100)
 @given(st.data())
 def test_tokenised_data(scratch: tuple[Path, Watched], stored: Folder, data: st.DataObject) -> None:
     folder = stored.with_changed(data)

@@ -99,7 +99,7 @@ def read_all(file: Path, tokenizer: Any) -> None:
                 assert all(len(made) <= 32 for made in tokenised.rows)
 
 
-@fuzzed(500)
+@fuzzed(250)
 @given(
     st.lists(st.sampled_from(ROWS).flatmap(changed_json), min_size=1, max_size=3),
     st.integers(0, len(TEMPLATES)),
@@ -110,7 +110,7 @@ def test_rows(folder: Path, tokenizers: list[Any], rows: list[Any], tokenizer: i
     read_all(file, tokenizers[tokenizer])
 
 
-@fuzzed(300)
+@fuzzed(150)
 @given(st.lists(st.sampled_from(ROWS), min_size=1, max_size=3), st.sampled_from(FILES), st.data())
 def test_files_of_rows(
     folder: Path, tokenizers: list[Any], rows: list[Any], name: str, data: st.DataObject
@@ -159,7 +159,7 @@ def test_whole_data_sets(
             assert len(row)
 
 
-@fuzzed(300)
+@fuzzed(150)
 @given(
     st.sampled_from(ODD_TEXTS) | st.text(max_size=8), st.sampled_from(("", ":0.5", ":nan", ":x"))
 )
@@ -168,7 +168,7 @@ def test_names_of_sources(folder: Path, name: str, weight: str) -> None:
         find_source(f"{folder}/{name}{weight}")
 
 
-@fuzzed(200)
+@fuzzed(120)
 @given(st.data())
 def test_files_of_prompts(folder: Path, data: st.DataObject) -> None:
     rows = [{"prompt": "what is"}, ROWS[0]]
@@ -207,7 +207,7 @@ def templates(draw: st.DrawFn) -> str:
     return text[:start] + draw(st.sampled_from(PIECES)) + text[start + length :]
 
 
-@fuzzed(300)
+@fuzzed(150)
 @given(templates(), st.sampled_from(ROWS[:5]))
 def test_chat_templates(folder: Path, tokenizers: list[Any], template: str, row: Any) -> None:
     (folder / "template.jinja").write_text(template)

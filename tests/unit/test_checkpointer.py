@@ -1,6 +1,7 @@
 """A checkpoint gives back all that trains, and refuses a run that it is not of."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,14 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         other = dataclasses.replace(trainer.checkpointer, data_fingerprint="others")
         with pytest.raises(CheckpointError, match="the data are others"):
             other.resume(path)
+
+
+def test_steering_that_lacks_a_number_is_named(tmp_path: Path) -> None:
+    with alone() as topology:
+        path = trained(tmp_path, topology).save()
+        state = json.loads((path / "trainer.json").read_text())
+        del state["steering"]["excess_1"]
+        (path / "trainer.json").write_text(json.dumps(state))
+        after = router_trainer(tmp_path, topology, tiny_config())
+        with pytest.raises(CheckpointError, match="trainer.json is damaged: .* lacks 'excess_1'"):
+            after.resume(path)

@@ -11,7 +11,7 @@ import torch
 
 from megaskip.config import CheckpointConfig, ModelConfig, RouterConfig, RunConfig
 from megaskip.errors import RankError
-from megaskip.parallel.loading.source import log_if_slow, resolve_source
+from megaskip.parallel.loading.source import choose_arithmetic, resolve_source
 from megaskip.parallel.preflight import Report, checkpoint_bytes, find_problems, preflight
 from megaskip.parallel.topology import _free_port, process_group, read_topology
 
@@ -158,9 +158,10 @@ def test_a_cpu_that_emulates_bfloat16_is_said_to_be_slow(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
     with caplog.at_level(logging.INFO):
-        log_if_slow(dtype, torch.device("cpu"))
-        log_if_slow(dtype, torch.device("cuda"))
+        choose_arithmetic(dtype, torch.device("cpu"))
+        choose_arithmetic(dtype, torch.device("cuda"))
     assert caplog.text.count("--dtype float32 needs twice the memory") == int(said)

@@ -30,7 +30,7 @@ from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.reporting.token_map import TokenMap
 from megaskip.reporting.token_map_html import page
 from megaskip.runs.source import read_as
-from megaskip.study.pareto import _page
+from megaskip.study.page import page as comparison_page
 
 ROOT = Path(__file__).parents[2]
 BASE = DEMO_FOLDER / "backbone"
@@ -156,7 +156,8 @@ def test_pages_show_text_as_text() -> None:
         title=SCRIPT,
         target="attn",
     )
-    for text in (page(token_map), _page((), b"", SCRIPT)):
+    comparison = comparison_page((), (), [SCRIPT], title=SCRIPT, settings=[(SCRIPT, SCRIPT)])
+    for text in (page(token_map), comparison):
         assert "<script" not in text
         assert "onmouseover='" not in text.replace("&#x27;", "")
         assert "<b>" not in text

@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 DEMO_FOLDER = Path(__file__).parents[2] / "demo"
 _SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.py")
 _WEIGHT_FILES = ("*.safetensors",)
-_CONFIG_ERRORS = (
+CONFIG_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RecursionError, ImportError, StrictDataclassError),
 )
@@ -88,7 +88,7 @@ def resolve_source(config: ModelConfig, folder: Path | None = None) -> ModelSour
     require_no_pointer(folder / "config.json")
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise ConfigError(
             f"--model {folder}: cannot read its config.json ({first_line(error)})"
         ) from None
