@@ -16,8 +16,10 @@ from megaskip.errors import MegaskipError
 SECONDS = 20
 """Of computing, which other jobs on the machine do not lengthen: an input that takes more hangs.
 One that waits for something ends with the test's own timeout."""
-_LONG = 80
-"""How many times as many inputs --hypothesis-profile long tries."""
+LONG = "long"
+"""The hypothesis profile of an hour."""
+_TIMES = 80
+"""How many times as many inputs it tries."""
 _LONGEST_MESSAGE = 4000
 _OPENED = 0x20
 """inotify's IN_OPEN."""
@@ -26,9 +28,9 @@ _OPENED = 0x20
 def fuzzed(inputs: int) -> Callable[[Any], Any]:
     """Return a decorator that tries a hypothesis test on `inputs` examples, the same in every run;
     with --hypothesis-profile long on many times as many, new ones in every run."""
-    is_long = settings.get_current_profile_name() == "long"
+    is_long = settings.get_current_profile_name() == LONG
     return settings(
-        max_examples=inputs * _LONG if is_long else inputs,
+        max_examples=inputs * _TIMES if is_long else inputs,
         derandomize=not is_long,
         database=None,
         deadline=None,
