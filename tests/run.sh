@@ -9,8 +9,9 @@ mypy
 if [ $# -gt 0 ]; then
   exec python -m pytest "$@"
 fi
-# Small tensors gain nothing from threads, so files share the cores; ranks share them by themselves.
+# Small tensors gain nothing from threads, so files share the cores; ranks of one file wait for each other, and leave
+# a core to those of another.
 export OMP_NUM_THREADS=1
 python -m pytest -n auto --dist loadfile tests/unit tests/golden tests/integrations tests/packaging tests/fuzz
-python -m pytest tests/dist
+python -m pytest -n 2 --dist loadfile tests/dist
 exec python -m pytest -n 2 tests/docs  # every command of the documents, at a small size

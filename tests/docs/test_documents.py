@@ -30,10 +30,13 @@ BACKBONE = DEMO / "backbone"
 OF_OTHER_PROGRAMS = {
     "--check": "ruff",
     "--hostfile": "deepspeed",
+    "--hypothesis-profile": "pytest",
     "--master_port": "torchrun",
     "--model_args": "lm-eval",
+    "--moments": "tests/faults",
     "--nodes": "sbatch",
     "--nproc_per_node": "torchrun",
+    "--only": "tests/faults",
     "--standalone": "torchrun",
     "--help": "all of them",
     "--no-flag": "a word for all flags that switch something off",
