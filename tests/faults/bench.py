@@ -62,6 +62,7 @@ class Bench:
         texts = [" ".join(rng.choices(words, k=rng.randint(2, 9))) for _ in range(80)]
         rows = ({"prompt": f"Repeat: {text}", "completion": text} for text in texts)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
+        self.scratch.mkdir(parents=True, exist_ok=True)
         (self.scratch / "rows.jsonl").write_text(lines)
 
     def flags(self, engine: str, output_dir: Path, *more: str) -> list[str]:

@@ -51,6 +51,11 @@ def fast_tokenizer(template: str | None = CHATML, *, bos: bool = True) -> Any:
         vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_WORDS, trainer)
+    return wrapped(tokenizer, bos=bos, template=template)
+
+
+def wrapped(tokenizer: Tokenizer, *, bos: bool = False, template: str | None = None) -> Any:
+    """Return a tokenizer as transformers has it; with `bos` it puts <s> before a text."""
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]

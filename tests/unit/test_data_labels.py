@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_samples import SPECIAL, slow_tokenizer
+from data_samples import SPECIAL, slow_tokenizer, wrapped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
@@ -18,10 +18,8 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
-    processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
 
 from megaskip.data import Row, collate
 from megaskip.data.fields import Fields, Place
@@ -58,20 +56,6 @@ ATOMS = [
     "_",
     "0",
 ]
-
-
-def wrapped(tokenizer: Tokenizer, *, bos: bool = False) -> Any:
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    )
 
 
 # Llama 3's and Qwen's: line breaks are taken together with what is before them.
