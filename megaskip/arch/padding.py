@@ -5,8 +5,12 @@ Rows are padded on the right. Where attention is causal no real token can see wh
 so a mask changes nothing but the time: with one, kernels of plain causal attention do not apply.
 """
 
+import contextlib
+
 import torch
 from torch import nn
+
+from megaskip.routing import Routers
 
 _TOKENS = 16
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -15,13 +19,19 @@ differently on a GPU; padding that is seen changes the states by tenths."""
 _TOLERANCE_16_BIT = 5e-2
 
 
-@torch.no_grad()
-def needs_mask(model: nn.Module) -> bool:
+def needs_mask(model: nn.Module, routers: Routers | None = None) -> bool:
     """Return whether padding on the right of a row changes its real tokens when no mask hides it.
 
     Runs `model`, a decoder or a causal LM in evaluation mode, on two short rows with a mask and
-    without. Under ZeRO-3 collective: every rank calls it.
+    without; `routers`, if it has any, let everything run meanwhile. Under ZeRO-3 collective: every
+    rank calls it. Whoever runs a model on rows padded on the right asks once, before the first.
     """
+    with contextlib.nullcontext() if routers is None else routers.disabled():
+        return _is_seen(model)
+
+
+@torch.no_grad()
+def _is_seen(model: nn.Module) -> bool:
     device = next(tensor for tensor in (*model.parameters(), *model.buffers())).device
     ids = torch.arange(1, 2 * _TOKENS + 1, device=device).reshape(2, _TOKENS)
     places = torch.arange(_TOKENS, device=device).expand(2, _TOKENS)

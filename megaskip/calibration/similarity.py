@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
+from megaskip.arch.padding import needs_mask
 from megaskip.arch.sites import find_sites
 from megaskip.data import Batch
 
@@ -102,13 +103,13 @@ def update_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, f
 
     High: the attention changes little, and is dropped first.
     """
-    similarity = UpdateSimilarity(model)
+    similarity, masked = UpdateSimilarity(model), needs_mask(model)
     with similarity.watching():
         for batch in batches:
             similarity.set_batch(batch.token_mask)
             find_decoder(model).decoder(
                 input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
+                attention_mask=batch.attention_mask if masked else None,
                 position_ids=batch.position_ids,
                 use_cache=False,
             )

@@ -3,7 +3,6 @@
 Knows models and routers, not tasks. `Runner` is the seam for other ways to spread a model.
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -134,8 +133,7 @@ class LocalRunner:
 
     def _find_needs_mask(self) -> bool:
         """Return whether padding is masked. Under ZeRO-3 collective."""
-        with contextlib.nullcontext() if self.routers is None else self.routers.disabled():
-            return needs_mask(self.model)
+        return needs_mask(self.model, self.routers)
 
     def _kept(self, rows: int) -> Kept:
         decisions = () if self.routers is None else self.routers.decisions().values()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megaskip.arch.decoder import find_decoder
+from megaskip.arch.padding import needs_mask
 from megaskip.arch.trainable import describe_layers
 from megaskip.data.collate import Batch
 from megaskip.errors import ConfigError, DataError
@@ -24,13 +25,15 @@ def measure_capacity(
     """Return, for each routed layer, the share of real units that run in `batches`."""
     decoder = find_decoder(model).decoder
     device = next(model.parameters()).device
+    masked = needs_mask(model, routers)
     counts = Counts.zeros(len(routers.layers), device=device)
     for batch in batches:
         batch = batch.to(device)
-        routers.set_batch(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        routers.set_batch(*masks, batch.counts.segments)
         decoder(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=batch.attention_mask if masked else None,
             position_ids=batch.position_ids,
             use_cache=False,
         )

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from megaskip.arch.padding import needs_mask
 from megaskip.data import Batch
 from megaskip.data.collate import collate
 from megaskip.data.plain_text import PlainTextEncoder
@@ -64,12 +65,13 @@ def score(
     sentences of a pair alike.
     """
     columns: list[Tensor] = []
+    masked = needs_mask(model, routers)
     first = 0
     for batch in batches:
         rows = len(batch.input_ids)
         documents = [row // rows_per_document for row in range(first, first + rows)]
         with routers.override({} if policy is None else policy(documents)):
-            columns.append(_score_batch(model, routers, batch))
+            columns.append(_score_batch(model, routers, batch, masked))
         first += rows
     nll, tokens, exact, read, units, *kept = torch.cat(columns, dim=1).double().cpu().numpy()
     return Scores(nll=nll, tokens=tokens, exact=exact, read=read, units=units, kept=np.stack(kept))
@@ -128,13 +130,14 @@ def pair_accuracy(scores: Scores) -> Numbers:
     return (scores.nll[0::2] < scores.nll[1::2]).astype(np.float64)
 
 
-def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch) -> Tensor:
+def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch, masked: bool) -> Tensor:
     """Return [nll, tokens, exact, read, units, kept of R layers] of each row, float64 [5 + R,
     B]."""
-    routers.set_batch(batch.token_mask, batch.prompt_mask, batch.segment_ids)
+    masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
+    routers.set_batch(*masks, batch.counts.segments)
     logits = model(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        attention_mask=batch.attention_mask if masked else None,
         position_ids=batch.position_ids,
         use_cache=False,
     ).logits[:, :-1]

@@ -1,6 +1,6 @@
 """Padding on the right: attention needs no mask for it, and where it does a run finds out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from tiny_run import alone, rows, tiny_config
 from megaskip import attach_routers
 from megaskip.arch.padding import needs_mask
 from megaskip.arch.task_loss import TaskLoss
+from megaskip.calibration.similarity import update_similarity
 from megaskip.config import ModelConfig
 from megaskip.data import Batch, collate
+from megaskip.export.static import measure_capacity
 from megaskip.parallel.build import build_engine, build_full_engine
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import resolve_source
+from megaskip.study.scoring import score
 
 
 def padded(count: int = 3, seed: int = 0) -> Batch:
@@ -85,3 +88,26 @@ def test_no_mask_reaches_attention_in_a_run_and_its_evaluation(full: bool, tmp_p
         engine.train_step([padded()], 0.0)
         engine.evaluate([padded()], **({} if full else {"routed": True}))
     assert seen.calls > 0 and seen.masked == 0
+
+
+MEASURES: dict[str, Callable[..., Any]] = {
+    "similarity": lambda model, routers: update_similarity(model, [padded()]),
+    "capacity": lambda model, routers: measure_capacity(model, routers, [padded()]),
+    "scores": lambda model, routers: score(model, routers, [padded()]).nll.tolist(),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_is_measured_before_and_after_training_needs_no_mask_either(name: str) -> None:
+    """The start-up pass alone has one: half of its calls."""
+    model = tiny_model(num_key_value_heads=4)
+    routers = attach_routers(model, tiny_config().router)
+    with AttentionMasks() as probe:
+        needs_mask(model, routers)
+    with AttentionMasks() as seen:
+        plain = MEASURES[name](model, routers)
+    assert seen.calls > probe.calls and seen.masked == probe.masked == probe.calls // 2
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("calibration.similarity", "export.static", "study.scoring"):
+            patch.setattr(f"megaskip.{module}.needs_mask", lambda *_: True)
+        assert MEASURES[name](model, routers) == plain
