@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from megaskip.routing.decision import RoutingDecision
 
@@ -40,10 +41,15 @@ class DecisionCache:
             self.reset()
         return cropped
 
-    def reset(self) -> Any:
+    def reset(self) -> None:
         """Forget everything."""
         self._skip_decisions = {}
-        return super().reset()  # type: ignore[misc]
+        super().reset()  # type: ignore[misc]
+        for layer in self.layers:  # type: ignore[attr-defined]
+            if isinstance(layer, DynamicLayer):
+                # transformers 5.5 fills them with zeros, and they stay as long as they were.
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
     def _skip_select(self, method: str, index: Tensor) -> None:
         """Call a layer's method; layers that hold a part choose on the host, so that `index` is

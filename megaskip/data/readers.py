@@ -264,7 +264,9 @@ def _read_saved(folder: Path) -> Iterator[ReadRow]:
 
 def number_rows(rows: Any, name: str) -> Iterator[ReadRow]:
     """Yield the rows of an iterable data set; media stay as they are stored, not opened."""
-    for number, row in enumerate(rows.decode(False), start=1):
+    # Without features nothing is decoded, and there is nothing to switch off.
+    undecoded = rows if rows.features is None else rows.decode(False)
+    for number, row in enumerate(undecoded, start=1):
         yield Place(file=name, number=number, unit="row"), row
 
 

@@ -16,7 +16,7 @@ from data_samples import write_lines
 
 from megaskip.data.columns import ColumnCounts
 from megaskip.data.corpus import read_samples
-from megaskip.data.readers import TEXT_PIECE
+from megaskip.data.readers import TEXT_PIECE, number_rows
 from megaskip.data.source import find_source, read_rows
 from megaskip.errors import DataError
 
@@ -171,6 +171,12 @@ def test_media_in_columns_are_not_opened(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(DataError, match=r"row 1: field 'pic' is the object .* no media"):
         list(read_samples(find_source(str(tmp_path / "a.parquet")), ColumnCounts()))
+
+
+def test_rows_of_unknown_features_are_read() -> None:
+    rows = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}]))
+    assert rows.features is None
+    assert [row for _, row in number_rows(rows, "hub")] == [{"text": "a"}]
 
 
 def test_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:

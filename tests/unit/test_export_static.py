@@ -180,13 +180,17 @@ def test_continuous_batching_runs_without_routers(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     settings = transformers.GenerationConfig(**options, eos_token_id=-1, pad_token_id=0)
     sizes = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
-    found = small.generate_batch(
+    alone = []  # first: transformers 5.5 leaves a model on the attention of continuous batching
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        tokens = small.generate(
+            ids, attention_mask=torch.ones_like(ids), eos_token_id=-1, **options
+        )
+        alone.append(tokens[0, len(prompt) :].tolist())
+    batched = small.generate_batch(
         prompts, generation_config=settings, continuous_batching_config=sizes, progress_bar=False
     )
-    for prompt, one in zip(prompts, found.values(), strict=True):
-        ids = torch.tensor([prompt])
-        alone = small.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=-1, **options)
-        assert one.generated_tokens == alone[0, len(prompt) :].tolist()
+    assert [answer.generated_tokens for answer in batched.values()] == alone
 
 
 def test_model_saves_and_loads_again(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from routed_models import VOCABULARY, as_exported, padded_ids, trained, whole_ids
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
@@ -245,6 +247,8 @@ def test_operations_on_the_cache_carry_decisions_and_keys(
 
 @pytest.mark.parametrize(("granularity", "kv"), KINDS)
 def test_a_cache_that_was_reset_is_as_good_as_new(granularity: str, kv: str) -> None:
+    if granularity.endswith("token") and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("transformers before 5.18 fills layers of such a cache with zeros")
     model = as_exported(*trained("llama", granularity), kv=kv)
     first, second, following = whole_ids(3, 9, 1), whole_ids(3, 7, 2), whole_ids(3, 2, 3)
     with torch.no_grad():
@@ -297,7 +301,8 @@ def test_a_static_cache_with_sliding_windows_decides_on_the_whole_prompt(family:
     "way", [{"use_cache": False}, {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}]
 )
 def test_generation_whose_first_pass_is_not_the_prompt_is_refused(way: dict[str, Any]) -> None:
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    # Without an end token, looking up the prompt fails in transformers 5.5.
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": VOCABULARY}
     ids = whole_ids(1, 13)
     with pytest.raises(ValueError, match="judge a text by its first forward pass"):
         as_exported(*trained("llama")).generate(ids, **options, **way)
