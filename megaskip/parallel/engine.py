@@ -18,7 +18,7 @@ from megaskip.labels import IGNORED
 from megaskip.parallel.optimizer import make_adamw, reduce_gradients, set_learning_rate
 from megaskip.parallel.results import EvalResult, EvalSums, GlobalBatch, StepResult, StepSums
 from megaskip.parallel.topology import Topology
-from megaskip.routing import Counts, Measured, RouterSet, RoutingDecision
+from megaskip.routing import Counts, Measured, Pooling, RouterSet, RoutingDecision
 
 
 class Engine:
@@ -41,6 +41,7 @@ class Engine:
         self._zero3 = zero3
         self._max_grad_norm = config.optim.max_grad_norm
         self._distill, self._noise = config.optim.distill, config.optim.noise
+        self._has_penalty = True
         routers.steering.temperature = config.optim.temperature
         self.parameters = routers.trained_parameters()
         self.optimizer = make_adamw(self.parameters, config.optim)
@@ -102,6 +103,30 @@ class Engine:
         ran = self._on_device(batch)
         return ran, self._forward(ran, each=True)
 
+    def gate_gradients(
+        self, batch: Batch | None, layers: Sequence[int], *, at: float, distill: float
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return (the real units, bool [B, U]; the gradients of the summed loss of `batch` with
+        respect to the gates of `layers`, float32 [B, U] by layer, of those on this rank): with
+        these gates at `at` between 0, skipped, and 1, and every other layer running.
+
+        `distill` is the share of each label that is the dense model's prediction. For None a
+        placeholder runs. Collective.
+        """
+        ran = self._on_device(batch)
+        real = self._pooling(ran).unit_mask
+        like = {"device": real.device, "requires_grad": True}
+        gates = {layer: torch.full(real.shape, at, **like) for layer in layers}
+        before, self._distill, self._has_penalty = self._distill, distill, False
+        try:
+            with self.routers.disabled(), self.routers.override(gates):
+                self._micro_steps([ran], GlobalBatch(supervised=1.0, units=1.0, tokens=1.0))
+        finally:
+            self._distill, self._has_penalty = before, True
+            self.optimizer.zero_grad(set_to_none=False)
+        own = [layer for layer in layers if layer in self.own_layers]
+        return real, {layer: _gradient(gates[layer]) for layer in own}
+
     def scores(self) -> dict[int, Tensor]:
         """Return the router scores of this rank's last micro-batch, by layer; for histograms.
         Collective; the first rank gets all layers'."""
@@ -133,6 +158,11 @@ class Engine:
     def model(self) -> nn.Module:
         """Return the Hugging Face model; without pipeline stages."""
         return self.module.get_submodule("model")
+
+    @property
+    def own_layers(self) -> Sequence[int]:
+        """Return the routed layers that this rank runs."""
+        return self.routers.layers
 
     def own_decisions(self) -> dict[int, RoutingDecision]:
         """Return the last forward pass's decisions that this rank made."""
@@ -191,6 +221,10 @@ class Engine:
             teacher = self._forward(batch, states_only=True)
         return self._forward(batch, teacher=teacher, share=self._distill)
 
+    def _pooling(self, batch: Batch) -> Pooling:
+        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        return self.routers.pooling(*masks, batch.counts.segments)
+
     def _forward(self, batch: Batch, **how: Any) -> Tensor:
         masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
         self.routers.set_batch(*masks, batch.counts.segments)
@@ -206,6 +240,8 @@ class Engine:
 
     def _penalty(self, whole: GlobalBatch, micro_batches: int) -> Tensor:
         """Return the last forward pass's share of the penalty of the global batch."""
+        if not self._has_penalty:
+            return 0 * self.routers.penalty()
         if self.routers.config.budget == "global":
             return self.routers.penalty(whole.units)
         return self.routers.penalty() / (micro_batches * self._topology.num_replicas)
@@ -232,9 +268,18 @@ class Engine:
         """Return the number of ranks."""
         return self._topology.world_size
 
+    def number_over_replicas(self, turn: int) -> int:
+        """Return the number, among the batches of all replicas, of this one's batch `turn`, when
+        they take turns."""
+        return turn * self._topology.num_replicas + self._topology.replica
+
     @property
     def _num_routed(self) -> int:
         return len(self.routers.layers)
+
+
+def _gradient(gate: Tensor) -> Tensor:
+    return torch.zeros_like(gate) if gate.grad is None else gate.grad
 
 
 def placeholder_batch(device: torch.device) -> Batch:

@@ -206,6 +206,10 @@ class PipelineEngine(Engine):
         nothing = EvalSums.zeros(self._num_routed, device=self._topology.device)
         return dataclasses.replace(nothing, counts=self._counts())
 
+    @property
+    def own_layers(self) -> Sequence[int]:
+        return self._own
+
     def own_decisions(self) -> dict[int, RoutingDecision]:
         return {k: d for k, d in self.routers.decisions().items() if k in self._own}
 
@@ -213,10 +217,6 @@ class PipelineEngine(Engine):
         if not self._own:
             return Counts.zeros(self._num_routed, device=self._topology.device)
         return self.routers.counts(self._own).among(self._num_routed, self._below)
-
-    def _pooling(self, batch: Batch) -> Pooling:
-        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
-        return self.routers.pooling(*masks, batch.counts.segments)
 
     # -- across the boundaries
 

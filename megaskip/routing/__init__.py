@@ -9,7 +9,7 @@ from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.executor import Executor
 from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
-from megaskip.routing.router import PREFIX, Router, make_router
+from megaskip.routing.router import PREFIX, AffineRouter, Router, make_router
 from megaskip.routing.router_set import RouterSet
 from megaskip.routing.routers import Routers
 from megaskip.routing.state import RoutingState
@@ -19,6 +19,7 @@ from megaskip.routing.training_executor import DenseExecutor, SparseExecutor
 
 __all__ = [
     "PREFIX",
+    "AffineRouter",
     "Budget",
     "Counts",
     "DenseExecutor",

@@ -1,4 +1,5 @@
-"""Maps in closed form and the order of dropped layers: the same on any ranks as on one."""
+"""Maps and routers in closed form, and the order of dropped layers: the same on any ranks as on
+one."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from families import tiny_model
 from spawn import run_worker
 
 FLAGS = ["--layers", "1-4", "--compensation", "low_rank", "--compensation_rank", "4"]
+FLAGS += ["--router", "affine"]
 ENGINES = {
     "replicas": [],
     "ZeRO-3": ["--ds_config", "ds_configs/zero3.json"],
@@ -44,3 +46,7 @@ def test_ranks_find_what_one_process_finds(ranks: int, tmp_path: Path) -> None:
                 assert mine["explained"][layer] == pytest.approx(truth["explained"][layer], abs=1e-4)
                 found, expected = map_of(mine, layer, target), map_of(truth, layer, target)
                 assert torch.allclose(found, expected, atol=1e-3), (name, layer)
+                mine_cost, expected_cost = mine["costs"][layer], truth["costs"][layer]
+                assert torch.allclose(mine_cost.weight, expected_cost.weight, atol=1e-4), (name, layer)
+                assert mine_cost.mean == pytest.approx(expected_cost.mean, abs=1e-5), (name, layer)
+                assert mine_cost.explained == pytest.approx(expected_cost.explained, abs=1e-3)

@@ -18,6 +18,7 @@ from megaskip.data import Batch
 from megaskip.calibration.allocation import allocate, skip_costs
 from megaskip.calibration.drop_order import greedy_drop_order
 from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.router_fit import fit_routers
 from megaskip.errors import MegaskipError
 from megaskip.parallel import pipeline
 from megaskip.parallel.agree import attempt_on_first_rank, on_every_rank
@@ -128,6 +129,7 @@ def _fit(model: str, flags: list[str]) -> dict[str, Any]:
             "maps": {n: p.clone() for n, p in engine.routers.named_parameters()},
             "dense": dense,
             "order": [(step.layer, step.loss) for step in order],
+            "costs": fit_routers(engine, mine, groups=2, distill=0.5),
         }
 
 

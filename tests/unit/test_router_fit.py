@@ -1,0 +1,156 @@
+"""Routers in closed form: what skipping costs, measured by gradients and regressed on states."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from families import tiny_model
+from test_fit import batches, kl_to_dense
+from torch import Tensor
+
+from megaskip import RouterConfig, attach_routers
+from megaskip.arch.task_loss import TaskLoss
+from megaskip.calibration import cost_regression
+from megaskip.calibration.cost_regression import CostRegression
+from megaskip.calibration.router_fit import fit_routers
+from megaskip.calibration.threshold import calibrate_threshold
+from megaskip.calibration.unit_costs import deal_groups, measure_costs
+from megaskip.config import GRANULARITIES, RunConfig
+from megaskip.errors import ConfigError
+from megaskip.parallel.engine import Engine
+from megaskip.parallel.topology import process_group, read_topology
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Any]:
+    topology = read_topology({})
+
+    def make(**settings: Any) -> Engine:
+        model = tiny_model("llama")
+        config = RouterConfig(**{"layers": "1-4", "router": "affine", **settings})
+        routers = attach_routers(model, config, register=False)
+        return Engine(TaskLoss(model, chunk_tokens=64), routers, RunConfig(), topology)
+
+    with process_group(topology, timeout=60):
+        yield make
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gradients_along_the_way_add_up_to_what_skipping_costs(
+    make_engine: Any, granularity: str
+) -> None:
+    engine = make_engine(granularity=granularity)
+    text, group = batches(1, padding=3), [1, 3]
+    points, weights = numpy.polynomial.legendre.leggauss(16)
+    costs = 0.0
+    for batch in text:
+        for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
+            _, gradients = engine.gate_gradients(batch, group, at=float(point), distill=0.0)
+            assert list(gradients) == group
+            costs -= weight * sum(float(gradient.sum()) for gradient in gradients.values())
+    with engine.routers.disabled():
+        dense = engine.evaluate(text, routed=True).loss
+        with engine.routers.override(dict.fromkeys(group, 0.0)):
+            skipped = engine.evaluate(text, routed=True).loss
+    supervised = sum(batch.counts.supervised for batch in text)
+    assert costs == pytest.approx(supervised * (skipped - dense), rel=0.02)
+
+
+def test_costs_are_told_of_real_units_with_what_their_router_reads(make_engine: Any) -> None:
+    engine = make_engine(granularity="mlp_token")
+    (batch,) = batches(1, padding=3)
+    told: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def observe(layer: int, read: Tensor, costs: Tensor) -> None:
+        told[layer] = read, costs
+
+    measure_costs(engine, batch, [[1, 3], [2]], observe, distill=0.0)
+    _, gradients = engine.gate_gradients(batch, [2], at=0.5, distill=0.0)
+    read, costs = told[2]
+    assert set(told) == {1, 2, 3}
+    assert torch.equal(costs, -gradients[2][:, :12].flatten())
+    assert read.shape == (16 * 12, engine.routers.hidden_size)
+    predicted = engine.routers.router(2)(read)  # a fresh router says 0 of everything
+    assert torch.equal(predicted, torch.zeros(16 * 12))
+
+
+def test_groups_hold_every_layer_once_and_differ_by_batch() -> None:
+    layers = range(10)
+    dealt = [deal_groups(layers, 4, seed) for seed in range(3)]
+    assert all(sorted(sum(groups, [])) == list(layers) for groups in dealt)
+    assert dealt[0] != dealt[1] and deal_groups(layers, 4, 0) == dealt[0]
+    assert len(deal_groups(range(2), 4, 0)) == 2
+
+
+def rows(count: int, noise: float, width: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 6, generator=generator) @ torch.randn(6, width, generator=generator)
+    weight = torch.randn(width, generator=generator)
+    y = x @ weight + 3 + noise * torch.randn(count, generator=generator)
+    return x, y, x @ weight + 3
+
+
+@pytest.mark.parametrize("features", [1024, 12])
+def test_a_linear_cost_is_found_again(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_regression, "_MOST_FEATURES", features)
+    x, y, truth = rows(400, noise=0.1)
+    fit = CostRegression(24)
+    if fit.needs_features:
+        fit.sketch(x[:100])
+        fit.choose_features(lambda total: None)
+    fit.observe(x[:200], y[:200], half=0)
+    fit.observe(x[200:], y[200:], half=1)
+    cost = fit.solve(lambda total: None)
+    predicted = x.double() @ cost.weight + cost.bias
+    assert torch.allclose(predicted, truth.double(), atol=0.3)
+    assert cost.explained > 0.99
+    assert cost.mean == pytest.approx(float(y.mean()), abs=1e-5)
+    assert cost.spread == pytest.approx(float(predicted.std(correction=0)), rel=1e-4)
+
+
+def test_noise_is_not_learnt() -> None:
+    x, y, truth = rows(200, noise=0.0)
+    y = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 10
+    fit = CostRegression(24)
+    fit.observe(x[:100], y[:100], half=0)
+    fit.observe(x[100:], y[100:], half=1)
+    cost = fit.solve(lambda total: None)
+    assert abs(cost.explained) < 0.05 and cost.spread < 0.1 * float(y.std())
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
+def test_fitted_routers_skip_what_costs_little(make_engine: Any, granularity: str) -> None:
+    engine = make_engine(granularity=granularity)
+    routers, text = engine.routers, batches(8)
+    fitted = fit_routers(engine, text, groups=2)
+    assert set(fitted) == set(routers.layers)
+    assert all(not parameter.grad.any() for parameter in engine.parameters.values())
+    lost = {}
+    for sign in (1, -1):
+        with torch.no_grad():
+            for layer in routers.layers:
+                routers.router(layer).weight.mul_(sign)
+                routers.router(layer).bias.mul_(sign)
+        routers.configure(routers.config)
+        kept = calibrate_threshold(engine, text, capacity=0.5, rounds=6)
+        assert kept == pytest.approx(0.5, abs=0.02)
+        lost[sign] = kl_to_dense(engine, text)
+    assert lost[1] < 0.9 * lost[-1]
+
+
+def test_a_rank_without_text_of_its_own_adds_nothing(make_engine: Any) -> None:
+    text = batches(4)
+    alone, beside = make_engine(granularity="mlp_token"), make_engine(granularity="mlp_token")
+    fit_routers(alone, text, groups=2)
+    fit_routers(beside, [*text, None, None], groups=2)
+    for name, tensor in alone.routers.state_dict().items():
+        assert torch.equal(tensor, beside.routers.state_dict()[name]), name
+
+
+def test_routers_that_cannot_predict_costs_are_refused(make_engine: Any) -> None:
+    with pytest.raises(ConfigError, match="take affine"):
+        fit_routers(make_engine(router="linear"), batches(4), groups=2)
+    with pytest.raises(ConfigError, match="too little"):
+        fit_routers(make_engine(), batches(1), groups=2)
