@@ -34,6 +34,9 @@ COMMANDS = {
     "convert": Command("megaskip.cli.convert", "a run to a Hugging Face folder"),
     "export-static": Command("megaskip.cli.export_static", "drop sublayers for good"),
     "fit": Command("megaskip.cli.fit", "layers to drop, and maps in their places, in closed form"),
+    "fit-routers": Command(
+        "megaskip.cli.fit_routers", "routers that predict what skipping costs, in closed form"
+    ),
     "drop": Command("megaskip.cli.drop", "a model to a smaller one: fit, train, export"),
     "import-routers": Command("megaskip.cli.import_routers", "take in published routers"),
     "compare": Command("megaskip.cli.compare", "methods of skipping, at equal skip"),

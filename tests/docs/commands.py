@@ -60,6 +60,8 @@ SIZES = {
     "compare": _COMPARE,
     "inspect-data": "--rows 2",
     "fit": _FIT,
+    "fit-routers": """--eval_data {held_out} --rows 16 --cost_rows 16 --groups 2 --held_out 8
+        --seq_length 64 --compensation_rank 4 --dtype float32 --micro_batch_size 1""",
     "drop": f"{_FIT} --steps 2 --batch_size 4",
     "doctor": "",
     "bench": "--parts zero3 --minutes 4",

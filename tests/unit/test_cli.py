@@ -46,6 +46,7 @@ SMALLEST = {
     "import-routers": ["--source", "in", "--output", "out"],
     "compare": ["--model", "demo", "--data", "demo", "--output", "out"],
     "fit": ["--model", "demo", "--data", "demo", "--output", "out"],
+    "fit-routers": ["--model", "demo", "--data", "demo", "--output", "out"],
     "drop": ["--model", "demo", "--data", "demo", "--output", "out"],
     "bench": ["--device", "cpu"],
 }

@@ -1,0 +1,146 @@
+"""The job of `megaskip fit-routers`: maps, then routers, then thresholds, all without training."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megaskip.calibration.capacities import CalibrationResult, calibrate_all, with_points
+from megaskip.calibration.cost_regression import LinearCost
+from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.opened import Opened, opened, source_of, topology_of
+from megaskip.calibration.router_fit import fit_routers
+from megaskip.checkpoint.atomic import write_json
+from megaskip.checkpoint.routers import save_routers
+from megaskip.config import RouterConfig, resolve_layers
+from megaskip.config.commands.fit_routers import FitRoutersOptions
+from megaskip.config.paths import require_new
+from megaskip.log import quiet_libraries, set_up_logging
+from megaskip.parallel.agree import on_first_rank
+from megaskip.reporting.progress import ProgressBatches
+from megaskip.reporting.summary import table, versions
+
+REPORT = "fit.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedRouters:
+    """What was fitted and measured."""
+
+    costs: Mapping[int, LinearCost]
+    """By routed layer."""
+    explained: Mapping[int, float]
+    """By routed layer the share of its update's variance that its map explains; empty without
+    maps."""
+    calibrated: CalibrationResult
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the rows of the closing table."""
+        dense = self.calibrated.dense_loss
+        by_cost = sorted(self.costs, key=lambda layer: self.costs[layer].mean)
+        rows = [
+            ("layers, the cheapest to skip first", ", ".join(map(str, by_cost))),
+            ("held-out loss, dense", f"{dense:.4f}"),
+        ]
+        for point in self.calibrated.points:
+            realised = f"{point.held_out:.4f} held out (standard error {point.held_out_error:.4f})"
+            loss = f"loss {point.loss:.4f} ({point.loss - dense:+.4f})"
+            rows.append((f"capacity {point.capacity:g}", f"{realised}, {loss}"))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of fit.json."""
+        return {
+            "costs": {
+                str(layer): {"mean": c.mean, "spread": c.spread, "explained": c.explained}
+                for layer, c in self.costs.items()
+            },
+            "maps_explain": {str(layer): share for layer, share in self.explained.items()},
+            "held_out": {
+                "loss_dense": self.calibrated.dense_loss,
+                "points": [
+                    {
+                        "asked": point.capacity,
+                        "capacity": point.held_out,
+                        "standard_error": point.held_out_error,
+                        "loss": point.loss,
+                    }
+                    for point in self.calibrated.points
+                ],
+            },
+            "versions": versions(),
+        }
+
+
+def fit_routers_job(options: FitRoutersOptions) -> None:
+    """Fit, calibrate, write the router folder and print what was measured. Every rank calls it.
+
+    Raises UnreachedError, after that, for capacities that the routers do not keep.
+    """
+    base = options.base
+    topology = topology_of(base)
+    set_up_logging(rank=topology.rank)
+    quiet_libraries()
+    require_new(options.output)
+    source = source_of(base)
+    router = _router_config(options, source.text_config.num_hidden_layers)
+    with opened(base, router, topology, source) as job:
+        fitted = _fit(job, options)
+        on_first_rank(topology, lambda: _write(options.output, job, fitted, options.capacity))
+    if topology.is_first:
+        rows = [
+            *fitted.rows(),
+            ("next", f"megaskip convert --routers {options.output} --output exported --verify"),
+        ]
+        print("\n".join(table(rows, title=f"routers fitted: {options.output}")))
+    fitted.calibrated.require_all()
+
+
+def _router_config(options: FitRoutersOptions, depth: int) -> RouterConfig:
+    spec = f"1-{depth - 1}," if options.layers == "all" else options.layers
+    return RouterConfig(
+        granularity=options.granularity,
+        router="affine",
+        layers=resolve_layers(spec, depth),
+        capacity=options.capacity[0],
+        compensation=options.compensation,
+        compensation_rank=options.compensation_rank,
+    )
+
+
+def _fit(job: Opened, options: FitRoutersOptions) -> FittedRouters:
+    """Fit maps and routers, and find the thresholds. Collective."""
+    engine, hidden = job.engine, None if job.topology.is_first else True
+    rows = job.loader.calibration(options.rows)
+    explained: dict[int, float] = {}
+    if options.compensation != "none":
+        explained = fit_compensation(engine, ProgressBatches(rows, "maps", disable=hidden))
+    costs = fit_routers(
+        engine,
+        ProgressBatches(job.loader.calibration(options.cost_rows), "costs", disable=hidden),
+        groups=options.groups,
+        distill=options.distill,
+        seed=options.base.seed,
+    )
+    held_out = job.loader.held_out()
+    with tqdm(total=len(options.capacity), desc="calibrating", disable=hidden) as bar:
+        passes = ProgressBatches(rows, "a pass", disable=hidden)
+        calibrated = calibrate_all(engine, passes, held_out, options.capacity, progress=bar.update)
+    dense_loss = engine.evaluate(held_out, routed=False).loss
+    calibrated = dataclasses.replace(calibrated, dense_loss=dense_loss)
+    return FittedRouters(costs=costs, explained=explained, calibrated=calibrated)
+
+
+def _write(output: Path, job: Opened, fitted: FittedRouters, asked: Sequence[float]) -> None:
+    routers = job.engine.routers
+    config = with_points(routers.config, fitted.calibrated.points)
+    if config.calibrated:  # the first that was asked for and is kept, in force
+        kept = [point.capacity for point in fitted.calibrated.points]
+        asked = [capacity for capacity in asked if capacity in kept]
+        config = config.at_capacity(asked[0])
+    routers.configure(config)
+    save_routers(output, routers, base=job.source.describe())
+    write_json(output / REPORT, fitted.to_json())
