@@ -69,7 +69,7 @@ def calibrate_threshold(
         if last:
             budget.place(search.best)
         kept, above = decide_all(engine, batches, check)
-        search.note(budget.offset, kept)
+        search.note(float(budget.offset), kept)
         if last or search.distance <= _CALIBRATED:
             break
         budget.place(search.next(quantile(above, 1 - target)))
@@ -95,7 +95,7 @@ def _narrow(
             break
         budget.place(position)
         kept, above = decide_all(engine, batches, check)
-        search.note(budget.offset, kept)
+        search.note(float(budget.offset), kept)
     budget.place(search.best)
     return decide_all(engine, batches, check)[0]
 

@@ -238,7 +238,8 @@ class LogConfig(Checked):
     """What is logged and shown while a run goes on."""
 
     log_every: int = 10
-    """Steps between lines of TensorBoard histograms and the log."""
+    """Steps between TensorBoard histograms; in between nobody waits for a GPU, and a step's numbers
+    are written when they arrive."""
     eval_every: int = 0
     """Steps between held-out evaluations; 0 evaluates once, at the end."""
     tensorboard: bool = True

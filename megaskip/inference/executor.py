@@ -33,6 +33,7 @@ class InferenceExecutor:
     """
 
     leaves_zeros = True
+    reads_decisions = True
 
     def __init__(self, *, unit: str, kv: str = "keep") -> None:
         self._unit = unit

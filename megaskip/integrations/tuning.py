@@ -34,9 +34,10 @@ class RouterTuning:
         self.model, self.routers, self.base = model, routers, base
         self._micro_batches, self._total_units = 0, 0.0
         # Of this rank, since the step began, or since the last evaluation was logged.
-        self._counts, self._penalty, self._eval_counts = self._nothing(), 0.0, self._nothing()
+        self._counts, self._eval_counts = self._nothing(), self._nothing()
+        self._penalty = self._zero()
         # Of all ranks, for each step since the last log.
-        self._steps: list[tuple[Counts, float]] = []
+        self._steps: list[tuple[Counts, Tensor]] = []
 
     # -- one optimizer step
 
@@ -51,7 +52,7 @@ class RouterTuning:
         total = torch.tensor(float(units), dtype=torch.float64, device=self._device)
         sum_over_ranks(total)
         self._total_units = max(float(total), 1.0)
-        self._counts, self._penalty = self._nothing(), 0.0
+        self._counts, self._penalty = self._nothing(), self._zero()
 
     @contextlib.contextmanager
     def forward(self, inputs: Mapping[str, Any], *, trains: bool) -> Iterator[None]:
@@ -90,7 +91,7 @@ class RouterTuning:
                 "cannot learn from it: leave out label_smoothing_factor and compute_loss_func"
             )
         self._counts = self._counts + self.routers.counts()
-        self._penalty += float(penalty.detach())
+        self._penalty += penalty.detach().to(self._device)
         factor = replicas * (1 if scaled else self._micro_batches)
         return loss + factor * penalty.to(loss.device)
 
@@ -101,11 +102,11 @@ class RouterTuning:
         """
         if not self._micro_batches:
             raise RuntimeError("no loss had a penalty in this step: call route_tune(trainer)")
-        packed = torch.cat([self._counts.pack(), self._counts.kept.new_tensor([self._penalty])])
+        packed = torch.cat([self._counts.pack(), self._penalty.reshape(1)])
         sum_over_ranks(packed)
         counts = Counts.unpack(packed[:-1])
         self.routers.steer(Measured.of(counts), progress=progress)
-        self._steps.append((counts, float(packed[-1])))
+        self._steps.append((counts, packed[-1]))
         self._micro_batches = 0
 
     # -- numbers for the log
@@ -116,7 +117,7 @@ class RouterTuning:
         if not steps:
             return {}
         kept = sum((counts for counts, _ in steps), self._nothing())
-        penalty = sum(penalty for _, penalty in steps) / len(steps)
+        penalty = sum(float(penalty) for _, penalty in steps) / len(steps)
         return {"capacity": kept.capacity(), "loss_penalty": penalty}
 
     def take_eval_numbers(self) -> dict[str, float]:
@@ -150,6 +151,9 @@ class RouterTuning:
 
     def _nothing(self) -> Counts:
         return Counts.zeros(len(self.routers.layers), device=self._device)
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self._device)
 
     def _units_of(self, inputs: Mapping[str, Any]) -> int:
         masks = describe_inputs(inputs, prompt_tokens=self.routers.config.prompt_tokens)

@@ -16,7 +16,14 @@ from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.labels import IGNORED
 from megaskip.parallel.optimizer import make_adamw, reduce_gradients, set_learning_rate
-from megaskip.parallel.results import EvalResult, EvalSums, GlobalBatch, StepResult, StepSums
+from megaskip.parallel.results import (
+    EvalResult,
+    EvalSums,
+    GlobalBatch,
+    PendingStep,
+    StepResult,
+    StepSums,
+)
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Counts, Measured, Pooling, RouterSet, RoutingDecision
 
@@ -47,16 +54,18 @@ class Engine:
         self.optimizer = make_adamw(self.parameters, config.optim)
 
     def train_step(
-        self,
-        batches: Sequence[Batch],
-        lr: float,
-        progress: float | None = None,
-        meanwhile: Callable[[], object] = lambda: None,
+        self, batches: Sequence[Batch], lr: float, progress: float | None = None
     ) -> StepResult:
+        """Take one optimizer step as `launch_step` does, and wait for its numbers."""
+        return self.launch_step(batches, lr, progress).result()
+
+    def launch_step(
+        self, batches: Sequence[Batch], lr: float, progress: float | None = None
+    ) -> PendingStep:
         """Take one optimizer step over this rank's micro-batches `batches` at learning rate `lr`.
 
-        `progress` is the share of the run that is done after it (see RouterSet.steer). `meanwhile`
-        is called while a GPU still computes. The device is waited for once, for what is returned.
+        `progress` is the share of the run that is done after it (see RouterSet.steer). A GPU is not
+        waited for: what a step measures moves the thresholds there, too.
         """
         whole = self._global_batch(batches)
         batches = [batch.to(self._topology.device) for batch in batches]
@@ -69,10 +78,8 @@ class Engine:
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         sums = sums.over_ranks()
-        meanwhile()
-        sums, (norm,) = sums.on_host(grad_norm)
         self.routers.steer(Measured.of(sums.counts), progress=progress)
-        return sums.result(whole, norm)
+        return sums.pending(whole, grad_norm)
 
     @torch.no_grad()
     def evaluate(
@@ -94,7 +101,7 @@ class Engine:
             for batch, loss in self.forwards(batches, check):
                 if batch is not None:
                     sums += self._eval_sums(batch, loss)
-        return sums.over_ranks().on_host()[0].result()
+        return sums.over_ranks().on_host().result()
 
     @torch.no_grad()
     def token_losses(self, batch: Batch | None) -> tuple[Batch, Tensor]:

@@ -12,7 +12,7 @@ from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.parallel.collectives import sum_over_ranks
 from megaskip.parallel.optimizer import make_adamw, reduce_gradients, set_learning_rate
-from megaskip.parallel.results import GlobalBatch, StepResult
+from megaskip.parallel.results import GlobalBatch, PendingStep, StepResult
 from megaskip.parallel.topology import Topology
 
 
@@ -29,16 +29,18 @@ class FullEngine:
         self.optimizer = make_adamw(self.parameters, config.optim)
 
     def train_step(
-        self,
-        batches: Sequence[Batch],
-        lr: float,
-        progress: float | None = None,
-        meanwhile: Callable[[], object] = lambda: None,
+        self, batches: Sequence[Batch], lr: float, progress: float | None = None
     ) -> StepResult:
+        """Take one optimizer step as `launch_step` does, and wait for its numbers."""
+        return self.launch_step(batches, lr, progress).result()
+
+    def launch_step(
+        self, batches: Sequence[Batch], lr: float, progress: float | None = None
+    ) -> PendingStep:
         """Take one optimizer step over this rank's micro-batches `batches` at learning rate `lr`.
 
-        `progress`, the share of the run that is done after it, changes nothing here. `meanwhile` is
-        called while a GPU still computes. The device is waited for once, for what is returned.
+        `progress`, the share of the run that is done after it, changes nothing here. A GPU is not
+        waited for.
         """
         # The loss is a mean over the global batch, so it does not depend on how that is split.
         whole = GlobalBatch.of(batches, 0)
@@ -55,13 +57,8 @@ class FullEngine:
         )
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        meanwhile()
-        loss_task, norm = torch.stack([loss, grad_norm.to(loss)]).tolist()
-        return StepResult(
-            loss_task=loss_task,
-            grad_norm=norm,
-            tokens=int(whole.tokens),
-            supervised_fraction=whole.supervised / max(whole.tokens, 1.0),
+        return PendingStep(
+            torch.stack([loss, grad_norm.to(loss)]), int(whole.tokens), _meaning(whole)
         )
 
     @torch.no_grad()
@@ -93,3 +90,18 @@ class FullEngine:
             predicting=batch.predicting,
         )
         return loss
+
+
+def _meaning(whole: GlobalBatch) -> Callable[[torch.Tensor], StepResult]:
+    """Return what makes a result of (loss, norm of the gradient) [2] on the CPU."""
+
+    def result(numbers: torch.Tensor) -> StepResult:
+        loss_task, norm = numbers.tolist()
+        return StepResult(
+            loss_task=loss_task,
+            grad_norm=norm,
+            tokens=int(whole.tokens),
+            supervised_fraction=whole.supervised / max(whole.tokens, 1.0),
+        )
+
+    return result

@@ -1,13 +1,13 @@
 """What a trainer needs of an engine, whatever the engine trains."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from megaskip.data import Batch
-from megaskip.parallel.results import StepResult
+from megaskip.parallel.results import PendingStep, StepResult
 
 
 class StepEngine(Protocol):
@@ -29,13 +29,14 @@ class StepEngine(Protocol):
         ...
 
     def train_step(
-        self,
-        batches: Sequence[Batch],
-        lr: float,
-        progress: float | None = None,
-        meanwhile: Callable[[], object] = lambda: None,
+        self, batches: Sequence[Batch], lr: float, progress: float | None = None
     ) -> StepResult:
+        """Take one optimizer step as `launch_step` does, and wait for its numbers. Collective."""
+        ...
+
+    def launch_step(
+        self, batches: Sequence[Batch], lr: float, progress: float | None = None
+    ) -> PendingStep:
         """Take one optimizer step over this rank's micro-batches at learning rate `lr`; `progress`
-        is the share of the run that is done after it. `meanwhile` is called while a GPU still
-        computes, to prepare the next step. Collective."""
+        is the share of the run that is done after it. A GPU is not waited for. Collective."""
         ...

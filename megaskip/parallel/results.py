@@ -2,7 +2,7 @@
 numbers that follow from them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from megaskip.data import Batch
 from megaskip.parallel.collectives import sum_over_ranks
 from megaskip.routing import Counts
+from megaskip.routing.copies import CopyToHost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,28 @@ class StepResult:
     """Real tokens of the global batch."""
     supervised_fraction: float
     """Share of the real tokens that have a loss."""
+
+
+class PendingStep:
+    """What a step measured, on its way to the host: a GPU may still be computing it."""
+
+    def __init__(self, numbers: Tensor, tokens: int, meaning: Callable[[Tensor], StepResult]):
+        """`meaning` makes the result of `numbers` [N] on the CPU; `tokens` as in StepResult."""
+        self._numbers = CopyToHost(numbers)
+        self._meaning = meaning
+        self._result: StepResult | None = None
+        self.tokens = tokens
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `result` would not wait for the device."""
+        return self._numbers.has_arrived
+
+    def result(self) -> StepResult:
+        """Return the result; waits until the device has taken the step."""
+        if self._result is None:
+            self._result = self._meaning(self._numbers.read())
+        return self._result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +124,9 @@ class _Sums:
         sum_over_ranks(packed)
         return self.unpack(packed)
 
-    def on_host(self, *scalars: Tensor) -> tuple[Self, list[float]]:
-        """Return these sums on the CPU, and `scalars` [] of the same device as numbers: one wait
-        for all of them."""
-        packed = self.pack()
-        beside = [scalar.detach().to(packed).reshape(1) for scalar in scalars]
-        read = torch.cat([packed, *beside]).cpu()
-        return self.unpack(read[: len(packed)]), read[len(packed) :].tolist()
+    def on_host(self) -> Self:
+        """Return these sums on the CPU: one wait for all of them."""
+        return self.unpack(self.pack().cpu())
 
     @classmethod
     def _scalars(cls) -> list[str]:
@@ -123,17 +142,25 @@ class StepSums(_Sums):
     loss_penalty: Tensor
     """[], this part of the global batch's penalty."""
 
-    def result(self, batch: GlobalBatch, grad_norm: float) -> StepResult:
-        """Return the result of a step from the sums of all ranks; `batch` is what they read."""
-        return StepResult(
-            loss_task=float(self.loss_task),
-            loss_penalty=float(self.loss_penalty),
-            capacity=self.counts.capacity(),
-            capacity_per_layer=self.counts.capacity_per_layer(),
-            grad_norm=grad_norm,
-            tokens=int(batch.tokens),
-            supervised_fraction=batch.supervised / max(batch.tokens, 1.0),
-        )
+    def pending(self, batch: GlobalBatch, grad_norm: Tensor) -> PendingStep:
+        """Return the result of a step from the sums of all ranks and the gradient's norm []; no
+        device is waited for. `batch` is what they read."""
+
+        def meaning(numbers: Tensor) -> StepResult:
+            sums = self.unpack(numbers[:-1])
+            return StepResult(
+                loss_task=float(sums.loss_task),
+                loss_penalty=float(sums.loss_penalty),
+                capacity=sums.counts.capacity(),
+                capacity_per_layer=sums.counts.capacity_per_layer(),
+                grad_norm=float(numbers[-1]),
+                tokens=int(batch.tokens),
+                supervised_fraction=batch.supervised / max(batch.tokens, 1.0),
+            )
+
+        packed = self.pack()
+        numbers = torch.cat([packed, grad_norm.detach().to(packed).reshape(1)])
+        return PendingStep(numbers, int(batch.tokens), meaning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

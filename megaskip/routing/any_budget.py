@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 
-from megaskip.routing.budget import Budget, Measured, ramped
+from megaskip.routing.budget import Budget, Measured, Number, ramped
 
 _KNOTS = 6
 _BELOW = 0.4
@@ -31,7 +31,7 @@ class AnyBudget(Budget):
         self._asked = asked
         self._low = _BELOW * low
         self._steps = 0
-        self._knots = [0.0] * _KNOTS
+        self._knots: list[Number] = [0.0] * _KNOTS
 
     def steer(self, measured: Measured, progress: float | None) -> None:
         """Take in a global batch, then draw the next target; early in a run they lie near 1."""
@@ -43,8 +43,8 @@ class AnyBudget(Budget):
         self._aim(1 - (1 - low) * (golden_fraction(self._steps)))
 
     def settled_offset(self) -> float:
-        """Return where the threshold of the asked capacity is, in logits."""
-        return self._position_of(self._asked) * self.spread
+        """Return where the threshold of the asked capacity is, in logits; waits for a device."""
+        return float(self._position_of(self._asked) * self.spread)
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
@@ -58,6 +58,7 @@ class AnyBudget(Budget):
 
     def place(self, offset: float) -> None:
         """Put the threshold of the asked capacity at `offset`, in logits, and aim at it."""
+        self._knots = [float(knot) for knot in self._knots]
         self._aim(self._asked)
         before = self.position
         super().place(offset)
@@ -65,7 +66,7 @@ class AnyBudget(Budget):
 
     def state(self) -> dict[str, float]:
         """Return what the steering remembers."""
-        knots = {f"knot_{index}": knot for index, knot in enumerate(self._knots)}
+        knots = {f"knot_{index}": float(knot) for index, knot in enumerate(self._knots)}
         return super().state() | {"target": self.target, "steps": float(self._steps)} | knots
 
     def restore(self, state: Mapping[str, float]) -> None:
@@ -80,11 +81,11 @@ class AnyBudget(Budget):
     def _aim(self, target: float) -> None:
         self.target, self.position = target, self._position_of(target)
 
-    def _position_of(self, target: float) -> float:
+    def _position_of(self, target: float) -> Number:
         shares = self._shares(target)
         return sum(share * knot for share, knot in zip(shares, self._knots, strict=True))
 
-    def _move(self, step: float) -> None:
+    def _move(self, step: Number) -> None:
         """Move the position of the current target by `step`, through the knots around it."""
         shares = self._shares(self.target)
         scale = step / sum(share * share for share in shares)

@@ -1,13 +1,13 @@
 """The capacity penalty: steered for the whole model, or the published hinge for each layer."""
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megaskip.routing.copies import copy_to
 from megaskip.routing.counts import Counts
 from megaskip.routing.decision import RoutingDecision
 
@@ -20,6 +20,10 @@ noise."""
 _LAST_GAIN = 0.05
 _SPREAD_MEMORY = 0.9
 
+Number = float | Tensor
+"""Of the host, or float64 [] where the model trains: the host need not wait for what a step did to
+know what the next one does."""
+
 
 def layer_hinge(decisions: Iterable[RoutingDecision], target: float, weight: float) -> Tensor:
     """Return weight * sum over layers of relu(mean(keep) - target), as published (paper eqs. 9,
@@ -28,30 +32,34 @@ def layer_hinge(decisions: Iterable[RoutingDecision], target: float, weight: flo
     return weight * torch.stack(hinges).sum()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measured:
     """What the routers did over a global batch, over all routed layers."""
 
-    capacity: float
-    units: float
-    spread: float
+    capacity: Number
+    units: Number
+    spread: Number
     """Standard deviation of the logits."""
-    excess: tuple[float, ...] = ()
-    """By how much each layer's capacity is above that of all."""
+    excess: Tensor | None = None
+    """float64 [R], by how much each layer's capacity is above that of all."""
 
     @classmethod
     def of(cls, counts: Counts) -> "Measured":
-        """Return the measurement from the counts of the global batch."""
-        by_layer = counts.kept.tolist(), counts.units.tolist()
-        kept, units = sum(by_layer[0]), max(sum(by_layer[1]), 1.0)
-        logits, squares = sum(counts.logits.tolist()), sum(counts.squares.tolist())
-        capacity, variance = kept / units, max(squares / units - (logits / units) ** 2, 0.0)
+        """Return the measurement from the counts of the global batch, on their device."""
+        units = counts.units.sum().clamp(min=1.0)
+        capacity = counts.kept.sum() / units
+        mean, square = _in_order(counts.logits) / units, _in_order(counts.squares) / units
         return cls(
             capacity=capacity,
             units=units,
-            spread=math.sqrt(variance),
-            excess=tuple(k / max(u, 1.0) - capacity for k, u in zip(*by_layer, strict=True)),
+            spread=(square - mean.square()).clamp(min=0.0).sqrt(),
+            excess=counts.kept / counts.units.clamp(min=1.0) - capacity,
         )
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """Return the sum [] of values [R], added up from the first to the last on a CPU."""
+    return values.cumsum(0)[-1]
 
 
 def ramped(target: float, progress: float) -> float:
@@ -81,48 +89,51 @@ class Budget:
     def __init__(self, *, target: float, gain: float) -> None:
         self.target = target
         self.gain = gain
-        self.position = 0.0
-        self.spread = 0.0
-        self.error = 1.0 - target
-        self.excess: tuple[float, ...] = ()
+        self.position: Number = 0.0
+        self.spread: Number = 0.0
+        self.error: Number = 1.0 - target
+        self.excess: Tensor | None = None
 
     @property
-    def offset(self) -> float:
+    def offset(self) -> Number:
         """Return how far the threshold has moved, in logits."""
         return self.position * self.spread
 
     @property
-    def price(self) -> float:
+    def price(self) -> Number:
         """Return the loss that a unit of capacity has to be worth to stay."""
         return self.gain * (self.position + self.error)
 
     def penalty(self, kept: Tensor, units: Tensor, total_units: Tensor | float) -> Tensor:
         """Return this part's share of price * (capacity - target), from float32 [R] by layer."""
-        # Written by the device: a copy from the host would be waited for.
-        prices = torch.stack([kept.new_full((), price) for price in self._prices(len(kept))])
+        prices = (kept.new_zeros(len(kept), dtype=torch.float64) + self._prices(kept)).to(kept)
         return (prices * (kept - self.target * units)).sum() / total_units
 
-    def _prices(self, layers: int) -> list[float]:
+    def _prices(self, kept: Tensor) -> Number:
+        """Return what a unit of each layer has to be worth, for `kept` [R]."""
+        if self.excess is None:
+            return self.price
         # The hinge's slope is in the layer's own capacity, which is 1 / layers of all.
-        hinge = self.gain * layers
-        return [self.price + hinge * (excess > 0) for excess in self.excess or [0.0] * layers]
+        hinge = self.gain * len(kept)
+        return self.price + hinge * (copy_to(self.excess, kept.device) > 0).double()
 
     def steer(self, measured: Measured, progress: float | None) -> None:
-        """Take in a global batch. `progress` is the share of the run that is done, None if
-        unknown."""
+        """Take in a global batch, where `measured` is. `progress` is the share of the run that is
+        done, None if unknown."""
         target, gain = self._target_at(progress), 1.0
         if progress is not None:
             gain = max(1 - progress, _LAST_GAIN)
-        memory = _SPREAD_MEMORY if self.spread > 0 else 0.0
-        variance = memory * self.spread**2 + (1 - memory) * measured.spread**2
-        self.spread = math.sqrt(variance)
+        before, spread, units = map(_tensor, (self.spread, measured.spread, measured.units))
+        memory = _SPREAD_MEMORY * (before > 0).double()
+        self.spread = (memory * before.square() + (1 - memory) * spread.square()).sqrt()
         self.error = measured.capacity - target
         self.excess = measured.excess
-        self.position += gain * min(measured.units / _FULL_GAIN_UNITS, 1.0) * self.error
+        full = (units / _FULL_GAIN_UNITS).clamp(max=1.0)
+        self.position = self.position + gain * full * self.error
 
     def settled_offset(self) -> float:
-        """Return where the threshold of the asked capacity is, in logits."""
-        return self.offset
+        """Return where the threshold of the asked capacity is, in logits; waits for a device."""
+        return float(self.offset)
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
@@ -133,19 +144,30 @@ class Budget:
         return self.target if progress is None else ramped(self.target, progress)
 
     def place(self, offset: float) -> None:
-        """Put the threshold at `offset`, in logits; the price stays what it is."""
-        self.spread = self.spread or 1.0
-        self.error += self.position - offset / self.spread
-        self.position = offset / self.spread
+        """Put the threshold at `offset`, in logits; the price stays what it is. Waits for a
+        device."""
+        self.spread = float(self.spread) or 1.0
+        position = offset / self.spread
+        self.error = float(self.error) + (float(self.position) - position)
+        self.position = position
 
     def state(self) -> dict[str, float]:
-        """Return what the steering remembers."""
-        excess = {f"excess_{index}": value for index, value in enumerate(self.excess)}
+        """Return what the steering remembers; waits for a device."""
+        excess = [] if self.excess is None else self.excess.tolist()
         steered = {"position": self.position, "spread": self.spread, "error": self.error}
-        return steered | excess
+        return _floats(steered) | {f"excess_{index}": value for index, value in enumerate(excess)}
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Continue from `state`."""
         self.position, self.spread, self.error = state["position"], state["spread"], state["error"]
         layers = sum(name.startswith("excess_") for name in state)
-        self.excess = tuple(state[f"excess_{index}"] for index in range(layers))
+        excess = [state[f"excess_{index}"] for index in range(layers)]
+        self.excess = torch.tensor(excess, dtype=torch.float64) if excess else None
+
+
+def _tensor(number: Number) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
+
+
+def _floats(numbers: Mapping[str, Number]) -> dict[str, float]:
+    return {name: float(number) for name, number in numbers.items()}

@@ -7,11 +7,12 @@ or T tokens).
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megaskip.routing.copies import copy_to
+from megaskip.routing.copies import CopyToHost, copy_to
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,9 +26,10 @@ class SelectedRows:
     """Where the rows are."""
 
     @classmethod
-    def of(cls, mask: Tensor) -> "SelectedRows":
-        """Return what `mask` bool [total] selects; its device is waited for, once."""
-        return cls(mask=mask.cpu(), device=mask.device)
+    def of(cls, mask: Tensor, copy: CopyToHost | None = None) -> "SelectedRows":
+        """Return what `mask` bool [total] selects; its device is waited for, once: for all that it
+        has to do, or for the `copy` of the mask that is under way."""
+        return cls(mask=mask.cpu() if copy is None else copy.read(), device=mask.device)
 
     @functools.cached_property
     def index(self) -> Tensor:
@@ -69,6 +71,8 @@ class RoutingDecision:
     """bool [B, U], False for units that are padding."""
     unit_of_token: Tensor | None
     """int64 [B, T], the unit each token belongs to; None where U is 1 or T."""
+    _copy: ClassVar[CopyToHost | None] = None
+    """Of what runs, under way to the host."""
 
     def per_token(self) -> Tensor:
         """Return keep as float32 [B, 1] or [B, T], ready to multiply [B, T, D] after
@@ -80,12 +84,30 @@ class RoutingDecision:
     @functools.cached_property
     def rows(self) -> SelectedRows:
         """The rows, of B, in which some unit runs."""
-        return SelectedRows.of((self.keep.detach() > 0).any(dim=1))
+        return SelectedRows.of(self._running_rows(), self._copy if self.is_per_row else None)
 
     @functools.cached_property
     def tokens(self) -> SelectedRows:
         """The tokens, of B * T, that run; not for one decision a row."""
-        return SelectedRows.of((self.per_token().detach() > 0).flatten())
+        return SelectedRows.of(self._running_tokens(), None if self.is_per_row else self._copy)
+
+    def send_to_host(self) -> None:
+        """Begin to copy what runs to the host, for a sublayer that will ask for it later: it then
+        does not wait for what the device is told to do in between."""
+        if not self.__dict__.keys() & {"rows", "tokens"}:
+            mask = self._running_rows() if self.is_per_row else self._running_tokens()
+            self.__dict__["_copy"] = CopyToHost(mask)
+
+    def take_over(self, earlier: "RoutingDecision") -> None:
+        """Know what runs from `earlier`, the decision that this one computes again."""
+        known = {k: v for k, v in earlier.__dict__.items() if k in ("rows", "tokens")}
+        self.__dict__.update(known)
+
+    def _running_rows(self) -> Tensor:
+        return (self.keep.detach() > 0).any(dim=1)
+
+    def _running_tokens(self) -> Tensor:
+        return (self.per_token().detach() > 0).flatten()
 
     @property
     def is_per_row(self) -> bool:

@@ -24,6 +24,9 @@ class Executor(Protocol):
     """Whether every skipped unit's update is zero already, so that none is left to multiply. The
     multiplication carries the routers' gradient, so only inference goes without."""
 
+    reads_decisions: bool
+    """Whether the host must know what runs, because only that is run."""
+
     def attention(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Any:

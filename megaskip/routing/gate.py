@@ -38,7 +38,12 @@ class Gate:
         it."""
         cached = self._state.cached.get(self.layer)
         self.decision = cached or self._decide(hidden_states)
+        earlier = self._state.decisions.get(self.layer)
+        if earlier is not None:  # of the pass that the backward pass computes again
+            self.decision.take_over(earlier)
         self._state.record(self.layer, self.decision)
+        if "attn" not in self.skips and self._state.executor.reads_decisions:
+            self.decision.send_to_host()  # while the attention runs
         if "mlp" not in self.writes:
             self._note_input(hidden_states)
 

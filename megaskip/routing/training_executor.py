@@ -17,6 +17,7 @@ class DenseExecutor:
     """Run every unit; the gate multiplies the update. The published training objective."""
 
     leaves_zeros = False
+    reads_decisions = False
 
     def attention(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
@@ -46,6 +47,7 @@ class SparseExecutor:
     """
 
     leaves_zeros = False
+    reads_decisions = True
 
     def attention(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int

@@ -4,7 +4,8 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.preempt import Preemption
 from megaskip.parallel.protocol import StepEngine
-from megaskip.parallel.results import StepResult
+from megaskip.parallel.results import PendingStep, StepResult
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.summary import peak_memory_gib
 from megaskip.routing.compensation import is_compensation
@@ -38,16 +39,18 @@ class AskedToStop(Exception):  # noqa: N818  not an error
 
 
 class OneAhead:
-    """The micro-batches of each step, of which the next one's can be prepared early."""
+    """The micro-batches of each step, on the device, of which the next one's can be prepared
+    early."""
 
-    def __init__(self, steps: Iterator[list[Batch]]) -> None:
-        self._steps = steps
+    def __init__(self, steps: Iterator[list[Batch]], device: torch.device) -> None:
+        self._steps, self._device = steps, device
         self._prepared: list[Batch] | None = None
 
     def prepare(self) -> None:
-        """Collate the next step's micro-batches, unless that is done."""
+        """Collate the next step's micro-batches and send them to the device, unless that is
+        done; a GPU is not waited for."""
         if self._prepared is None:
-            self._prepared = next(self._steps)
+            self._prepared = [batch.to(self._device) for batch in next(self._steps)]
 
     def take(self) -> list[Batch]:
         """Return the next step's micro-batches."""
@@ -55,6 +58,15 @@ class OneAhead:
         batches, self._prepared = self._prepared, None
         assert batches is not None
         return batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchedStep:
+    """A step that was launched, and whose numbers are not recorded yet."""
+
+    step: int
+    lr: float
+    pending: PendingStep
 
 
 @dataclass(kw_only=True)
@@ -75,6 +87,9 @@ class Trainer(ABC):
     calibrated: float | None = None
     """Capacity of the calibration rows, once calibrated."""
     _preemption: Preemption = field(default_factory=Preemption)
+    _launched: deque[LaunchedStep] = field(default_factory=deque)
+    _recorded_at: float = 0.0
+    """When the numbers of the last recorded step were there, or its successor was launched."""
 
     # -- what depends on what trains
 
@@ -111,7 +126,7 @@ class Trainer(ABC):
                 return self._stopped()
 
     def _take_steps(self) -> None:
-        batches = OneAhead(self.loader.steps(self.step))
+        batches = OneAhead(self.loader.steps(self.step), self.topology.device)
         while self.step < self.total_steps:
             self._seed()
             self._step(batches)
@@ -120,34 +135,69 @@ class Trainer(ABC):
                 raise AskedToStop
             if self.step < self.total_steps:
                 self._between_steps()
+        self._record_all()
 
     def _step(self, batches: "OneAhead") -> None:
-        """Take one step and record it; the next one's batches are prepared while a GPU computes."""
-        begun = time.perf_counter()
+        """Launch one step, prepare the next one's batches, and record what is known by then."""
+        if not self._launched:
+            self._recorded_at = time.perf_counter()
         lr = learning_rate(self.config.optim, self.step, self.total_steps)
         done = (self.step + 1) / self.total_steps
-        meanwhile = batches.prepare if self.step + 1 < self.total_steps else lambda: None
-        result = self.engine.train_step(batches.take(), lr, done, meanwhile)
-        self._require_finite(result)
-        seconds = time.perf_counter() - begun
-        self.step, self.tokens = self.step + 1, self.tokens + result.tokens
-        scores = self.scores() if self._is_due(self.config.log.log_every) else {}
-        self.reporter.record(self.step, result, lr=lr, seconds=seconds, scores=scores)
+        pending = self.engine.launch_step(batches.take(), lr, done)
+        self.step, self.tokens = self.step + 1, self.tokens + pending.tokens
+        self._launched.append(LaunchedStep(step=self.step, lr=lr, pending=pending))
+        if self.step < self.total_steps:
+            batches.prepare()
+        if self._is_due(self.config.log.log_every):
+            self._record_all(self.scores())
+        elif self.topology.is_first:  # the progress bar moves on
+            self._record_what_arrived()
+
+    def _record_what_arrived(self) -> None:
+        """Record the numbers that can be read without a wait for the device, up to a gradient that
+        is not finite: ranks must not end at different steps."""
+        results = []
+        for launched in self._launched:
+            if not launched.pending.has_arrived or not _is_finite(launched.pending.result()):
+                break
+            results.append(launched.pending.result())
+        self._record(results, {})
+
+    def _record_all(self, scores: Mapping[int, Tensor] | None = None) -> None:
+        """Record every step so far, with the router `scores` of the last one. All ranks call it at
+        the same step; raises MegaskipError on all of them for a gradient that is not finite."""
+        results = [launched.pending.result() for launched in self._launched]
+        for launched, result in zip(self._launched, results, strict=True):
+            if not _is_finite(result):
+                raise MegaskipError(
+                    f"step {launched.step}: the gradient is {result.grad_norm} (loss "
+                    f"{result.loss_task:.4g}); a smaller --lr, float32, or other data. Checkpoints "
+                    "so far are untouched"
+                )
+        self._record(results, scores or {})
+
+    def _record(self, results: Sequence[StepResult], scores: Mapping[int, Tensor]) -> None:
+        """Record the oldest launched steps, whose `results` are there; `scores` are of the last."""
+        now = time.perf_counter()
+        if results:
+            seconds, self._recorded_at = (now - self._recorded_at) / len(results), now
+        for number, result in enumerate(results, start=1):
+            launched = self._launched.popleft()
+            self.reporter.record(
+                launched.step,
+                result,
+                lr=launched.lr,
+                seconds=seconds,
+                scores=scores if number == len(results) else {},
+            )
 
     def _between_steps(self) -> None:
         if self._is_due(self.config.checkpoint.save_every):
             self.save()
         if self._is_due(self.config.log.eval_every):
+            self._record_all()
             with contextlib.suppress(AskedToStop):  # the next step border saves and stops
                 self.reporter.held_out(self.step, self.evaluate())
-
-    def _require_finite(self, result: StepResult) -> None:
-        if not math.isfinite(result.grad_norm):  # the same on every rank
-            raise MegaskipError(
-                f"step {self.step + 1}: the gradient is {result.grad_norm} (loss "
-                f"{result.loss_task:.4g}); a smaller --lr, float32, or other data. Checkpoints so "
-                "far are untouched"
-            )
 
     def _seed(self) -> None:
         """Make randomness a function of (seed, step, rank), so that none of it has to be saved."""
@@ -161,6 +211,7 @@ class Trainer(ABC):
 
     def save(self) -> Path:
         """Write a checkpoint of this step. Collective."""
+        self._record_all()  # nothing is saved after a gradient that is not finite
         return self.checkpointer.save(self.step, self.tokens)
 
     def resume(self, path: Path) -> None:
@@ -210,3 +261,7 @@ class Trainer(ABC):
             return self.reporter.close(end)
 
         return on_first_rank(self.topology, report)
+
+
+def _is_finite(result: StepResult) -> bool:
+    return math.isfinite(result.grad_norm)  # the same on every rank

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,11 @@ def test_one_budget_follows_every_capacity_it_asks_for() -> None:
     budget = AnyBudget(asked=0.5, low=0.25, gain=0.1)
     normal = torch.distributions.Normal(0.0, 1.0)
     for _ in range(600):
-        kept = float(1 - normal.cdf(torch.tensor(budget.offset)))
+        kept = float(1 - normal.cdf(torch.as_tensor(budget.offset)))
         budget.steer(Measured(capacity=kept, units=64.0, spread=1.0), None)
     for target in (0.3, 0.5, 0.75, 0.9):
         budget._aim(target)
-        kept = float(1 - normal.cdf(torch.tensor(budget.offset)))
+        kept = float(1 - normal.cdf(torch.as_tensor(budget.offset)))
         assert kept == pytest.approx(target, abs=0.03)
     other = AnyBudget(asked=0.5, low=0.25, gain=0.1)
     other.restore(budget.state())
@@ -225,11 +226,32 @@ def test_a_layer_that_keeps_more_than_the_others_pays_the_hinge_on_top() -> None
     budget.penalty(kept, torch.tensor([10.0, 10.0]), 20.0).backward()
     assert kept.grad is not None
     first, second = (20 * kept.grad).tolist()
-    assert second == pytest.approx(budget.price)
-    assert first == pytest.approx(budget.price + 0.1 * 2)
+    assert second == pytest.approx(float(budget.price))
+    assert first == pytest.approx(float(budget.price) + 0.1 * 2)
     other = Budget(target=0.5, gain=0.1)
     other.restore(budget.state())
     assert other.penalty(kept, kept, 20.0) == budget.penalty(kept, kept, 20.0)
+
+
+def test_steering_on_the_device_is_that_of_plain_numbers() -> None:
+    """The rule of Budget's docstring, written with floats; only the last bit of a root differs."""
+    budget, position, spread = Budget(target=0.5, gain=0.1), 0.0, 0.0
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 20):
+        units = torch.randint(0, 30, (5,), generator=generator).double()
+        kept = (units * torch.rand(5, generator=generator)).floor()
+        logits = units * torch.randn(5, generator=generator).double()
+        counts = Counts(kept=kept, units=units, logits=logits, squares=logits.square() + units)
+        budget.steer(Measured.of(counts), step / 20)
+        total, target = sum(units.tolist()), 1 - 0.5 * min(step / 20 / 0.2, 1.0)
+        variance = sum(counts.squares.tolist()) / total - (sum(logits.tolist()) / total) ** 2
+        memory = 0.9 if spread else 0.0
+        spread = math.sqrt(memory * spread**2 + (1 - memory) * variance)
+        error = sum(kept.tolist()) / total - target
+        position += max(1 - step / 20, 0.05) * min(total / 64, 1.0) * error
+        assert budget.offset.dtype == torch.float64  # type: ignore[union-attr]
+        assert float(budget.offset) == pytest.approx(position * spread, rel=1e-13)
+        assert float(budget.price) == pytest.approx(0.1 * (position + error), rel=1e-13)
 
 
 @pytest.mark.parametrize("feedback", [-0.8, -0.3, 0.0, 0.5, 0.9])

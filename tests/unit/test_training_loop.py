@@ -71,14 +71,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make: Any, tmp_path:
 
 def stop_after(trainer: Trainer, step: int) -> None:
     """Send this process a SIGTERM while it takes step `step`."""
-    train_step = trainer.engine.train_step
+    launch_step = trainer.engine.launch_step
 
     def signalled(*args: Any, **kwargs: Any) -> Any:
         if trainer.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*args, **kwargs)
+        return launch_step(*args, **kwargs)
 
-    trainer.engine.train_step = signalled  # type: ignore[method-assign]
+    trainer.engine.launch_step = signalled  # type: ignore[method-assign]
 
 
 def test_a_signal_stops_a_pass_over_held_out_rows_on_the_next_batch(tmp_path: Path) -> None:

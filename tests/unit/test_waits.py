@@ -1,18 +1,32 @@
 """What waits for a GPU, counted on a CPU: a number here that grows makes a GPU slower."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
 from tensor_calls import IndexCalls, Waits
-from tiny_run import alone, rows, tiny_config, tiny_engine, tiny_full_engine
+from tiny_run import (
+    alone,
+    router_trainer,
+    rows,
+    tiny_config,
+    tiny_engine,
+    tiny_full_engine,
+)
 
 from megaskip import RouterConfig, attach_routers
+from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.config import RunConfig
 from megaskip.data import Batch, PackedRow, collate
 from megaskip.inference.executor import InferenceExecutor
+from megaskip.parallel.results import PendingStep
+from megaskip.routing import SparseExecutor
+from megaskip.routing.copies import CopyToHost
+from megaskip.routing.decision import SelectedRows
 
 TRANSFORMERS_READS = "masking_utils.py"
 """Each forward pass reads whether the positions are those of packed rows."""
@@ -50,7 +64,7 @@ def routed(granularity: str, **router: Any) -> RunConfig:
         (tiny_full_engine, tiny_config(), padded),
     ],
 )
-def test_a_training_step_waits_once_however_many_micro_batches_it_has(
+def test_no_training_step_waits_however_many_micro_batches_it_has(
     make: Any, config: RunConfig, make_batch: Any
 ) -> None:
     with alone() as topology:
@@ -59,19 +73,70 @@ def test_a_training_step_waits_once_however_many_micro_batches_it_has(
         for state in engine.optimizer.state.values():
             Waits.put_on_host(state["step"])
         batches = [on_host(make_batch(seed)) for seed in range(3)]
-        waited: list[int] = []
         with Waits() as waits:
-
-            def meanwhile() -> None:
-                waited.append(sum(TRANSFORMERS_READS not in call for call in waits.calls))
-
-            engine.train_step(batches, 1e-3, 0.5, meanwhile)
-    calls = waits.take()
-    assert waited == [0], "the next batches are prepared after the device was waited for"
+            pending = [engine.launch_step(batches, 1e-3, 0.5) for _ in range(2)]
+            calls = waits.take()
+            pending[-1].result()
+            assert len(waits.take()) == 1, "a result is read with one wait"
     own = [call for call in calls if TRANSFORMERS_READS not in call]
-    assert len(own) == 1, own
-    passes = len(batches) * (2 if config.optim.distill else 1)
-    assert len(calls) - len(own) <= passes, calls
+    assert not own
+    passes = 2 * len(batches) * (2 if config.optim.distill else 1)
+    assert len(calls) <= passes, calls
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
+def test_sparse_training_waits_once_a_layer_and_not_again_in_the_backward_pass(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []  # Waits does not see what the backward pass computes again
+    of = SelectedRows.of
+    monkeypatch.setattr(SelectedRows, "of", lambda *args: read.append(args) or of(*args))
+    with alone() as topology:
+        engine = tiny_engine(routed(granularity), topology)
+        engine.module.needs_mask = False
+        engine.routers.executor = SparseExecutor()
+        checkpoint_activations(engine.model, 1)
+        for number, router in enumerate(engine.routers.parameters()):
+            torch.nn.init.normal_(router, generator=torch.Generator().manual_seed(number))
+        for state in engine.optimizer.state.values():
+            Waits.put_on_host(state["step"])
+        batches = [on_host(padded(seed)) for seed in range(2)]
+        with Waits() as waits:
+            result = engine.launch_step(batches, 1e-3, 0.5)
+            calls = [call for call in waits.take() if TRANSFORMERS_READS not in call]
+    assert 0 < result.result().capacity < 1
+    assert len(calls) == len(read) == LAYERS * len(batches), calls
+
+
+def test_a_run_waits_for_a_device_that_lags_when_it_logs_saves_or_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it writes is what it writes where nothing lags."""
+    config = tiny_config()  # of six steps: logs and saves every second, evaluates every third
+    written, read = {}, []
+    take = PendingStep.result
+    for lags in (False, True):
+        monkeypatch.setattr(CopyToHost, "has_arrived", not lags)
+        monkeypatch.setattr(PendingStep, "result", lambda self: read.append(1) or take(self))
+        with alone() as topology:
+            trainer = router_trainer(tmp_path / str(lags), topology, config)
+            launch, reads = trainer.engine.launch_step, []
+
+            def launched(*args: Any, launch: Any = launch, reads: Any = reads) -> Any:
+                reads.append(len(read))
+                return launch(*args)
+
+            monkeypatch.setattr(trainer.engine, "launch_step", launched)
+            read.clear()
+            trainer.run()
+        if lags:
+            assert reads == [0, 0, 2, 3, 4, 4], "read before steps 1 to 6"
+        steps = (tmp_path / str(lags) / "metrics.jsonl").read_text().splitlines()
+        noise = {"tokens_per_second", "peak_memory_gib"}
+        written[lags] = [
+            {k: v for k, v in json.loads(line).items() if k not in noise} for line in steps
+        ]
+    assert written[True] == written[False] and len(written[True]) == config.optim.max_steps
 
 
 def test_the_count_can_fail() -> None:
