@@ -41,12 +41,12 @@ def measure_costs(
     `distill` is the share of each label that is the dense model's prediction. A rank without a
     batch takes part with None. Collective.
     """
-    for group in groups:
-        with read_by_routers(engine.routers) as read:
-            real, gradients = engine.gate_gradients(batch, group, at=_HALF_WAY, distill=distill)
-        if batch is not None:
-            for layer, gradient in gradients.items():
-                observe(layer, read[layer][real], -gradient[real])
+    passes = engine.gate_gradients(batch, groups, at=_HALF_WAY, distill=distill)
+    with read_by_routers(engine.routers) as read:
+        for real, gradients in passes:
+            if batch is not None:
+                for layer, gradient in gradients.items():
+                    observe(layer, read[layer][real], -gradient[real])
 
 
 def deal_groups(layers: Sequence[int], count: int, seed: int) -> list[list[int]]:
@@ -57,13 +57,13 @@ def deal_groups(layers: Sequence[int], count: int, seed: int) -> list[list[int]]
 
 @contextlib.contextmanager
 def read_by_routers(routers: RouterSet) -> Iterator[dict[int, Tensor]]:
-    """Hold a dict that gets what each router reads in the next forward pass, float32 [B, U, D]; a
-    recomputation in the backward pass does not change it."""
+    """Hold a dict that gets what each router reads in a forward pass, float32 [B, U, D]; a
+    recomputation in the backward pass writes the same."""
     read: dict[int, Tensor] = {}
 
     def listen(layer: int) -> RemovableHandle:
         def note(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            read.setdefault(layer, inputs[0].detach())
+            read[layer] = inputs[0].detach()
 
         return routers.router(layer).register_forward_pre_hook(note)
 

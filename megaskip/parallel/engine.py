@@ -111,28 +111,37 @@ class Engine:
         return ran, self._forward(ran, each=True)
 
     def gate_gradients(
-        self, batch: Batch | None, layers: Sequence[int], *, at: float, distill: float
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return (the real units, bool [B, U]; the gradients of the summed loss of `batch` with
-        respect to the gates of `layers`, float32 [B, U] by layer, of those on this rank): with
-        these gates at `at` between 0, skipped, and 1, and every other layer running.
+        self,
+        batch: Batch | None,
+        groups: Sequence[Sequence[int]],
+        *,
+        at: float,
+        distill: float,
+    ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+        """Yield, for each of `groups` of layers, (the real units, bool [B, U]; the gradients of the
+        summed loss of `batch` with respect to the gates of these layers, float32 [B, U] by layer,
+        of those on this rank): with these gates at `at` between 0, skipped, and 1, and every other
+        layer running.
 
         `distill` is the share of each label that is the dense model's prediction. For None a
         placeholder runs. Collective.
         """
         ran = self._on_device(batch)
         real = self._pooling(ran).unit_mask
-        like = {"device": real.device, "requires_grad": True}
-        gates = {layer: torch.full(real.shape, at, **like) for layer in layers}
         before, self._distill, self._has_penalty = self._distill, distill, False
         try:
-            with self.routers.disabled(), self.routers.override(gates):
-                self._micro_steps([ran], GlobalBatch(supervised=1.0, units=1.0, tokens=1.0))
+            teachers = self._teacher_states([ran])
+            for layers in groups:
+                gates = {k: torch.full(real.shape, at, device=real.device) for k in layers}
+                for gate in gates.values():
+                    gate.requires_grad_()
+                with self.routers.disabled(), self.routers.override(gates):
+                    self._micro_steps([ran], GlobalBatch.unit(), teachers)
+                own = [layer for layer in layers if layer in self.own_layers]
+                yield real, {layer: _gradient(gates[layer]) for layer in own}
         finally:
             self._distill, self._has_penalty = before, True
             self.optimizer.zero_grad(set_to_none=False)
-        own = [layer for layer in layers if layer in self.own_layers]
-        return real, {layer: _gradient(gates[layer]) for layer in own}
 
     def scores(self) -> dict[int, Tensor]:
         """Return the router scores of this rank's last micro-batch, by layer; for histograms.
@@ -141,11 +150,18 @@ class Engine:
 
     # -- what a pipeline does in its own way
 
-    def _micro_steps(self, batches: Sequence[Batch], whole: GlobalBatch) -> StepSums:
-        """Add the gradients of all micro-batches to the parameters'; return what they add up to."""
+    def _micro_steps(
+        self,
+        batches: Sequence[Batch],
+        whole: GlobalBatch,
+        teachers: Sequence[Tensor | None] | None = None,
+    ) -> StepSums:
+        """Add the gradients of all micro-batches to the parameters'; return what they add up to.
+        `teachers` are their `_teacher_states`, if known."""
         sums = StepSums.zeros(self._num_routed, device=self._topology.device)
-        for batch in batches:
-            sums += self._micro_step(batch, whole, len(batches))
+        for n, batch in enumerate(batches):
+            (teacher,) = self._teacher_states([batch]) if teachers is None else [teachers[n]]
+            sums += self._micro_step(batch, whole, len(batches), teacher)
         return sums
 
     def forwards(
@@ -199,9 +215,13 @@ class Engine:
         device = self._topology.device
         return placeholder_batch(device) if batch is None else batch.to(device)
 
-    def _micro_step(self, batch: Batch, whole: GlobalBatch, micro_batches: int) -> StepSums:
-        """Add one micro-batch's gradient to the parameters'; return what it adds to the sums."""
-        task = self._learn(batch) / whole.supervised
+    def _micro_step(
+        self, batch: Batch, whole: GlobalBatch, micro_batches: int, teacher: Tensor | None
+    ) -> StepSums:
+        """Add one micro-batch's gradient to the parameters', of its text and of what the unrouted
+        model's states say of it; return what it adds to the sums."""
+        learnt = {} if teacher is None else {"teacher": teacher, "share": self._distill}
+        task = self._forward(batch, **learnt) / whole.supervised
         penalty = self._penalty(whole, micro_batches)
         counts = self._counts()
         (task + penalty).backward()
@@ -220,13 +240,13 @@ class Engine:
         finally:
             self.routers.steering.noise = 0.0
 
-    def _learn(self, batch: Batch) -> Tensor:
-        """Return the loss to train on: of the text, and of what the unrouted model says of it."""
+    def _teacher_states(self, batches: Sequence[Batch]) -> list[Tensor | None]:
+        """Return what the unrouted model's last hidden states [N, D] are at the supervised tokens
+        of each micro-batch; None without --distill."""
         if not self._distill:
-            return self._forward(batch)
+            return [None] * len(batches)
         with self.routers.disabled(), torch.no_grad():
-            teacher = self._forward(batch, states_only=True)
-        return self._forward(batch, teacher=teacher, share=self._distill)
+            return [self._forward(batch, states_only=True) for batch in batches]
 
     def _pooling(self, batch: Batch) -> Pooling:
         masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)

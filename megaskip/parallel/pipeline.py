@@ -69,10 +69,15 @@ class PipelineEngine(Engine):
 
     # -- the two schedules
 
-    def _micro_steps(self, batches: Sequence[Batch], whole: GlobalBatch) -> StepSums:
+    def _micro_steps(
+        self,
+        batches: Sequence[Batch],
+        whole: GlobalBatch,
+        teachers: Sequence[Tensor | None] | None = None,
+    ) -> StepSums:
         sums = StepSums.zeros(self._num_routed, device=self._topology.device)
         poolings = [self._pooling(batch) for batch in batches]
-        teachers = self._teacher_states(batches)
+        teachers = self._teacher_states(batches) if teachers is None else teachers
         # Only what a gradient will come back for is kept until then.
         inputs: dict[int, list[Tensor]] = {}
         outputs: dict[int, list[Tensor]] = {}

@@ -78,6 +78,11 @@ class GlobalBatch:
     """Real tokens."""
 
     @classmethod
+    def unit(cls) -> "GlobalBatch":
+        """Return the batch for which losses are sums and no means."""
+        return cls(supervised=1.0, units=1.0, tokens=1.0)
+
+    @classmethod
     def of(cls, batches: Sequence[Batch], units: int) -> "GlobalBatch":
         """Return what the ranks' `batches`, with `units` decisions on this rank, are together.
         Collective, between hosts: no device is waited for."""

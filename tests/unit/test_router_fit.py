@@ -47,7 +47,7 @@ def test_gradients_along_the_way_add_up_to_what_skipping_costs(
     costs = 0.0
     for batch in text:
         for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
-            _, gradients = engine.gate_gradients(batch, group, at=float(point), distill=0.0)
+            ((_, gradients),) = engine.gate_gradients(batch, [group], at=float(point), distill=0.0)
             assert list(gradients) == group
             costs -= weight * sum(float(gradient.sum()) for gradient in gradients.values())
     with engine.routers.disabled():
@@ -67,7 +67,7 @@ def test_costs_are_told_of_real_units_with_what_their_router_reads(make_engine: 
         told[layer] = read, costs
 
     measure_costs(engine, batch, [[1, 3], [2]], observe, distill=0.0)
-    _, gradients = engine.gate_gradients(batch, [2], at=0.5, distill=0.0)
+    ((_, gradients),) = engine.gate_gradients(batch, [[2]], at=0.5, distill=0.0)
     read, costs = told[2]
     assert set(told) == {1, 2, 3}
     assert torch.equal(costs, -gradients[2][:, :12].flatten())
