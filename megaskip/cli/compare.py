@@ -11,6 +11,10 @@ shares of all attention skipped, and writes into the output folder
   pareto.png              loss against FLOPs and against measured prefill time
   layers.png              what each method skips, by layer
   token_map.png, .html    what ours does to one document
+  measured/               what was measured so far: the same command goes on with the rest
+
+Under torchrun ranks share out trainings and measurements, each with a whole model of its own; they
+meet in the output folder, which all of them must see.
 
 methods:
   static     drops the attention that changes its input least (LLM-Drop), the same for all texts

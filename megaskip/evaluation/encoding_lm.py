@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaskip.data.request_encoder import Pair, RequestEncoder
 from megaskip.data.vocabulary import padding_token, require_known_token
 from megaskip.errors import DataError
-from megaskip.evaluation.request_encoder import Pair, RequestEncoder
 from megaskip.extras import extra
 
 with extra("eval"):

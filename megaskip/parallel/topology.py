@@ -2,6 +2,7 @@
 group."""
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import socket
@@ -14,6 +15,12 @@ import torch.distributed as dist
 
 from megaskip.config.value_types import shown
 from megaskip.errors import ConfigError, RankError
+
+LAUNCHER_VARIABLES = (
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
+"""What tells a process that it is a rank, and where the others are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +99,18 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
             "with torchrun or deepspeed, which set it, or remove it"
         )
     return int(text)
+
+
+def alone(topology: Topology) -> Topology:
+    """Return this rank as a job of one process on the same device, for ranks that share out whole
+    tasks instead of batches.
+
+    Takes what the launcher set out of the environment, so that process groups and programs that are
+    started from here do not count the other ranks.
+    """
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    return dataclasses.replace(topology, rank=0, world_size=1, num_stages=1)
 
 
 def current_topology() -> Topology:

@@ -4,11 +4,11 @@ Knows a model and its texts, not how routers were trained.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megaskip.arch import attach_routers, detach_routers, find_decoder
@@ -24,7 +24,6 @@ from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.data.vocabulary import padding_token
 from megaskip.errors import ConfigError
-from megaskip.measures.costs import Cost, CostModel, total
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import ModelSource
@@ -40,21 +39,18 @@ from megaskip.study.baselines import (
     static_order,
     uniform_order,
 )
-from megaskip.study.latency import prefill_ratio
-from megaskip.study.over_seeds import Measured, point_of
+from megaskip.study.measured import Measured, Yardstick
+from megaskip.study.over_seeds import point_of
 from megaskip.study.pareto import Point
-from megaskip.study.scoring import (
-    Scores,
-    read_pairs,
-    score,
-    spread_documents,
-    text_batches,
-)
+from megaskip.study.questions import PAIRS, Question, QuestionSet, read_choices, read_pairs
+from megaskip.study.scoring import score, spread_documents
 
 _ROWS = 2
 """Rows of a micro-batch; a batch for forward passes only has four times as many (DataLoader)."""
 _SHOWN_TOKENS = 60
 """Of the document in the picture."""
+_LONGEST = 2048
+"""Most tokens of a question with an option; a longer one loses its beginning, as in lm-eval."""
 _NAMES = {"attn": "attentions", "mlp": "MLPs", "block": "layers"}
 
 
@@ -71,7 +67,6 @@ class Comparison:
     ) -> None:
         """Load the model of `source`; `config.router.layers` are what all methods route and
         `config.data.held_out` the documents to measure on; see `measure` for `prefill_runs`."""
-        self._prefill_runs = prefill_runs
         self._config, self._topology = config, topology
         self.skips = _NAMES[config.router.target]
         """What is skipped, as a plural noun."""
@@ -101,27 +96,47 @@ class Comparison:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
         names = [Path(source.name).name for source in data.stats.sources]
         self._domains = [names[row.segments[0].source] for row in documents]
-        self._pairs: list[Batch] = []
-        self._continuations: Continuations | None = None
+        self._yardstick = Yardstick(held_out=self._held_out, prefill_runs=prefill_runs)
         self._near: dict[Path, RouterConfig] = {}
 
     def add_pairs(self, folder: Path, limit: int) -> None:
         """Measure minimal pairs, too: `limit` of every set in `folder`."""
-        sets = read_pairs(folder, limit)
-        texts = [text for pairs in sets.values() for pair in pairs for text in pair]
-        batches = text_batches(
-            texts,
-            self._tokenizer,
-            prompt_tokens=self._config.data.prompt_tokens,
-            vocabulary=self._vocabulary,
-        )
-        self._pairs = self._here(batches)
+        self._add_questions({PAIRS: read_pairs(folder, limit)})
+
+    def add_choices(self, paths: Sequence[Path], limit: int) -> None:
+        """Measure multiple-choice tasks, too: `limit` questions of every file of `paths`."""
+        self._add_questions(read_choices(paths, limit))
+
+    def _add_questions(self, tasks: Mapping[str, Sequence[Question]]) -> None:
+        longest = getattr(self.model.config, "max_position_embeddings", _LONGEST)
+        for name, questions in tasks.items():
+            if name in {task.name for task in self._yardstick.questions}:
+                raise ConfigError(f"two tasks are called {name}; rename the file of --choice")
+            asked = QuestionSet(
+                name,
+                questions,
+                self._tokenizer,
+                prompt_tokens=self._config.data.prompt_tokens,
+                vocabulary=self._vocabulary,
+                max_length=min(longest, _LONGEST),
+            )
+            asked.batches = self._here(asked.batches)
+            self._yardstick.questions.append(asked)
 
     def add_continuations(self, count: int, tokens: int = 64) -> None:
         """Compare `count` greedy continuations of `tokens` tokens with the dense model's, too."""
-        self._continuations = Continuations(
+        self._yardstick.continuations = Continuations(
             self.model, self.routers, self._held_out, count=count, tokens=tokens
         )
+
+    def fingerprint(self) -> str:
+        """Return a hash of all text that is measured on or searched with."""
+        digest = hashlib.sha256()
+        tasks = [batch for task in self._yardstick.questions for batch in task.batches]
+        for batch in (*self._calibration, *self._held_out, *tasks):
+            for tensor in (batch.input_ids, batch.labels, batch.prompt_mask):
+                digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _here(self, batches: Sequence[Batch | None]) -> list[Batch]:
         return [batch.to(self._topology.device) for batch in batches if batch is not None]
@@ -236,35 +251,8 @@ class Comparison:
     # -- measures
 
     def measure(self, policy: Policy | None) -> Measured:
-        """Return what a policy does to the documents; without one the routers decide.
-
-        A prefill is timed in `prefill_runs` pairs of runs, if any.
-        """
-        text = score(self.model, self.routers, self._held_out, policy)
-        first = self._held_out[:1]
-        latency = None
-        if runs := self._prefill_runs:
-            latency = prefill_ratio(
-                self.model, self.routers, first, policy, self.everything, runs=runs
-            )
-        pairs = None
-        if self._pairs:
-            pairs = score(self.model, self.routers, self._pairs, policy, rows_per_document=2)
-        agreement = None
-        if self._continuations is not None:
-            agreement = self._continuations.compare(self.routers, policy)
-        cost = self._price(text)
-        return Measured(text=text, pairs=pairs, agreement=agreement, latency=latency, cost=cost)
-
-    def _price(self, text: Scores) -> Cost:
-        """Return what the held-out documents cost, with the routers that are attached now."""
-        costs = CostModel(self.model, self.routers)
-        units = np.broadcast_to(text.units, text.kept.shape)
-        kept = text.kept * units
-        return total(
-            costs.price(int(read), int(read), kept[:, row].tolist(), units[:, row].tolist())
-            for row, read in enumerate(text.read)
-        )
+        """Return what a policy does to the documents; without one the routers decide."""
+        return self._yardstick.measure(self.model, self.routers, policy, self.everything)
 
     def picture(self, title: str) -> TokenMap:
         """Return what the routers do to the first held-out document."""

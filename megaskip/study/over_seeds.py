@@ -2,32 +2,16 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megaskip.measures.costs import Cost, total
+from megaskip.measures.costs import total
 from megaskip.measures.paired import Difference, ratio_difference
-from megaskip.study.agreement import Agreement
-from megaskip.study.pareto import Contrast, Point
-from megaskip.study.scoring import Scores, pair_accuracy
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """The scores of every document under one way to skip."""
-
-    text: Scores
-    pairs: Scores | None
-    """Of the sentences of the minimal pairs, good, bad, good, ..."""
-    agreement: Agreement | None
-    """Of greedy continuations with the dense model's."""
-    latency: float | None
-    """Of a prefill of the first held-out batch, over that of the dense model; None where it was
-    not timed."""
-    cost: Cost
-    """Of the documents, counted."""
+from megaskip.study.measured import Measured
+from megaskip.study.pareto import Contrast, Point, TaskResult
+from megaskip.study.questions import PAIRS
+from megaskip.study.scoring import Scores
 
 
 def point_of(
@@ -43,11 +27,14 @@ def point_of(
 
     `layers` are the routed ones of `depth`, `domains` names the source of each document.
     """
-    nll, tokens, hits = mean_scores(measured, "nll"), dense.text.tokens, mean_hits(measured)
-    dense_hits, exact = mean_hits([dense]), mean_scores(measured, "exact")
-    gap = None
-    if hits is not None and dense_hits is not None:
-        gap = ratio_difference(hits, dense_hits, np.ones_like(hits))
+    nll, tokens, exact = (
+        mean_scores(measured, "nll"),
+        dense.text.tokens,
+        mean_scores(measured, "exact"),
+    )
+    tasks = {task: _task_result(measured, dense, task) for task in dense.answers}
+    pairs = tasks.get(PAIRS)
+    choices = [task for task in tasks if task != PAIRS]
     units = dense.text.units
     skipped = 1 - (mean_scores(measured, "kept") * units).sum(axis=1) / units.sum()
     cost = total(scores.cost for scores in measured)
@@ -59,8 +46,11 @@ def point_of(
         seeds=len(measured),
         loss=float(nll.sum() / tokens.sum()),
         loss_gap=ratio_difference(nll, dense.text.nll, tokens),
-        pairs=None if hits is None else float(hits.mean()),
-        pairs_gap=gap,
+        pairs=None if pairs is None else pairs.acc,
+        pairs_gap=None if pairs is None else pairs.acc_gap,
+        choice=float(np.mean([tasks[task].acc_norm for task in choices])) if choices else None,
+        choice_gap=_choice_difference(measured, [dense]),
+        tasks=tasks,
         exact=float(exact.mean()),
         exact_gap=ratio_difference(exact, dense.text.exact, np.ones_like(exact)),
         flops=cost.flop_ratio,
@@ -100,8 +90,6 @@ def contrasts(
         mine = measured.get((ours, skip))
         if method == ours or not mine or not theirs:
             continue
-        a, b = mean_hits(mine), mean_hits(theirs)
-        both = a is not None and b is not None
         rows.append(
             Contrast(
                 method=ours,
@@ -110,7 +98,8 @@ def contrasts(
                 loss=ratio_difference(
                     mean_scores(mine, "nll"), mean_scores(theirs, "nll"), mine[0].text.tokens
                 ),
-                pairs=ratio_difference(a, b, np.ones_like(a)) if both else None,
+                pairs=_pairs_difference(mine, theirs),
+                choice=_choice_difference(mine, theirs),
                 exact=ratio_difference(
                     mean_scores(mine, "exact"),
                     mean_scores(theirs, "exact"),
@@ -126,7 +115,38 @@ def mean_scores(measured: Sequence[Measured], field: str) -> Any:
     return np.mean([getattr(scores.text, field) for scores in measured], axis=0)
 
 
-def mean_hits(measured: Sequence[Measured]) -> Any:
-    """Return the pairs' hits averaged over seeds, None without pairs."""
-    hits = [pair_accuracy(scores.pairs) for scores in measured if scores.pairs is not None]
-    return np.mean(hits, axis=0) if hits else None
+def mean_right(measured: Sequence[Measured], task: str, field: str) -> Any:
+    """Return a field of a task's Answers, averaged over seeds, by question."""
+    return np.mean([getattr(scores.answers[task], field) for scores in measured], axis=0)
+
+
+def _task_result(measured: Sequence[Measured], dense: Measured, task: str) -> TaskResult:
+    right, norm = (mean_right(measured, task, field) for field in ("right", "right_norm"))
+    before, before_norm = dense.answers[task].right, dense.answers[task].right_norm
+    return TaskResult(
+        questions=len(right),
+        acc=float(right.mean()),
+        acc_gap=ratio_difference(right, before, np.ones_like(right)),
+        acc_norm=float(norm.mean()),
+        acc_norm_gap=ratio_difference(norm, before_norm, np.ones_like(norm)),
+    )
+
+
+def _pairs_difference(mine: Sequence[Measured], theirs: Sequence[Measured]) -> Difference | None:
+    if PAIRS not in mine[0].answers:
+        return None
+    a, b = (mean_right(measured, PAIRS, "right") for measured in (mine, theirs))
+    return ratio_difference(a, b, np.ones_like(a))
+
+
+def _choice_difference(mine: Sequence[Measured], theirs: Sequence[Measured]) -> Difference | None:
+    """Return the difference of the mean acc_norm of the multiple-choice tasks, each of which counts
+    alike whatever its number of questions; None where there are none."""
+    tasks = [task for task in mine[0].answers if task != PAIRS]
+    if not tasks:
+        return None
+    a, b = (
+        [mean_right(measured, task, "right_norm") for task in tasks] for measured in (mine, theirs)
+    )
+    weights = np.concatenate([np.full(len(right), 1 / (len(right) * len(tasks))) for right in a])
+    return ratio_difference(np.concatenate(a) * weights, np.concatenate(b) * weights, weights)

@@ -10,7 +10,16 @@ from html import escape
 
 from megaskip.extras import extra
 from megaskip.measures.paired import Difference
-from megaskip.study.pareto import HEADER, Contrast, Point, layers_figure, loss_axes, table_rows
+from megaskip.study.pareto import (
+    HEADER,
+    Contrast,
+    Point,
+    TaskResult,
+    interval,
+    layers_figure,
+    loss_axes,
+    table_rows,
+)
 
 with extra("report"):
     from matplotlib.axes import Axes
@@ -25,6 +34,11 @@ _STYLE = (
     "table{border-collapse:collapse;white-space:nowrap}"
     "td,th{padding:3px 9px;text-align:right;border-bottom:1px solid #ddd}"
     "td:first-child,th:first-child{text-align:left}"
+)
+
+_TASK_NOTE = (
+    "<p>acc: the right option has the highest log-likelihood; acc_norm: the highest log-likelihood "
+    "over its characters; as in lm-eval, without examples in the prompt.</p>"
 )
 
 Value = Callable[[Point], float | None]
@@ -51,8 +65,20 @@ def page(
     if domains := _domain_rows(points):
         header = ("method", "skipped", *_domains(points))
         sections.append("<h2>Loss over dense by source of the text</h2>" + _table(header, domains))
+    if tasks := _task_rows(points):
+        header = (
+            "method",
+            "skipped",
+            "task",
+            "questions",
+            "acc",
+            "to dense",
+            "acc_norm",
+            "to dense",
+        )
+        sections.append("<h2>Questions by task</h2>" + _TASK_NOTE + _table(header, tasks))
     if differences:
-        header = ("difference, at equal skip", "skip", "loss", "pairs", "exact")
+        header = ("difference, at equal skip", "skip", "loss", "pairs", "choice acc_norm", "exact")
         sections.append("<h2>Paired differences</h2>" + _table(header, differences))
     if left_out:
         items = "".join(f"<li>{escape(why)}</li>" for why in left_out)
@@ -81,6 +107,9 @@ def _figures(points: Sequence[Point]) -> list[tuple[Figure, str]]:
     if any(point.pairs is not None for point in points):
         figure = _skip_figure(points, _pairs_gap, "minimal pairs over dense, points")
         captioned.append((figure, "Minimal pairs (BLiMP): the likelier sentence is the good one."))
+    if any(point.choice is not None for point in points):
+        figure = _skip_figure(points, _choice_gap, "multiple choice over dense, points of acc_norm")
+        captioned.append((figure, "Multiple choice: mean of the tasks' acc_norm."))
     if any(point.same is not None for point in points):
         figure = _skip_figure(points, _same, "greedy tokens as the dense model's, %")
         caption = "Generation, which multiple choice hides: tokens that the dense model writes."
@@ -95,7 +124,14 @@ def _time_saved(point: Point) -> float | None:
 
 
 def _pairs_gap(point: Point) -> Difference | None:
-    gap = point.pairs_gap
+    return _in_points(point.pairs_gap)
+
+
+def _choice_gap(point: Point) -> Difference | None:
+    return _in_points(point.choice_gap)
+
+
+def _in_points(gap: Difference | None) -> Difference | None:
     if gap is None:
         return None
     return Difference(value=100 * gap.value, low=100 * gap.low, high=100 * gap.high)
@@ -178,25 +214,40 @@ def _domain_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
         (
             point.method,
             f"{point.skipped:.1%}",
-            *(_interval(point.domains[domain], "+.4f") for domain in domains),
+            *(interval(point.domains[domain], "+.4f") for domain in domains),
         )
         for point in points
         if point.skipped > 0 and len(domains) > 1
     ]
 
 
+def _task_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    return [
+        (point.method, f"{point.skipped:.1%}", task, *_accuracies(result))
+        for point in points
+        for task, result in point.tasks.items()
+    ]
+
+
+def _accuracies(result: TaskResult) -> tuple[str, ...]:
+    return (
+        str(result.questions),
+        f"{result.acc:.2%}",
+        interval(result.acc_gap, "+.2%"),
+        f"{result.acc_norm:.2%}",
+        interval(result.acc_norm_gap, "+.2%"),
+    )
+
+
 def _contrast_row(contrast: Contrast) -> tuple[str, ...]:
     return (
         f"{contrast.method} - {contrast.against}",
         f"{contrast.skip:.1%}",
-        _interval(contrast.loss, "+.4f"),
-        "-" if contrast.pairs is None else _interval(contrast.pairs, "+.2%"),
-        _interval(contrast.exact, "+.2%"),
+        interval(contrast.loss, "+.4f"),
+        "-" if contrast.pairs is None else interval(contrast.pairs, "+.2%"),
+        "-" if contrast.choice is None else interval(contrast.choice, "+.2%"),
+        interval(contrast.exact, "+.2%"),
     )
-
-
-def _interval(gap: Difference, form: str) -> str:
-    return f"{gap.value:{form}} [{gap.low:{form}}, {gap.high:{form}}]"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

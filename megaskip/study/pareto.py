@@ -18,6 +18,19 @@ _LINEAR = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """The accuracy of one task of questions; gaps are to the dense model, paired by question."""
+
+    questions: int
+    acc: float
+    """The right option has the highest log-likelihood, as lm-eval's acc."""
+    acc_gap: Difference
+    acc_norm: float
+    """The right option has the highest log-likelihood over its characters: lm-eval's acc_norm."""
+    acc_norm_gap: Difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """One method at one share of all layers' attention (or MLPs, ...) that it skips, over its
     seeds."""
@@ -33,8 +46,11 @@ class Point:
     loss_gap: Difference
     """To the dense model, paired by document."""
     pairs: float | None
-    """Accuracy on minimal pairs."""
+    """Accuracy on minimal pairs, by log-likelihood."""
     pairs_gap: Difference | None
+    choice: float | None
+    """Mean over multiple-choice tasks of their acc_norm."""
+    choice_gap: Difference | None
     exact: float
     """Share of held-out documents whose every supervised token greedy decoding would produce."""
     exact_gap: Difference
@@ -49,6 +65,8 @@ class Point:
     """Share of the units that each routed layer skips."""
     domains: Mapping[str, Difference] = field(default_factory=dict)
     """Loss over the dense model's by source of the documents."""
+    tasks: Mapping[str, TaskResult] = field(default_factory=dict)
+    """Of every task of questions, minimal pairs included."""
     same: float | None = None
     """Share of the dense model's greedy tokens that are the most likely ones here."""
     likelihood: float | None = None
@@ -66,13 +84,16 @@ class Contrast:
     skip: float
     loss: Difference
     pairs: Difference | None
+    choice: Difference | None
     exact: Difference
 
     def __str__(self) -> str:
         """Return a line of text."""
-        parts = [f"loss {_interval(self.loss, '+.4f')}", f"exact {_interval(self.exact, '+.2%')}"]
+        parts = [f"loss {interval(self.loss, '+.4f')}", f"exact {interval(self.exact, '+.2%')}"]
         if self.pairs is not None:
-            parts.append(f"pairs {_interval(self.pairs, '+.2%')}")
+            parts.append(f"pairs {interval(self.pairs, '+.2%')}")
+        if self.choice is not None:
+            parts.append(f"choice {interval(self.choice, '+.2%')}")
         return f"{self.method} - {self.against} at {self.skip:.1%}: " + ", ".join(parts)
 
 
@@ -83,6 +104,8 @@ HEADER = (
     "loss",
     "to dense",
     "pairs",
+    "to dense",
+    "choice acc_norm",
     "to dense",
     "exact",
     "to dense",
@@ -103,11 +126,13 @@ def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
             f"{point.asked:.1%}",
             f"{point.skipped:.1%}",
             f"{point.loss:.4f}",
-            _interval(point.loss_gap, "+.4f"),
+            interval(point.loss_gap, "+.4f"),
             "-" if point.pairs is None else f"{point.pairs:.2%}",
-            "-" if point.pairs_gap is None else _interval(point.pairs_gap, "+.2%"),
+            "-" if point.pairs_gap is None else interval(point.pairs_gap, "+.2%"),
+            "-" if point.choice is None else f"{point.choice:.2%}",
+            "-" if point.choice_gap is None else interval(point.choice_gap, "+.2%"),
             f"{point.exact:.2%}",
-            _interval(point.exact_gap, "+.2%"),
+            interval(point.exact_gap, "+.2%"),
             f"{point.flops:.3f}",
             f"{point.kv:.3f}",
             "-" if point.latency is None else f"{point.latency:.3f}",
@@ -177,5 +202,6 @@ def loss_axes(axes: Axes, points: Sequence[Point], spent: Sequence[float]) -> No
     axes.grid(alpha=0.3)
 
 
-def _interval(gap: Difference, form: str) -> str:
+def interval(gap: Difference, form: str) -> str:
+    """Return a difference with its interval as text."""
     return f"{gap.value:{form}} [{gap.low:{form}}, {gap.high:{form}}]"

@@ -1,6 +1,5 @@
 """How each compared method is trained: flags of `megaskip train`, and a run for each seed."""
 
-import itertools
 import json
 import os
 import shlex
@@ -12,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config.commands.compare import CompareOptions
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
+from megaskip.parallel.topology import LAUNCHER_VARIABLES
 from megaskip.study.comparison import Comparison
-from megaskip.study.static_drops import STATIC, StaticDrops
+from megaskip.study.static_drops import STATIC
 
 logger = get_logger(__name__)
 
@@ -41,7 +40,6 @@ RECIPES: dict[str, tuple[str, ...]] = {
 _FOR_ONE_SKIP = {"published", "separate", "layerwise", "compensated"}
 _TRAINED_AS = {"allocated": "ours"}
 _ROWS_A_STEP = 16
-_RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +48,8 @@ class Training:
 
     folder: Path
     flags: tuple[str, ...]
+    start: Path | None = None
+    """Folder of the routers it starts from, which is written before."""
 
     @property
     def is_done(self) -> bool:
@@ -59,32 +59,35 @@ class Training:
         ).is_file()
 
 
-def trainings(
-    comparison: Comparison, drops: StaticDrops, base: BaseModel, options: CompareOptions
-) -> dict[tuple[str, float], list[Training]]:
-    """Return the runs of each method at each skip (a share of all attention), one for each seed."""
-    needed = {}
-    for method, skip in itertools.product(options.methods, options.shares):
-        name, flags = _run_for(comparison, drops, base, method, skip, options)
-        seeds = options.seeds if name else ()
-        needed[method, skip] = [
-            Training(
-                folder=options.output / "runs" / f"{name}-s{seed}",
-                flags=(*flags, "--seed", str(seed)),
-            )
-            for seed in seeds
-        ]
-    return needed
+def training_of(
+    method: str, skip: float, seed: int, comparison: Comparison, options: CompareOptions
+) -> Training | None:
+    """Return the run that a method needs at a skip (a share of all attention) with a seed; None for
+    what is not trained."""
+    name, flags, start = _run_for(comparison, method, skip, options)
+    if not name:
+        return None
+    return Training(
+        folder=options.output / "runs" / f"{name}-s{seed}",
+        flags=(*flags, "--seed", str(seed)),
+        start=start,
+    )
 
 
 def train_missing(
-    needed: Iterable[Training], options: CompareOptions, *, progress: Callable[[], object]
+    needed: Iterable[Training],
+    options: CompareOptions,
+    *,
+    gpu: int | None,
+    progress: Callable[[], object],
 ) -> None:
-    """Train what is not there, --parallel of them at a time; raises MegaskipError when one
-    fails."""
+    """Train what is not there, --parallel of them at a time; raises MegaskipError when one fails.
+
+    `gpu` is the only one that they see, or None for all.
+    """
     missing = {training.folder: training for training in needed if not training.is_done}
     with ThreadPoolExecutor(options.parallel) as pool:
-        for done in [pool.submit(_train, options, training) for training in missing.values()]:
+        for done in [pool.submit(_train, options, training, gpu) for training in missing.values()]:
             done.result()
             progress()
 
@@ -95,35 +98,28 @@ def train_seconds(run: Path) -> float:
 
 
 def _run_for(
-    comparison: Comparison,
-    drops: StaticDrops,
-    base: BaseModel,
-    method: str,
-    skip: float,
-    options: CompareOptions,
-) -> tuple[str, tuple[str, ...]]:
-    """Return (name of the run, without its seed; its flags); no name for what is not trained."""
-    if method in STATIC:
-        if STATIC[method][1] != "trained":
-            return "", ()
+    comparison: Comparison, method: str, skip: float, options: CompareOptions
+) -> tuple[str, tuple[str, ...], Path | None]:
+    """Return (name of the run, without its seed; its flags; the folder it starts from); no name for
+    what is not trained."""
+    if STATIC.get(method, ("", ""))[1] == "trained":
         start = options.output / "fitted" / f"{method}-{skip:.4f}"
-        if not options.no_training:
-            drops.write_start(method, skip, start, base)
-        return f"{method}-{skip:.4f}", ("--init_routers", str(start), "--distill", "0.5")
+        flags = ("--init_routers", str(start), "--distill", "0.5")
+        return f"{method}-{skip:.4f}", flags, start
     if method not in RECIPES:
-        return "", ()
+        return "", (), None
     layers = ("--granularity", options.granularity, "--layers", options.layers)
     if method in _FOR_ONE_SKIP:
         capacity = 1 - comparison.share(skip)
         asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
-        return f"{method}-{capacity:.4f}", (*layers, *RECIPES[method], *asked)
+        return f"{method}-{capacity:.4f}", (*layers, *RECIPES[method], *asked), None
     low = 1 - comparison.share(max(options.shares))
     middle = 1 - comparison.share(statistics.mean(options.shares))
     asked = ("--capacity", f"{middle:.6f}", "--capacity_low", f"{low:.6f}")
-    return _TRAINED_AS.get(method, method), (*layers, *RECIPES[method], *asked)
+    return _TRAINED_AS.get(method, method), (*layers, *RECIPES[method], *asked), None
 
 
-def _train(options: CompareOptions, training: Training) -> None:
+def _train(options: CompareOptions, training: Training, gpu: int | None) -> None:
     """Train one set of routers in a process of its own."""
     command = [sys.executable, "-m", "megaskip", "train", "--model", options.model]
     for entry in options.data:
@@ -140,6 +136,9 @@ def _train(options: CompareOptions, training: Training) -> None:
     command += ["--cache_dir", options.cache_dir] if options.cache_dir else []
     logger.info("%s", " ".join(command))
     # A job of its own, not a rank of this one.
-    alone = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+    alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    if gpu is not None:
+        seen = alone.get("CUDA_VISIBLE_DEVICES", "")
+        alone["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
     if subprocess.run(command, env=alone).returncode:
         raise MegaskipError(f"a training failed, see above; its command: {shlex.join(command)}")

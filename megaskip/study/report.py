@@ -68,4 +68,5 @@ class ComparisonReport:
 def _plain(options: CompareOptions) -> dict[str, Any]:
     """Return the options as JSON has them, --skip as shares of all attention."""
     content = dataclasses.asdict(options) | {"skip": options.shares}
+    content["choice"] = [str(path) for path in options.choice]
     return {k: str(v) if isinstance(v, Path) else v for k, v in content.items()}

@@ -1,18 +1,14 @@
 """Baselines skip what they say, exactly as much as they are asked to."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from data_samples import fast_tokenizer
 from families import tiny_model
 from routed_models import VOCABULARY
 
 from megaskip import RouterConfig, attach_routers
 from megaskip.calibration.similarity import UpdateSimilarity, update_similarity
 from megaskip.data import Batch
-from megaskip.errors import DataError
 from megaskip.measures.paired import ratio_difference
 from megaskip.study.baselines import (
     random_order,
@@ -20,7 +16,7 @@ from megaskip.study.baselines import (
     static_order,
     uniform_order,
 )
-from megaskip.study.scoring import read_pairs, score, text_batches
+from megaskip.study.scoring import score
 
 LAYERS = (1, 2, 3, 4)
 
@@ -117,7 +113,7 @@ def test_a_policy_that_skips_nothing_scores_the_dense_model() -> None:
     np.testing.assert_allclose(scores.nll, expected.sum(1).numpy(), rtol=1e-5)
     assert scores.kept.all()
     policy = skipping(random_order(LAYERS, 1), LAYERS, 2.0)
-    pairs = score(model, routers, [batch()], policy, rows_per_document=2)
+    pairs = score(model, routers, [batch()], policy, documents=[0, 0, 1, 1, 2, 2])
     np.testing.assert_allclose(pairs.kept.mean(axis=0), 0.5)
 
 
@@ -128,28 +124,3 @@ def test_an_interval_covers_a_difference_that_is_there() -> None:
     gap = ratio_difference(ours, theirs, np.ones(400))
     assert gap.low < 0.1 < gap.high
     assert gap.low > 0
-
-
-def test_texts_begin_with_the_end_token_where_there_is_no_other() -> None:
-    tokenizer = fast_tokenizer(bos=False)
-    (usual,) = text_batches(["abc"], tokenizer, prompt_tokens=1, vocabulary=340)
-    begin, end, tokenizer.bos_token = tokenizer.bos_token_id, tokenizer.eos_token_id, None
-    (batch,) = text_batches(["abc"], tokenizer, prompt_tokens=1, vocabulary=340)
-    assert begin != end
-    assert usual.input_ids.tolist()[0] == [begin, *batch.input_ids.tolist()[0][1:]]
-    assert batch.input_ids[0, 0] == end
-    tokenizer.eos_token = None
-    with pytest.raises(DataError, match="neither bos nor eos"):
-        text_batches(["abc"], tokenizer, prompt_tokens=1, vocabulary=340)
-    with pytest.raises(DataError, match="'abc': token .* is beyond the model's vocabulary of 5"):
-        text_batches(["abc"], fast_tokenizer(), prompt_tokens=1, vocabulary=5)
-
-
-def test_a_line_that_is_no_pair_is_named(tmp_path: Path) -> None:
-    (tmp_path / "set.jsonl").write_text('{"sentence_good": "a b"}\n')
-    with pytest.raises(DataError, match=r"set.jsonl, line 1: expected .* sentence_bad"):
-        read_pairs(tmp_path, 5)
-    (tmp_path / "set.jsonl").write_text('\n{"sentence_good": "a b", "sentence_bad": "c"}\n\n')
-    assert read_pairs(tmp_path, 5) == {"set": [("a b", "c")]}
-    with pytest.raises(DataError, match="no .jsonl file"):
-        read_pairs(tmp_path / "none", 5)

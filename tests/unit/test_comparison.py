@@ -14,13 +14,16 @@ from megaskip import RouterConfig, attach_routers, save_routers
 from megaskip.cli.compare import parse
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.config.commands.compare import BASELINES
-from megaskip.errors import ConfigError
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.study.comparison import Comparison
+from megaskip.study.ledger import Job, Ledger, share_of
+from megaskip.study.measured import Measured
 from megaskip.study.over_seeds import contrasts
 from megaskip.study.page import page
 from megaskip.study.pareto import Contrast, draw, draw_layers, markdown
+from megaskip.study.recipes import Training
 from megaskip.study.scoring import spread_documents
 from megaskip.study.static_drops import StaticDrops
 
@@ -97,6 +100,7 @@ def test_trained_routers_are_put_at_the_skip(
         skip=0.375,
         loss=point.loss_gap,
         pairs=point.pairs_gap,
+        choice=point.choice_gap,
         exact=point.exact_gap,
     )
     html = page([point], [contrast], ["<b> & co"], title="a < b", settings=[("data", "<x>")])
@@ -219,6 +223,45 @@ def test_trained_maps_start_where_the_closed_form_ends(
     np.testing.assert_array_equal(taken.kept, fitted.kept)
 
 
+def test_what_was_measured_stays_with_what_it_depends_on(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    training = Training(folder=tmp_path / "run", flags=())
+    routed = Job(method="ours", skip=0.25, seed=1, training=training)
+    plain = Job(method="static", skip=0.25, seed=None, training=None)
+    ledger = Ledger(tmp_path / "measured", {"rows": 8})
+    measured = comparison.measure(comparison.everything)
+    assert ledger.read(plain) is None
+    ledger.write(plain, measured)
+    ledger.write(routed, "why not")
+    stored = ledger.read(plain)
+    assert isinstance(stored, Measured)
+    np.testing.assert_equal(stored.to_arrays(), measured.to_arrays())
+    assert ledger.read(routed) == "why not"
+    assert Ledger(tmp_path / "measured", {"rows": 9}).read(plain) is None
+    training.folder.mkdir()
+    (training.folder / "report.json").write_text("{}")  # trained again
+    assert ledger.read(routed) is None
+    (tmp_path / "measured" / f"{plain.name}.npz").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        ledger.read(plain)
+
+
+def test_ranks_share_out_runs_not_measurements() -> None:
+    def job(method: str, skip: float, folder: str | None) -> Job:
+        training = None if folder is None else Training(folder=Path(folder), flags=())
+        return Job(method=method, skip=skip, seed=0, training=training)
+
+    jobs = [
+        *(job("ours", 0.1, "r"), job("static", 0.1, None), job("ours", 0.2, "r")),
+        *(job("allocated", 0.1, "r"), job("separate", 0.1, "s"), job("static", 0.2, None)),
+    ]
+    shares = [share_of(jobs, rank, 3) for rank in range(3)]
+    assert sorted(job.name for share in shares for job in share) == sorted(j.name for j in jobs)
+    assert shares[0] == [jobs[0], jobs[2], jobs[3], jobs[5]]
+    assert share_of(jobs, 0, 1) == jobs
+
+
 def test_continuations_of_the_dense_model_agree_with_themselves(comparison: Comparison) -> None:
     comparison.add_continuations(4, tokens=12)
     try:
@@ -226,7 +269,7 @@ def test_continuations_of_the_dense_model_agree_with_themselves(comparison: Comp
         (order,) = comparison.orders([0])["static"]
         dropped = comparison.measure(comparison.policy(order, 0.5))
     finally:
-        comparison._continuations = None
+        comparison._yardstick.continuations = None
     assert dense.agreement is not None
     assert dropped.agreement is not None
     assert (dense.agreement.same == 1).all()

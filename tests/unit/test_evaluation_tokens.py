@@ -14,11 +14,11 @@ from tokenizers import processors
 from megaskip.data.fields import Place
 from megaskip.data.formats import Sample
 from megaskip.data.plain_text import PlainTextEncoder
+from megaskip.data.request_encoder import RequestEncoder
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.errors import ConfigError, DataError
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport
-from megaskip.evaluation.request_encoder import RequestEncoder
 
 RULES = ["$A", "<s> $A", "$A </s>", "<s> $A </s>", "<|im_start|> <s> $A"]
 """What tokenizers put around a text: GPT-2's, Llama's, add_eos_token, both, GLM's."""

@@ -43,6 +43,11 @@ class CompareOptions(Checked):
     """Folder of minimal pairs: JSONL, sentence_good and sentence_bad."""
     pairs: int = 200
     """Pairs of each of its sets."""
+    choice: tuple[Path, ...] = option((), metavar="PATH")
+    """Multiple-choice tasks, repeatable: a JSONL file of query, choices and gold, or a folder of
+    them; a file's name is its task's (arc_easy and boolq are asked as lm-eval does)."""
+    choice_questions: int = 200
+    """Questions of each of them, from all over it."""
     skip: tuple[float, ...] = option((12.5, 25.0, 37.5), separator=",", metavar="PERCENT,...")
     """Percent of all that --granularity skips (attention, MLPs or layers), also of layers that are
     not routed."""
@@ -82,7 +87,8 @@ class CompareOptions(Checked):
     """Folder to write."""
 
     def _problems(self) -> Iterator[str]:
-        for name in ("documents", "pairs", "steps", "calibration_rows", "order_rows", "parallel"):
+        counts = ("documents", "pairs", "choice_questions", "steps", "calibration_rows")
+        for name in (*counts, "order_rows", "parallel"):
             yield from at_least(name, getattr(self, name), 1)
         for name in ("continuations", "prefill_runs"):
             yield from at_least(name, getattr(self, name), 0)

@@ -1,4 +1,4 @@
-"""lm-eval's requests as token ids, as training reads texts: begun once, and no end token behind a
+"""Contexts and answers as token ids, as training reads texts: begun once, and no end token behind a
 context. Knows tokenizers and lengths, not models."""
 
 from collections.abc import Iterator, Sequence
