@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.sites import find_sites
@@ -226,6 +227,17 @@ def _inject(stack: str, layers: Sequence[AdaptedLayer], settings: Any) -> nn.Mod
     the layers that these adapt, nothing is left in it."""
     with extra("lora"):
         from peft import inject_adapter_in_model
+    with unset_fake_temporarily():
+        tree = _tree_of_linears(stack, layers)
+        # On the meta device: fresh values are given to them later, the same on every rank.
+        inject_adapter_in_model(settings, tree, adapter_name=PEFT_NAME, low_cpu_mem_usage=True)
+    for layer in layers:
+        tree.get_submodule(f"{stack}.{layer.layer}.{layer.path}").base_layer = nn.Identity()
+    return tree
+
+
+def _tree_of_linears(stack: str, layers: Sequence[AdaptedLayer]) -> nn.Module:
+    """Return a tree of modules named as those of a model, with its adapted layers as leaves."""
     tree = nn.Module()
     for layer in layers:
         *path, last = f"{stack}.{layer.layer}.{layer.path}".split(".")
@@ -236,7 +248,4 @@ def _inject(stack: str, layers: Sequence[AdaptedLayer], settings: Any) -> nn.Mod
             parent = parent.get_submodule(name)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         parent.add_module(last, linear)
-    inject_adapter_in_model(settings, tree, adapter_name=PEFT_NAME)
-    for layer in layers:
-        tree.get_submodule(f"{stack}.{layer.layer}.{layer.path}").base_layer = nn.Identity()
     return tree

@@ -6,6 +6,7 @@ model and no file. Shapes: D features in, E features out, r rank, [...] any lead
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,13 +146,8 @@ class AdapterSet(nn.Module):
 
     def describe(self) -> str:
         """Return rank, layers, parameters and size in one line."""
-        count = sum(parameter.numel() for parameter in self.tensors().values())
-        names = sorted({layer.path.rpartition(".")[2] for layer in self.layers})
-        rank, alpha = self.settings.r, self.settings.lora_alpha
-        return (
-            f"LoRA of rank {rank}, alpha {alpha:g}, on {len(self.layers)} linear layers "
-            f"({', '.join(names)}): {count:,} parameters, {4 * count / 2**20:.2f} MiB float32"
-        )
+        shapes = {name: tuple(p.shape) for name, p in self.trained_parameters().items()}
+        return describe_adapters(self.config(), shapes)
 
     def _of(self, layer: AdaptedLayer) -> Any:
         return self._tree.get_submodule(self.name_of(layer))
@@ -164,3 +160,14 @@ class AdapterSet(nn.Module):
 def is_adapter(name: str) -> bool:
     """Return whether a parameter of what trains belongs to an adapter."""
     return name.startswith(ADAPTER)
+
+
+def describe_adapters(config: AdapterConfig, trained: Mapping[str, Sequence[int]]) -> str:
+    """Return what adapters there are among the shapes of what trains, in one line."""
+    shapes = {name: shape for name, shape in trained.items() if is_adapter(name)}
+    kinds = sorted({name.rsplit(".", 3)[1] for name in shapes})
+    count = sum(math.prod(shape) for shape in shapes.values())
+    return (
+        f"LoRA of rank {config.lora_rank}, alpha {config.alpha:g}, on {len(shapes) // 2} linear "
+        f"layers ({', '.join(kinds)}): {count:,} parameters, {4 * count / 2**20:.2f} MiB float32"
+    )
