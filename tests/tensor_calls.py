@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
@@ -122,3 +123,54 @@ class IndexCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += getattr(func, "__name__", "") in self._NAMES
         return func(*args, **(kwargs or {}))
+
+
+class OperationTape(TorchDispatchMode):
+    """Stands for a CUDA graph on a CPU: plays operations back on the tensors of the recording,
+    with nothing of Python between them. What a step reads from the host stays as it was recorded.
+
+    Unlike a graph it runs the step while it records, so recording undoes what that has written.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.replays = 0
+        self._operations: list[tuple[Any, Any, Any, list[Any]]] = []
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def rehearse(self, step: Any) -> tuple[Any, int]:
+        """Run a step; returns its output, and how often it waited."""
+        with Waits() as waits:
+            output = step()
+        return output, len(waits.take())
+
+    def record(self, step: Any) -> Any:
+        """Record a step, and put back what it wrote."""
+        with self:
+            output = step()
+        for tensor, before in self._before.values():
+            tensor.copy_(before)
+        return output
+
+    def listing(self) -> list[tuple[str, list[Any]]]:
+        """Return the operations: their names, and the shapes of what they return."""
+        return [(str(func), [x.shape for x in made]) for func, _, _, made in self._operations]
+
+    def replay(self) -> None:
+        """Run the operations again; results go where the recorded ones lie."""
+        self.replays += 1
+        for func, args, kwargs, made in self._operations:
+            again = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+            for old, new in zip(made, again, strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for tensor in (x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)):
+                self._before.setdefault(tensor.data_ptr(), (tensor, tensor.clone()))
+        result = func(*args, **kwargs)
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self._operations.append((func, args, kwargs, made))
+        return result

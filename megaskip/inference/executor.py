@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from megaskip.inference.kept import (
     KeptRows,
     KeptTokens,
+    can_store_rows,
     can_store_some,
     is_offloaded,
     store_rows_in,
@@ -58,7 +59,7 @@ class InferenceExecutor:
             return _multiplied(run(hidden_states, **kwargs), decision)
         cache_layer = _layer_of(cache, layer)
         if not isinstance(cache_layer, KeptRows):
-            if decision.unit_of_token is not None or not can_store_some(cache, cache_layer):
+            if decision.unit_of_token is not None or not can_store_rows(cache, cache_layer):
                 _warn_dense(cache, cache_layer)
                 return _multiplied(run(hidden_states, **kwargs), decision)
             cache_layer = store_rows_in(cache, layer)

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from megaskip.routing.copies import copy_to
 from megaskip.routing.decision import SelectedRows
+
+DYNAMIC = (DynamicLayer, DynamicSlidingWindowLayer)
+STATIC = (StaticLayer, StaticSlidingWindowLayer)
 
 
 class KeptLayer:
@@ -75,11 +83,15 @@ class KeptRows(KeptLayer):
     def advance(self, tokens: int, *, ran: bool) -> None:
         """Take note of `tokens` more tokens, stored or (no row ran) not."""
         self._skip_seen += tokens
-        if not ran and hasattr(self, "cumulative_length"):
-            self.cumulative_length += tokens  # transformers' update counts those that are stored
+        for name in () if ran else ("cumulative_length", "cumulative_length_int"):
+            if hasattr(self, name):  # transformers' update counts those that are stored
+                setattr(self, name, getattr(self, name) + tokens)
 
     def _skip_forget(self) -> None:
         self._skip_rows = None
+        # A static layer has room for these rows alone; the next ones may be others.
+        self.keys = self.values = None
+        self.is_initialized = False
 
     def _skip_batch(self) -> int:
         return 0 if self._skip_rows is None else len(self._skip_rows.mask)
@@ -217,13 +229,13 @@ class KeptTokens(KeptLayer):
 
 def store_rows_in(cache: Any, layer: int) -> KeptRows:
     """Put a layer that holds rows into `cache`, in the place of a fresh one."""
-    cache_layer: KeptRows = _replace_layer(cache, layer, KeptRows)
+    cache_layer: KeptRows = replace_layer(cache, layer, KeptRows, _skip_seen=0)
     return cache_layer
 
 
 def store_tokens_in(cache: Any, layer: int, batch: int, device: torch.device) -> KeptTokens:
     """Put a layer that holds tokens into `cache`, in the place of a fresh one."""
-    cache_layer: KeptTokens = _replace_layer(cache, layer, KeptTokens)
+    cache_layer: KeptTokens = replace_layer(cache, layer, KeptTokens, _skip_seen=0)
     cache_layer._skip_position = torch.empty(batch, 0, dtype=torch.int64, device=device)
     cache_layer._skip_count = torch.zeros(batch, dtype=torch.int64)
     return cache_layer
@@ -231,8 +243,13 @@ def store_tokens_in(cache: Any, layer: int, batch: int, device: torch.device) ->
 
 def can_store_some(cache: Any, layer: Any) -> bool:
     """Return whether a layer of a cache is fresh and of a kind that can hold a part of the text."""
-    whole = type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length()
-    return not whole and not is_offloaded(cache)
+    return type(layer) in DYNAMIC and not layer.get_seq_length() and not is_offloaded(cache)
+
+
+def can_store_rows(cache: Any, layer: Any) -> bool:
+    """Return whether a layer of a cache is fresh and can hold some rows; static ones can, too."""
+    fresh_static = type(layer) in STATIC and not layer.is_initialized and not is_offloaded(cache)
+    return fresh_static or can_store_some(cache, layer)
 
 
 def is_offloaded(cache: Any) -> bool:
@@ -241,16 +258,17 @@ def is_offloaded(cache: Any) -> bool:
     return bool(getattr(cache, "offloading", False))
 
 
-def _replace_layer(cache: Any, layer: int, mixin: Any) -> Any:
-    fresh = cache.layers[layer]
-    cache_layer: Any = object.__new__(_kept_class(type(fresh), mixin))  # type: ignore[arg-type]
-    cache_layer.__dict__.update(vars(fresh), _skip_seen=0)
+def replace_layer(cache: Any, layer: int, mixin: Any, **extra: Any) -> Any:
+    """Put a layer with a mixin into `cache`, in the place of one that holds the same."""
+    old = cache.layers[layer]
+    cache_layer: Any = object.__new__(_mixed_class(type(old), mixin))  # type: ignore[arg-type]
+    cache_layer.__dict__.update(vars(old), **extra)
     cache.layers[layer] = cache_layer
     return cache_layer
 
 
 @functools.cache
-def _kept_class(base: Any, mixin: Any) -> Any:
+def _mixed_class(base: Any, mixin: Any) -> Any:
     name = f"{mixin.__name__}{base.__name__}"
     return type(name, (mixin, base), {"__module__": base.__module__})
 

@@ -9,32 +9,26 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.generation import GenerationMode
-from transformers.utils import logging
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.wiring import wire
 from megaskip.config.routing import KV_CHOICES, RoutingConfig
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.hf import AdaptedModel
+from megaskip.inference.static_decode import StaticGeneration
 from megaskip.routing.router import PREFIX, Router
 from megaskip.routing.routers import Routers
 
-logger = logging.get_logger(__name__)
 
-
-class RoutedModel(AdaptedModel):
+class RoutedModel(StaticGeneration, AdaptedModel):
     """What a routed model adds to its family's class."""
 
     _keep_in_fp32_modules_strict = frozenset({PREFIX})
-    # Decisions change what is computed, which a full graph cannot.
-    _can_compile_fullgraph = False
 
     def _skip_adapt(self, config: Any) -> None:
         """Attach the routers that the config's `routing` describes."""
         if getattr(config, "routing", None) is None:
             raise ValueError("config.json has no routing")
-        if (adapter := config.routing.get("adapter")) not in (None, "merged"):
-            logger.warning(_NEEDS_ADAPTER, adapter)
         kv = config.routing.get("kv", "keep")
         if kv not in KV_CHOICES:
             raise ValueError(f"config.routing: kv is {kv!r}, expected one of {KV_CHOICES}")
@@ -81,7 +75,7 @@ class RoutedModel(AdaptedModel):
             refused = [name for name, wrong in _not_the_prompt(mode, config).items() if wrong]
             if refused:
                 raise ValueError(_JUDGED_BY_PROMPT.format(refused[0]))
-        super()._validate_generation_mode(mode, config, kwargs)  # type: ignore[misc]
+        super()._validate_generation_mode(mode, config, kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse for routers: requests share a flat row there, and decisions would mix them.
@@ -103,10 +97,6 @@ class MegaskipModel(RoutedModel):
     _skip_mapping, _skip_auto_class = MODEL_MAPPING, "AutoModel"
 
 
-_NEEDS_ADAPTER = (
-    "this model was trained with the LoRA adapter in the subfolder %s; without it it is another "
-    "model: PeftModel.from_pretrained(model, folder, subfolder=...) of peft loads it"
-)
 _JUDGED_BY_PROMPT = (
     "generate() with {} does not go with routers that decide per sequence: they judge a text by "
     "its first forward pass, which must hold the whole prompt and nothing else, and keep that in "
