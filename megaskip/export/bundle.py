@@ -8,6 +8,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import filterfalse
 from pathlib import Path
 
 from megaskip._version import __version__
@@ -37,6 +38,7 @@ _MODULES = {
         "inference/kept",
         "inference/packed",
         "inference/executor",
+        "inference/static_decode",
         "inference/routed",
     ),
     "dropped": (
@@ -61,6 +63,8 @@ _HEADER = f'''"""Inference of models that skip (Router-Tuning, arXiv 2410.13184)
 Joined by megaskip {__version__} from its modules, where all is documented; needs torch and
 transformers only. Apache-2.0.
 """
+# Protocols are left out: nothing but annotations names them, which are not looked up.
+from __future__ import annotations
 '''
 
 
@@ -82,7 +86,7 @@ def _used_names(trees: Mapping[str, ast.Module], roots: Sequence[str]) -> set[st
     """Return the names that `roots` need, directly or through others; `trees` are by module."""
     statements: dict[str, ast.stmt] = {}
     for module, tree in trees.items():
-        for statement in tree.body:
+        for statement in filterfalse(_is_protocol, tree.body):
             for name in _defined_names(statement):
                 # Two modules with one private name would silently share it here.
                 assert name not in statements, f"{name} of {module}.py is in another module, too"
@@ -102,12 +106,20 @@ def _body(source: str, tree: ast.Module, used: set[str]) -> str:
     """Return the text of a module without its imports and documentation and without definitions
     that are not `used`: what runs, and why."""
     left_out = [*_documentation(tree)]
-    left_out += [node for node in tree.body if not used.intersection(_defined_names(node))]
+    for node in tree.body:
+        if _is_protocol(node) or not used.intersection(_defined_names(node)):
+            left_out.append(node)
     numbers = {number for node in left_out for number in _line_numbers(node)}
     lines = enumerate(source.splitlines(), start=1)
     text = "\n".join(line for number, line in lines if number not in numbers).strip()
     text = _BLANK_LINES.sub("\n\n", _DUMMY_BODY.sub(": ...", text))
     return _BLANK_AFTER_CLASS.sub(r"\1", text)
+
+
+def _is_protocol(node: ast.stmt) -> bool:
+    """Return whether a statement is a class that says what others have, and is none of theirs."""
+    bases = node.bases if isinstance(node, ast.ClassDef) else []
+    return any(isinstance(base, ast.Name) and base.id == "Protocol" for base in bases)
 
 
 def _line_numbers(node: ast.stmt) -> range:

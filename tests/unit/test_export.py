@@ -62,6 +62,8 @@ for folder in sorted(root.glob("*/exported")):
         found[f"{family}.inner"] = inner.contiguous()
     options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None)
     found[f"{family}.tokens"] = model.generate(ids, attention_mask=mask, **options)
+    options["cache_implementation"] = "static"
+    found[f"{family}.static"] = model.generate(ids, attention_mask=mask, **options)
 save_file({k: v.contiguous().clone() for k, v in found.items()}, root / "found.safetensors")
 """
 
@@ -114,6 +116,7 @@ def test_folder_loads_without_megaskip_and_is_the_trained_model(
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     tokens = model.generate(ids, attention_mask=mask, **options)
     assert torch.equal(found[f"{family}.tokens"], tokens)
+    assert torch.equal(found[f"{family}.static"], tokens)
 
 
 def from_base(folder: Path) -> Any:
@@ -154,6 +157,8 @@ def test_code_is_what_the_modules_say_without_their_documentation(kind: str) -> 
     names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     for text in set(everything) - set(statements(code)):
         (left_out,) = ast.parse(text).body
+        if "(Protocol)" in text:
+            continue  # annotations name it, and are not looked up
         assert getattr(left_out, "name", text.split(" = ")[0]) not in names
 
 
@@ -174,7 +179,9 @@ def is_text(node: ast.stmt) -> bool:
 
 def test_code_is_short_and_has_nothing_of_training() -> None:
     code = bundled_code("routed")
-    assert len(code.splitlines()) < 1600
+    # 1,600 until decode was recorded on static caches: what a step is, and when it cannot be, is
+    # 180 lines that an exported folder needs as much as an attached model.
+    assert len(code.splitlines()) < 1800
     assert len(bundled_code("dropped").splitlines()) < 600
     training = "Budget|Counts|Steering|DenseExecutor|straight_through|noise|carried_keep|observe"
     assert not re.findall(training, code)
