@@ -18,9 +18,7 @@ GRANULARITIES = (
     "block_token",
 )
 POOLS = ("prompt", "all")
-BUDGETS = ("global", "layer", "static", "dense")
-UNDECIDED = ("static", "dense")
-"""Budgets under which nothing is decided, so that no router learns."""
+BUDGETS = ("global", "layer", "static")
 COMPENSATIONS = ("none", "bias", "low_rank")
 ROUTERS = ("linear", "affine", "mlp")
 KV_CHOICES = ("keep", "drop")
@@ -74,8 +72,7 @@ class RoutingConfig:
     budget: str = field(default="global", metadata={"choices": BUDGETS})
     """What is held to the capacity: "global" (all routed layers and the global batch together,
     steered until it is hit), "layer" (each layer and micro-batch by a hinge, as published), or
-    "static" (no layer of --layers ever runs: nothing is decided, the compensation alone trains), or
-    "dense" (all of them always run: the adapters of --lora_rank alone train, to compare with)."""
+    "static" (no layer of --layers ever runs: nothing is decided, the compensation alone trains)."""
     calibrated: tuple[tuple[float, Threshold], ...] = field(default=(), metadata={"flag": False})
     """(capacity, threshold) pairs, ascending: where calibration text kept which capacity."""
 
@@ -83,8 +80,8 @@ class RoutingConfig:
         pairs = {float(c): _as_threshold(t) for c, t in self.calibrated}
         object.__setattr__(self, "calibrated", tuple((c, pairs[c]) for c in sorted(pairs)))
         object.__setattr__(self, "threshold", _as_threshold(self.threshold))
-        if self.budget in UNDECIDED:
-            object.__setattr__(self, "capacity", float(self.budget == "dense"))
+        if self.budget == "static":
+            object.__setattr__(self, "capacity", 0.0)
         problems = tuple(self._problems())
         if problems:
             raise ConfigError(*problems)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, StaticCache, TextStreamer
 
 from megaskip.arch import find_decoder
+from megaskip.arch.decision_cache import cached_decisions, put_decisions
 from megaskip.config.commands.generate import GenerateOptions
 from megaskip.data.plain_text import PlainTextEncoder
 from megaskip.data.template import TEMPLATE_ERRORS, choose_template
@@ -37,7 +38,7 @@ class Conversation:
     def start_over(self) -> None:
         """Forget the turns so far."""
         self.messages = []
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache: Any = DynamicCache(config=self.model.config)
         self._seen = torch.zeros(1, 0, dtype=torch.int64)
         self._record = RunRecord(self.model)
 
@@ -59,7 +60,7 @@ class Conversation:
             out = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=torch.ones_like(ids).to(self.model.device),
-                past_key_values=self._cache if streams else None,
+                past_key_values=self._cache_for(ids.shape[1]) if streams else None,
                 max_new_tokens=options.max_new_tokens,
                 num_beams=options.num_beams,
                 streamer=self._streamer() if streams else None,
@@ -68,19 +69,31 @@ class Conversation:
         text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
         if not streams:
             print(text)
-        self._seen = out[:, : self._cache.get_seq_length()].cpu()
+        self._seen = out[:, : int(self._cache.get_seq_length())].cpu()
         self.messages = [*self.messages, {"role": "assistant", "content": text}]
         return {"messages": self.messages, **self._report(out[0], ids.shape[1])}
 
     def _encode(self) -> Tensor:
         return prompt_ids(self.tokenizer, self.messages, raw=self.options.raw)
 
+    def _cache_for(self, tokens: int) -> Any:
+        """Return the cache of a turn that begins with `tokens`. A static one has its length for
+        good, so each turn has its own, with the decisions of the first."""
+        if self.options.static:
+            decisions = cached_decisions(self._cache)
+            length = tokens + self.options.max_new_tokens
+            self._cache = StaticCache(config=self.model.config, max_cache_len=length)
+            put_decisions(self._cache, decisions)
+        return self._cache
+
     def _streamer(self) -> Any:
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def _report(self, ids: Tensor, prompt_tokens: int) -> dict[str, Any]:
-        ran, layers = self._record.matrix(), self._record.layers
-        if not ran.size or self.options.num_beams > 1:
+        if self.options.num_beams > 1:
+            return {}
+        ran, layers = self._record.matrix(self._seen.shape[1]), self._record.layers
+        if not ran.size:
             return {}
         shares = {layer: float(row.mean()) for layer, row in zip(layers, ran, strict=True)}
         line = "  ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())

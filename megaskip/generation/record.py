@@ -10,7 +10,8 @@ from megaskip.routing import PREFIX
 
 
 class RunRecord:
-    """Context that notes which (layer, token) pairs ran, call by call, for the first row."""
+    """Context that notes which (layer, token) pairs ran, for the first row: call by call where each
+    token decides. A sequence's decisions stay what they are."""
 
     def __init__(self, model: Any) -> None:
         self._routers = model.get_submodule(PREFIX)
@@ -24,12 +25,17 @@ class RunRecord:
     def __exit__(self, *exc: object) -> None:
         self._handle.remove()
 
-    def matrix(self) -> np.ndarray:
-        """Return bool [routed layers, tokens that went through the model]."""
+    def matrix(self, tokens: int) -> np.ndarray:
+        """Return bool [routed layers, tokens] of the text that went through the model so far."""
+        if self._routers.config.unit == "sequence":  # steps that are played back call no hooks
+            return self._ran(tokens)
         empty = np.zeros((len(self.layers), 0), dtype=bool)
         return np.concatenate([empty, *self._calls], axis=1)
 
     def _note(self, module: Any, args: Any, output: Any) -> None:
-        tokens = output[0].shape[1]
+        if self._routers.config.unit == "token":
+            self._calls.append(self._ran(output[0].shape[1]))
+
+    def _ran(self, tokens: int) -> np.ndarray:
         rows = [keep[0].expand(tokens) > 0 for keep in self._routers.keep().values()]
-        self._calls.append(torch.stack(rows).cpu().numpy())
+        return torch.stack(rows).cpu().numpy()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from data_samples import CHATML, fast_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
@@ -35,8 +36,6 @@ BASE = ROOT / "megaskip/demo/backbone"
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the demo with random token routers, as routers and as an exported folder."""
-    import transformers
-
     root = tmp_path_factory.mktemp("generation")
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE)
     routers = attach_routers(model, RouterConfig(granularity="attn_token"))
@@ -323,3 +322,25 @@ def test_answers_do_not_take_the_place_of_prompts(tmp_path: Path) -> None:
     file = str(tmp_path / "prompts.jsonl")
     with pytest.raises(ConfigError, match="is the file of --prompts"):
         parse(["--model", "x", "--prompts", file, "--output", file])
+
+
+def test_static_turns_are_those_of_a_cache_that_grows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With routers attached, over two turns: the first prompt decides for both."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE)
+    routers = attach_routers(model, RouterConfig(granularity="block_sequence", layers="4"))
+    for number, router in enumerate(routers.parameters()):
+        torch.nn.init.normal_(router, generator=torch.Generator().manual_seed(number))
+    save_routers(tmp_path / "routers", routers, base=describe_folder(BASE))
+    model, folder = load_routed(str(tmp_path / "routers"), "float32", None)
+    answers = []
+    for flags in ([], ["--static"]):
+        options = parse(["--model", "x", "--max_new_tokens", "6", *flags])
+        conversation = Conversation(model=model, tokenizer=load_tokenizer(folder), options=options)
+        for text in ("Reverse: a b", "Again"):
+            answers.append(conversation.answer([{"role": "user", "content": text}]))
+    assert answers[2:] == answers[:2]
+    assert 0 < answers[0]["capacity"] < 1
+    with pytest.raises(ConfigError, match="--static is for one token"):
+        parse(["--model", "x", "--static", "--num_beams", "2"])

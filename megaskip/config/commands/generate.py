@@ -39,6 +39,9 @@ class GenerateOptions(Checked):
     """One that `megaskip calibrate` calibrated [the stored one]."""
     raw: bool = False
     """Do not apply the chat template."""
+    static: bool = False
+    """Decode on a static cache: on a GPU a step is recorded once an answer and played back for each
+    further token, much faster. For decisions per sequence; others decode as without it."""
     dtype: str = option("auto", choices=DTYPES)
     """Type of the weights in memory; auto: as stored."""
     output: Path | None = option(None, metavar="FILE.jsonl")
@@ -56,6 +59,8 @@ class GenerateOptions(Checked):
             yield f"--top_p {self.top_p:g} is for sampling; give a --temperature above 0"
         if self.picture and self.num_beams > 1:
             yield "--picture shows one text, not beams; leave it out, or use --num_beams 1"
+        if self.static and self.num_beams > 1:
+            yield "--static is for one token of a text at a time, not beams; use --num_beams 1"
         if self.output is None:
             return
         if self.prompts is not None and self.output.resolve() == self.prompts.resolve():
