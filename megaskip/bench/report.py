@@ -31,7 +31,10 @@ _SERVING = """\
 "Dropped" has the same sublayers taken out for good. "Ideal" is what FLOPs allow in prefill, and in
 decode the bytes of weights, keys and values that a step moves; a cache that grows reads and writes
 all of its keys and values once more to make room. Half of the layers are routed. Kept shares are of
-their units; at one row they are layers, at several rows each keeps other layers.
+their units; at one row they are layers, at several rows each keeps other layers. "Static" decodes
+on a static cache, as `generate(cache_implementation="static")` does: a GPU records the third step
+and plays it back, so the first three stand apart. How near skipping comes to what its bytes allow
+is "of bandwidth" of "static, all skipped" over that of "static, everything runs".
 """
 _CALLS = """\
 Launches are kernels, copies and graphs that the host gives to the GPU. On a CPU there are none, and

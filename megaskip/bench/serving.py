@@ -1,5 +1,6 @@
 """Prefill and decode: dense, routed, with sublayers dropped, on one model of random weights."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ from megaskip.bench.variants import (
     Variant,
     decode,
     dropped,
+    first_steps,
     prefill,
     routed,
+    static,
     wired,
 )
 from megaskip.config import resolve_layers
@@ -67,21 +70,31 @@ def compared(bench: Bench) -> list[Variant]:
     for granularity in ("block_sequence", "attn_sequence", "mlp_sequence"):
         variants += [
             routed(bench, granularity, "keep", 0.0),
+            static(bench, granularity, 0.0),
             dropped(bench, granularity, 0.0),
             routed(bench, granularity, "keep", 1.0),
         ]
+    # With everything running there is one of it: the same steps whatever is routed.
+    variants.insert(2, static(bench, "block_sequence", 1.0))
     halves = ("block_sequence", "attn_sequence")
-    return variants + [routed(bench, granularity, "keep", 0.5) for granularity in halves]
+    variants += [routed(bench, granularity, "keep", 0.5) for granularity in halves]
+    return [*variants, static(bench, "block_sequence", 0.5)]
 
 
 def timed(bench: Bench, variant: Variant, override: Override, watch: Stopwatch) -> Sample:
-    """Return the seconds of prefill and of all decode steps."""
+    """Return the seconds of prefill, of all decode steps as if they were like the last ones, and of
+    the first ones that were not."""
     begun = watch.now()
     cache = prefill(bench, variant, override)
     filled = watch.now()
-    for _ in decode(bench, variant, override, cache):
+    steps, first = decode(bench, variant, override, cache), first_steps(bench, variant)
+    for _ in itertools.islice(steps, first):
         pass
-    return filled - begun, watch.now() - filled
+    ready = watch.now()
+    for _ in steps:
+        pass
+    total = bench.answer.shape[1]
+    return filled - begun, (watch.now() - ready) * total / (total - first), ready - filled
 
 
 def speeds(pairs: Sequence[tuple[Sample, Sample]], steps: int, batch: int) -> Row:
@@ -114,7 +127,7 @@ def _observed(bench: Bench, variant: Variant, override: Override, shape: Shape) 
     else:
         fill()
     steps: Any = decode(bench, variant, override, cache)
-    last = next(steps)
+    *_, last = itertools.islice(steps, max(first_steps(bench, variant), 1))
     if profiled:
         row |= {f"decode_{k}": v for k, v in count_calls(lambda: next(steps), device).items()}
         last += 1
@@ -152,6 +165,8 @@ def _rows(
             rows.append(row | {"failure": OUT_OF_MEMORY})
         elif own:
             row |= observed[index] | speeds(own, part.steps, part.batch) | {"pairs": len(own)}
+            if variants[index].static:
+                row["decode_start_ms"] = 1e3 * statistics.median(sample[2] for _, sample in own)
             rows.append(row | _shares(row, observed[0], setup))
     return rows
 

@@ -142,6 +142,7 @@ def serve_table(rows: Sequence[Row]) -> str:
         Column("x dense", with_error("decode_speedup", "decode_error")),
         Column("ideal", number("decode_ideal", ".2f")),
         Column("of bandwidth", number("decode_bandwidth_share", ".2f")),
+        Column("first 3 steps ms", number("decode_start_ms", ".0f")),
         Column("pairs", number("pairs", ".0f")),
     ]
     return markdown_table(columns, rows)
@@ -186,7 +187,8 @@ def variant_name(row: Mapping[str, Any]) -> str:
     if row["variant"] == "dropped":
         return f"{target} dropped"
     kept = {0.0: "all skipped", 1.0: "everything runs"}
-    return f"{target} routed, {kept.get(row['kept'], format(row['kept'], '.0%') + ' kept')}"
+    share = kept.get(row["kept"], f"{row['kept']:.0%} kept")
+    return f"{target} {row['variant']}, {share}"
 
 
 def _text_of(row: Row) -> tuple[Any, ...]:

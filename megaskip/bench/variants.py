@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from megaskip.arch import attach_routers, detach_routers, find_decoder
 from megaskip.arch.sites import find_sites
 from megaskip.config import RouterConfig
 from megaskip.inference.dropped import drop_sublayers
 from megaskip.inference.executor import InferenceExecutor
+from megaskip.inference.static_decode import REHEARSALS, DecodeSteps
 
 Keep = dict[int, Tensor]
 """Decisions by layer, float32 [B, U], 1 = run."""
@@ -39,6 +41,8 @@ class Variant:
     prompt: Keep = dataclasses.field(default_factory=dict)
     steps: tuple[Keep, ...] = ()
     """Decisions about each new token; empty where those of the prompt hold on."""
+    static: bool = False
+    """Whether it decodes on a static cache, where a GPU plays a recorded step back."""
 
     @property
     def skips(self) -> tuple[str, ...]:
@@ -106,6 +110,12 @@ def dropped(bench: Bench, granularity: str, asked: float) -> Variant:
         layer: keep.expand(len(bench.prompt), 1) for layer, keep in spread(bench, 1, asked).items()
     }
     return Variant(name="dropped", granularity=granularity, asked=asked, prompt=alike)
+
+
+def static(bench: Bench, granularity: str, asked: float) -> Variant:
+    """Return the variant that is routed, for sequences, and decodes on a static cache."""
+    variant = routed(bench, granularity, "keep", asked)
+    return dataclasses.replace(variant, name="static", static=True)
 
 
 def routed(bench: Bench, granularity: str, kv: str, asked: float) -> Variant:
@@ -191,14 +201,47 @@ def _dropped(bench: Bench, variant: Variant) -> Iterator[None]:
 
 def prefill(bench: Bench, variant: Variant, override: Override) -> Any:
     """Run the prompt and return its cache; the last token alone has logits, as in generate()."""
+    given: dict[str, Any] = {"input_ids": bench.prompt, "use_cache": True, "logits_to_keep": 1}
+    if variant.static:
+        tokens = bench.prompt.shape[1] + bench.answer.shape[1]
+        cache = StaticCache(config=bench.model.config, max_cache_len=tokens)
+        given["past_key_values"] = cache
     with override(variant.prompt):
-        output = bench.model(input_ids=bench.prompt, use_cache=True, logits_to_keep=1)
+        output = bench.model(**given)
     return output.past_key_values
 
 
 def decode(bench: Bench, variant: Variant, override: Override, cache: Any) -> Iterator[int]:
     """Run the tokens of the answer one after the other; yields the number of each after it."""
+    run = _static_step(bench, cache) if variant.static else _eager_step(bench, cache)
     for step, ids in enumerate(bench.answer.split(1, dim=1)):
         with override(variant.steps[step] if variant.steps else variant.prompt):
-            bench.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            run(step, ids)
         yield step
+
+
+def first_steps(bench: Bench, variant: Variant) -> int:
+    """Return how many decode steps a variant takes before all are alike: on a static cache the last
+    of them is recorded."""
+    return min(REHEARSALS + 1, bench.answer.shape[1] - 1) if variant.static else 0
+
+
+def _eager_step(bench: Bench, cache: Any) -> Callable[[int, Tensor], None]:
+    return lambda _, ids: bench.model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+def _static_step(bench: Bench, cache: Any) -> Callable[[int, Tensor], None]:
+    """Return what runs one more token as generate() does, which makes its mask and position."""
+    run, first = DecodeSteps(bench.model), bench.prompt.shape[1]
+    places = torch.arange(first, first + bench.answer.shape[1], device=bench.prompt.device)
+
+    def step(number: int, ids: Tensor) -> None:
+        inputs = bench.model.prepare_inputs_for_generation(
+            ids,
+            position_ids=places[None, number : number + 1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        run(**inputs)
+
+    return step

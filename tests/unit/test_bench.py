@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_calls import OperationTape
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaskip.bench import runner, sanity, worker
@@ -29,17 +30,28 @@ from megaskip.bench.parts import CPU, GPU, Case, Part, least_seconds, needed_byt
 from megaskip.bench.records import DONE, FAILED, LEFT_OUT, Record, Records
 from megaskip.bench.report import Report
 from megaskip.bench.runner import Runner
-from megaskip.bench.serving import compared, measure_serving
+from megaskip.bench.serving import compared, measure_serving, timed
 from megaskip.bench.setup import Setup, Speeds
 from megaskip.bench.shapes import SHAPES, Shape, build, config_of
 from megaskip.bench.tables import variant_name
 from megaskip.bench.timing import Limits, Sample, median_error, speedup, timed_pairs
 from megaskip.bench.training import make_batch, make_engine, measure_training
-from megaskip.bench.variants import DENSE, Bench, decode, dropped, prefill, routed, wired
+from megaskip.bench.variants import (
+    DENSE,
+    Bench,
+    decode,
+    dropped,
+    first_steps,
+    prefill,
+    routed,
+    static,
+    wired,
+)
 from megaskip.cli.bench import parse
 from megaskip.config.commands.bench import BenchOptions
 from megaskip.errors import ConfigError
 from megaskip.inference.executor import InferenceExecutor
+from megaskip.inference.static_decode import RECORDERS
 
 MICRO = Shape(name="micro", vocabulary=97, hidden=32, mlp=48, layers=6, heads=4, kv_heads=2)
 CASE = Case(name="32", rows=2, real=32)
@@ -117,7 +129,9 @@ def test_prefill_flops_are_those_that_torch_counts(granularity: str) -> None:
 def test_a_decode_step_moves_the_keys_and_values_that_its_cache_copies() -> None:
     bench = micro_bench()
     table = size(bench.model.get_input_embeddings())
-    for variant, skipped in ((DENSE, 0), (routed(bench, "attn_sequence", "keep", 0.0), 1)):
+    target = "attn_sequence"
+    cases = [(DENSE, 0, 3), (routed(bench, target, "keep", 0.0), 1, 3)]
+    for variant, skipped, times in [*cases, (static(bench, target, 0.0), 1, 1)]:
         with wired(bench, variant) as override:
             cache = prefill(bench, variant, override)
             *_, last = decode(bench, variant, override, cache)
@@ -125,7 +139,24 @@ def test_a_decode_step_moves_the_keys_and_values_that_its_cache_copies() -> None
         held = cache_bytes(cache)
         assert held == 4 * 2 * MICRO.kv_values(18) * (MICRO.layers - skipped) // MICRO.layers
         weights -= skipped * 4 * MICRO.attention_parameters
-        assert moved == weights + 3 * held  # read, copied to a larger one, read by attention
+        # A cache that grows is read, copied to a larger one, and read by attention.
+        assert moved == weights + times * held
+
+
+@torch.no_grad()
+def test_a_static_variant_is_timed_from_where_its_steps_are_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tape = OperationTape()
+    monkeypatch.setitem(RECORDERS, "cpu", lambda device: tape)
+    bench = micro_bench()
+    bench = dataclasses.replace(bench, answer=bench.prompt[:, :6])
+    variant = static(bench, "block_sequence", 0.5)
+    assert first_steps(bench, variant) == 3 and first_steps(bench, DENSE) == 0
+    with wired(bench, variant) as override:
+        prefilled, decoded, begun = timed(bench, variant, override, setup().watch)
+    assert min(prefilled, decoded, begun) > 0
+    assert tape.replays == 4
 
 
 def test_deep_models_are_extrapolated_by_a_straight_line() -> None:
@@ -324,9 +355,11 @@ def test_every_way_to_skip_is_compared_whole_blocks_first() -> None:
         variant_name({"variant": v.name, "granularity": v.granularity, "kept": v.kept})
         for v in compared(micro_bench(rows=4))
     ]
-    ways = ("routed, all skipped", "dropped", "routed, everything runs")
+    ways = ("routed, all skipped", "static, all skipped", "dropped", "routed, everything runs")
     expected = [f"{target} {way}" for target in ("block", "attn", "mlp") for way in ways]
-    assert names == [*expected, "block routed, 50% kept", "attn routed, 50% kept"]
+    expected.insert(2, "block static, everything runs")
+    halves = [f"{what}, 50% kept" for what in ("block routed", "attn routed", "block static")]
+    assert names == [*expected, *halves]
 
 
 class Forgetful(InferenceExecutor):
