@@ -56,6 +56,7 @@ def convert(
     base: str | Path | None = None,
     mode: str = "overlay",
     kv: str = "keep",
+    merge: bool = False,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
@@ -66,6 +67,8 @@ def convert(
     that it names. `output` must be new. `mode` is "overlay" (hard links to the base's weights),
     "copy" (a folder that stands by itself) or "adapter" (the routers alone). With `kv` "drop",
     tokens that skip an attention hold no keys and values there (decisions per token only).
+    An adapter that was trained with the routers is written beside them, as adapter/ for peft, or
+    with `merge` added to the weights.
     `tokenizer`, a folder or hub id, takes the place of the run's, or of the base's; code that it
     brings along runs with `trust_remote_code` only. `verify` loads
     the folder in a fresh process and compares its logits and routers with the trained ones.
@@ -79,6 +82,7 @@ def convert(
         output=Path(output),
         mode=mode,
         kv=kv,
+        merge=merge,
         verify=verify,
     )
     trained = find_routers(options.source)

@@ -2,17 +2,20 @@
 
 from torch import nn
 
+from megaskip.arch.adapters import detach_adapters
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.sublayer import RoutedSublayer
 from megaskip.routing import PREFIX
 
 
 def detach_routers(model: nn.Module) -> None:
-    """Take the routers off `model`: its classes, hooks and keys are those it had before."""
+    """Take the routers off `model`, and adapters with them: its classes, hooks and keys are those
+    it had before."""
     parts = find_decoder(model)
     for module in parts.decoder.modules():
         if is_routed(module):
             unroute(module)
+    detach_adapters(model)
     _unwire(parts.decoder)
     if "_skip_base" in vars(model):  # its generate() was another one, too
         unroute(model)

@@ -12,7 +12,8 @@ from torch import Tensor
 from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.equal_scores import give_directions
 from megaskip.calibration.threshold import TOLERANCE, calibrate_threshold
-from megaskip.checkpoint.routers import load_router_tensors, read_router_config
+from megaskip.checkpoint.adapters import adapter_config
+from megaskip.checkpoint.routers import fill_routers, read_router_config
 from megaskip.config import RouterConfig, RunConfig, Threshold
 from megaskip.data import Batch
 from megaskip.parallel.build import build_engine
@@ -80,9 +81,9 @@ def routed_engine(
     # training alone.
     alike = stored.threshold if isinstance(stored.threshold, float) else 0.5
     stored = dataclasses.replace(stored, layers=layers, capacity_low=None, threshold=alike)
-    config = dataclasses.replace(config, router=stored)
+    config = dataclasses.replace(config, router=stored, adapter=adapter_config(routers))
     engine = build_engine(config, topology, source, read_ds_config(config.parallel.ds_config))
-    engine.routers.load_state_dict(load_router_tensors(routers, engine.routers))
+    fill_routers(routers, engine.routers)
     return engine
 
 

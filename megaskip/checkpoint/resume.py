@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaskip.checkpoint.adapters import adapter_config
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel
-from megaskip.checkpoint.routers import read_router_config, read_tensors
+from megaskip.checkpoint.routers import read_router_config
+from megaskip.checkpoint.tensors import read_tensors
+from megaskip.config import AdapterConfig
 from megaskip.config.value_types import wrong_types
 from megaskip.errors import CheckpointError
 from megaskip.routing import RouterSet
@@ -23,6 +26,8 @@ STATE = "trainer.json"
 OPTIMIZER = "optim.safetensors"
 FORMAT = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP = "step"
+"""Steps that AdamW has taken; stored for parameters that began to learn later than the run."""
 _MOVED = {"layers", "threshold", "calibrated"}
 """Router settings that a run itself changes or resolves."""
 
@@ -63,7 +68,9 @@ def save_checkpoint(
             for name, parameter in parameters.items()
             for kind in _MOMENTS
         }
-        write_tensors(folder / OPTIMIZER, moments)
+        taken = {name: optimizer.state[p][_STEP] for name, p in parameters.items()}
+        late = {name: step for name, step in taken.items() if float(step) != state.optimizer_steps}
+        write_tensors(folder / OPTIMIZER, moments | {f"{_STEP}/{n}": s for n, s in late.items()})
         write_json(folder / STATE, {"format": FORMAT, **dataclasses.asdict(state)})
         (folder / COMPLETE).write_text("\n", encoding="utf-8")
 
@@ -133,6 +140,16 @@ def require_same_routers(path: Path, routers: RouterSet) -> None:
         if field.name not in _MOVED:
             values = (getattr(config, field.name) for config in (stored, routers.config))
             _require_equal(path, f"--{field.name}", *values)
+    _require_same_adapters(path, routers)
+
+
+def _require_same_adapters(path: Path, routers: RouterSet) -> None:
+    stored, current = adapter_config(path), AdapterConfig()
+    if routers.adapters is not None:
+        current = routers.adapters.config()
+    _require_equal(path, "--lora_rank", stored.lora_rank, current.lora_rank)
+    _require_equal(path, "--lora_alpha", stored.alpha, current.alpha)
+    _require_equal(path, "--lora_targets", stored.lora_targets, current.lora_targets)
 
 
 def _require_equal(path: Path, flag: str, stored: object, current: object) -> None:
@@ -145,20 +162,22 @@ def _require_equal(path: Path, flag: str, stored: object, current: object) -> No
 
 def restore(
     path: Path,
-    weights: str,
-    prefix: str,
+    stored_as: Callable[[str], tuple[str, str]],
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     steps: float,
 ) -> None:
-    """Fill parameters and AdamW's moments from a checkpoint. `weights` is the file's name, `prefix`
-    its keys'."""
-    stored, moments = read_tensors(path / weights), read_tensors(path / OPTIMIZER)
+    """Fill parameters and AdamW's moments from a checkpoint, in which a parameter is `stored_as`
+    (file, name)."""
+    moments = read_tensors(path / OPTIMIZER)
+    files = {file: read_tensors(path / file) for file in {stored_as(n)[0] for n in parameters}}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            _copy(parameter, stored, f"{prefix}{name}", path / weights)
+            file, key = stored_as(name)
+            _copy(parameter, files[file], key, path / file)
             state = optimizer.state[parameter]
-            state["step"].fill_(steps)
+            own = moments.get(f"{_STEP}/{name}")
+            state["step"].fill_(steps if own is None else float(own))
             for kind in _MOMENTS:
                 _copy(state[kind], moments, f"{kind}/{name}", path / OPTIMIZER)
 

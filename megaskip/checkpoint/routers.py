@@ -1,5 +1,5 @@
-"""A router folder: routers.safetensors and router_config.json, all that export and evaluation
-need."""
+"""A router folder: routers.safetensors, router_config.json and, where adapters were trained with
+the routers, adapter/: all that export and evaluation need."""
 
 import dataclasses
 import shutil
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megaskip.arch import attach_routers, find_decoder
+from megaskip.checkpoint import adapters
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_base
+from megaskip.checkpoint.tensors import read_tensors
 from megaskip.config import RouterConfig
 from megaskip.config.value_types import is_of, shown
 from megaskip.errors import CheckpointError, ConfigError
@@ -39,7 +39,8 @@ def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None
 
 
 def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -> RouterSet:
-    """Attach the routers of a router folder to `model` and return them.
+    """Attach the routers of a router folder to `model`, with the adapters that they were trained
+    with, if any, and return them.
 
     Of the base model only the shape is compared here: a model in memory does not tell which files
     its weights came from. Raises CheckpointError when the folder is damaged, incomplete, or belongs
@@ -53,6 +54,8 @@ def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -
     tensors = read_router_weights(path, layers, config, parts.hidden_size)
     routers = attach_routers(model, dataclasses.replace(config, layers=layers), register=register)
     routers.load_state_dict(tensors)
+    device = next(routers.parameters()).device
+    routers.take_adapters(adapters.load_adapter(model, path, device=device))
     return routers
 
 
@@ -61,7 +64,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def write_router_files(folder: Path, routers: RouterSet, base: BaseModel | None) -> None:
-    """Write the two files of a router folder into `folder`."""
+    """Write the files of a router folder into `folder`."""
     tensors = {f"{PREFIX}.{name}": tensor for name, tensor in routers.state_dict().items()}
     write_tensors(folder / WEIGHTS, tensors)
     content: dict[str, Any] = {
@@ -71,6 +74,11 @@ def write_router_files(folder: Path, routers: RouterSet, base: BaseModel | None)
         "layers": list(routers.layers),
         "base_model": base.to_json() if base else None,
     }
+    shutil.rmtree(folder / adapters.FOLDER, ignore_errors=True)  # of routers that were here before
+    if routers.adapters is not None:
+        name = None if base is None else base.name
+        adapters.write_adapter(folder / adapters.FOLDER, routers.adapters, name)
+        content["adapter"] = adapters.FOLDER
     write_json(folder / CONFIG, content)
 
 
@@ -90,6 +98,11 @@ def read_router_config(path: Path) -> tuple[RouterConfig, tuple[int, ...], BaseM
         raise CheckpointError(
             f"{file}: layers is {shown(content['layers'])}, expected a list of whole numbers"
         )
+    if content.get("adapter") is not None and not adapters.has_adapter(path):
+        raise CheckpointError(
+            f"{path}: its routers were trained with an adapter, and {adapters.FOLDER}/ is not "
+            "there; copy the whole folder again"
+        )
     base = content.get("base_model")
     if not is_of(base, dict | None):
         raise CheckpointError(f"{file}: base_model is {shown(base)}, expected an object")
@@ -108,6 +121,13 @@ def update_router_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     draft = path / f".{WEIGHTS}.tmp"
     write_tensors(draft, {f"{PREFIX}.{name}": tensor for name, tensor in weights.items()})
     draft.replace(path / WEIGHTS)
+
+
+def fill_routers(path: Path, routers: RouterSet) -> None:
+    """Take over weights, and adapters if there are any, from a router folder, checked against
+    `routers`."""
+    routers.load_state_dict(load_router_tensors(path, routers))
+    adapters.fill_adapters(path, routers)
 
 
 def load_router_tensors(path: Path, routers: RouterSet) -> dict[str, Tensor]:
@@ -142,14 +162,3 @@ def read_router_weights(
                 f"{file}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}"
             )
     return {name.removeprefix(f"{PREFIX}."): tensor for name, tensor in tensors.items()}
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; raises CheckpointError when it is missing or
-    damaged."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist")
-    try:
-        return load_file(file)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None

@@ -3,6 +3,7 @@
 Promise: a RunConfig that exists is valid in itself, and each value has one owner.
 """
 
+from megaskip.config.adapter import AdapterConfig
 from megaskip.config.cli import parse_options, parse_run_config
 from megaskip.config.layers import resolve_layers
 from megaskip.config.options import option
@@ -20,6 +21,7 @@ from megaskip.config.run import (
 
 __all__ = [
     "GRANULARITIES",
+    "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
     "LogConfig",

@@ -18,7 +18,9 @@ GRANULARITIES = (
     "block_token",
 )
 POOLS = ("prompt", "all")
-BUDGETS = ("global", "layer", "static")
+BUDGETS = ("global", "layer", "static", "dense")
+UNDECIDED = ("static", "dense")
+"""Budgets under which nothing is decided, so that no router learns."""
 COMPENSATIONS = ("none", "bias", "low_rank")
 ROUTERS = ("linear", "affine", "mlp")
 KV_CHOICES = ("keep", "drop")
@@ -72,7 +74,8 @@ class RoutingConfig:
     budget: str = field(default="global", metadata={"choices": BUDGETS})
     """What is held to the capacity: "global" (all routed layers and the global batch together,
     steered until it is hit), "layer" (each layer and micro-batch by a hinge, as published), or
-    "static" (no layer of --layers ever runs: nothing is decided, the compensation alone trains)."""
+    "static" (no layer of --layers ever runs: nothing is decided, the compensation alone trains), or
+    "dense" (all of them always run: the adapters of --lora_rank alone train, to compare with)."""
     calibrated: tuple[tuple[float, Threshold], ...] = field(default=(), metadata={"flag": False})
     """(capacity, threshold) pairs, ascending: where calibration text kept which capacity."""
 
@@ -80,8 +83,8 @@ class RoutingConfig:
         pairs = {float(c): _as_threshold(t) for c, t in self.calibrated}
         object.__setattr__(self, "calibrated", tuple((c, pairs[c]) for c in sorted(pairs)))
         object.__setattr__(self, "threshold", _as_threshold(self.threshold))
-        if self.budget == "static":
-            object.__setattr__(self, "capacity", 0.0)
+        if self.budget in UNDECIDED:
+            object.__setattr__(self, "capacity", float(self.budget == "dense"))
         problems = tuple(self._problems())
         if problems:
             raise ConfigError(*problems)

@@ -4,6 +4,7 @@ fields."""
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megaskip.config.adapter import AdapterConfig, adapter_problems
 from megaskip.config.checks import at_least, finite, within
 from megaskip.config.options import Checked, option
 from megaskip.config.router import RouterConfig
@@ -258,6 +259,7 @@ class RunConfig(Checked):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -268,10 +270,17 @@ class RunConfig(Checked):
 
     def _problems(self) -> Iterator[str]:
         nothing_learns = self.router.budget == "static" and self.router.compensation == "none"
-        if nothing_learns and self.model.init_routers is None:
+        yield from adapter_problems(
+            self.adapter,
+            budget=self.router.budget,
+            train=self.model.train,
+            lr=self.optim.lr,
+            max_steps=self.optim.max_steps,
+        )
+        if nothing_learns and not self.adapter.lora_rank and self.model.init_routers is None:
             yield (
                 "--budget static with --compensation none has nothing to learn: its layers never "
-                "run; add --compensation low_rank"
+                "run; add --compensation low_rank, or --lora_rank"
             )
         learns_maps = self.router.compensation != "none" and self.optim.compensation_lr > 0
         if learns_maps and self.optim.lr == 0:
@@ -292,8 +301,9 @@ class RunConfig(Checked):
                 f"--world_size {self.parallel.world_size} is for --dry_run; the launcher decides "
                 "how many ranks run"
             )
-        if self.parallel.pipeline_stages == 1:
-            return
-        stages = f"(--pipeline_stages {self.parallel.pipeline_stages})"
-        if self.model.train == "full":
-            yield f"--train full does not run in stages {stages}: they hold a frozen backbone"
+        stages = self.parallel.pipeline_stages
+        if stages > 1 and self.model.train == "full":
+            yield (
+                f"--train full does not run in stages (--pipeline_stages {stages}): they hold a "
+                "frozen backbone"
+            )

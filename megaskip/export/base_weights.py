@@ -38,14 +38,16 @@ def put_base_weights(
     *,
     link: bool = True,
     without: Collection[str] = (),
+    rewritten: Collection[str] = (),
     beside: Mapping[str, str] | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> BaseWeights:
     """Put the shards of `base` into `folder`, with an index where there are several files.
 
-    `weight_map` has the file of each of the base's tensors; those in `without` are left out.
-    `beside` has the file, in `folder` already, of each tensor that is added. Shards are hard links
-    with `link`, where the file system allows it; `progress` is told the bytes of each that is done.
+    `weight_map` has the file of each of the base's tensors; those in `without` are left out, and
+    files that are to be `rewritten` are copied, not linked. `beside` has the file, in `folder`
+    already, of each tensor that is added. Shards are hard links with `link`, where the file system
+    allows it; `progress` is told the bytes of each that is done.
     Raises CheckpointError when a shard is missing or cut off.
     """
     beside = beside or {}
@@ -59,7 +61,7 @@ def put_base_weights(
         size, lost = bytes_of(shard, names), bytes_of(shard, names & set(without))
         if lost:
             copy_without(shard, target, without)
-        elif link:
+        elif link and file not in rewritten:
             _link_or_copy(shard, target, done)
         else:
             shutil.copyfile(shard, target)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megaskip.checkpoint.adapters import FOLDER, read_adapter, write_adapter
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_folder, is_hub_id
 from megaskip.checkpoint.routers import (
@@ -27,13 +28,16 @@ from megaskip.config.commands.convert import MODES
 from megaskip.config.paths import require_new
 from megaskip.data.tokenizer import read_tokenizer
 from megaskip.errors import ConfigError
-from megaskip.export.base_weights import put_base_weights, require_safetensors
+from megaskip.export.base_weights import RENAMED_SINGLE, put_base_weights, require_safetensors
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import routing_rows, use_text, write_card
+from megaskip.export.merge import MERGED, merge_adapter, merged_files
 from megaskip.extras import MissingExtraError
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.loading.weight_check import check_weights
+from megaskip.parallel.loading.weight_plan import WeightPlan
 from megaskip.routing import PREFIX
+from megaskip.routing.adapters import AdapterSet
 from megaskip.routing.compensation import is_compensation
 
 ROUTER_SHARD = "skip_routers.safetensors"
@@ -68,14 +72,16 @@ def export_folder(
     *,
     mode: str = "overlay",
     kv: str = "keep",
+    merge: bool = False,
     tokenizer: Any | None = None,
     facts: dict[str, Any] | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> Exported:
     """Write `output` from a router folder and its base model's folder, whole or not at all.
 
-    `tokenizer` takes the place of the base's; `facts` are numbers of the run for the model card;
-    `progress` is told the bytes of each file that is done.
+    With `merge` an adapter that was trained with the routers is added to the weights, without it
+    the folder has it beside them. `tokenizer` takes the place of the base's; `facts` are
+    numbers of the run for the model card; `progress` is told the bytes of each file that is done.
     Raises CheckpointError or ConfigError.
     """
     if mode not in MODES:
@@ -85,10 +91,14 @@ def export_folder(
     require_new(output)
     done = Exported(folder=output, mode=mode)
     base_config = _config_of(base, described, mode)
+    adapters = read_adapter(routers)
+    if merge and adapters is None:
+        raise ConfigError(f"--merge: {routers} has no adapter; leave it out")
+    plan: WeightPlan | None = None
     if mode == "adapter":
         read_stored_weights(base)  # its own modelling code, if it has any, is not run here
     else:
-        check_weights(resolve_source(ModelConfig(model=str(base))))
+        plan = check_weights(resolve_source(ModelConfig(model=str(base))))
     tensors = read_router_weights(routers, layers, config, _hidden_size(base_config))
     map_parameters = sum(t.numel() for n, t in tensors.items() if is_compensation(n))
     with new_folder(output) as folder:
@@ -97,25 +107,41 @@ def export_folder(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         else:
-            _put_weights(folder, base, tensors, done, progress)
+            merging = (adapters, plan) if merge and adapters is not None and plan else None
+            _put_weights(folder, base, tensors, done, progress, merging)
             put_rest(folder, base, tokenizer)
-            write_json(folder / "config.json", routed_config(base_config, config, layers, kv))
+            content = routed_config(base_config, config, layers, kv)
+            if adapters is not None:
+                content["routing"]["adapter"] = MERGED if merge else FOLDER
+            write_json(folder / "config.json", content)
             _let_use_cache(folder / "generation_config.json")
             (folder / CODE).write_text(bundled_code("routed"), encoding="utf-8")
         made_from = base_name(described.name if described is not None else "", base)
-        unchanged = f"{made_from} ({base_config.get('model_type')}), frozen, unchanged"
+        if adapters is not None and not merge:
+            write_adapter(folder / FOLDER, adapters, made_from)
         rows = routing_rows(config, layers, kv, map_parameters=map_parameters)
+        of_base = f"{made_from} ({base_config.get('model_type')})"
+        rows |= _base_rows(of_base, adapters, merge=merge)
         write_card(
             folder,
             base,
             made_from,
             title="routed",
             summary="A model that learnt which layers it can skip.",
-            rows={**rows, "base model": unchanged, **(facts or {})},
+            rows={**rows, **(facts or {})},
             use=use_text("adapter" if mode == "adapter" else "routed", made_from),
         )
     done.written = size_of(output) - done.linked
     return done
+
+
+def _base_rows(of_base: str, adapters: AdapterSet | None, *, merge: bool) -> dict[str, str]:
+    """Return the rows of a card about the base and an adapter of it."""
+    if adapters is None:
+        return {"base model": f"{of_base}, frozen, unchanged"}
+    where = "added to its weights" if merge else f"in `{FOLDER}/`, for peft to load on this model"
+    state = "the adapter merged into it" if merge else "frozen, unchanged"
+    return {"base model": f"{of_base}, {state}", "adapter": f"{adapters.describe()}; {where}"}
 
 
 def size_of(folder: Path) -> int:
@@ -205,8 +231,10 @@ def _put_weights(
     routers: Mapping[str, Tensor],
     done: Exported,
     progress: Callable[[int], object],
+    merging: tuple[AdapterSet, WeightPlan] | None,
 ) -> None:
-    """Put the base's shards into `folder`, and one with the routers beside them."""
+    """Put the base's shards into `folder`, and one with the routers beside them; `merging` is an
+    adapter that is added to them, and where they are stored."""
     named = {f"{PREFIX}.{name}": tensor for name, tensor in routers.items()}
     write_tensors(folder / ROUTER_SHARD, named)
     weights = put_base_weights(
@@ -214,10 +242,14 @@ def _put_weights(
         base,
         require_safetensors(base),
         link=done.mode == "overlay",
+        rewritten=merged_files(*merging, base) if merging else (),
         beside=dict.fromkeys(named, ROUTER_SHARD),
         progress=progress,
     )
     done.linked, done.notes = weights.linked, weights.notes
+    if merging:
+        merge_adapter(folder, {SINGLE: RENAMED_SINGLE}, *merging, base)
+        done.notes = [*done.notes, "the adapter is merged into the weights"]
 
 
 def put_rest(folder: Path, base: Path, tokenizer: Any | None = None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from megaskip.checkpoint.adapters import has_adapter
 from megaskip.config.commands.convert import ConvertOptions
 from megaskip.config.commands.import_routers import ImportOptions
 from megaskip.export.folder import Exported, export_folder
@@ -48,6 +49,7 @@ def write_converted(
         options.output,
         mode=options.mode,
         kv=options.kv,
+        merge=options.merge,
         tokenizer=chosen_tokenizer(options.tokenizer, options.source, routers.base),
         facts=routers.facts,
         progress=progress,
@@ -68,6 +70,8 @@ def _summary(done: Exported, seconds: float) -> list[tuple[str, str]]:
     load = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
     if done.mode == "adapter":
         load = "megaskip.load_routers(model, folder) on the loaded base"
+    elif has_adapter(done.folder):
+        load += "; then peft's PeftModel.from_pretrained(model, folder/adapter)"
     return [
         ("mode", "; ".join([done.mode, *done.notes])),
         ("written", f"{human_bytes(done.written)} in {seconds:.2f} s"),

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from megaskip.arch.trainable import describe_layers
+from megaskip.checkpoint.adapters import has_adapter
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import load_routers, read_router_config
 from megaskip.config import RouterConfig, resolve_layers
@@ -89,6 +90,11 @@ def drop_and_export(
     config, routed, described = read_router_config(routers.folder)
     if described is not None:
         described.require(describe_folder(base), "the router folder")
+    if has_adapter(routers.folder):
+        raise ConfigError(
+            f"{routers.folder} has a LoRA adapter, which a static export cannot take along yet; "
+            "megaskip convert --merge writes a routed model with it"
+        )
     tokenizer = chosen_tokenizer(
         options.tokenizer, options.source, base, template=options.chat_template
     )

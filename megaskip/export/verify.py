@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,25 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megaskip.arch.adapters import detach_adapters
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.routers import load_routers
+from megaskip.config import ModelConfig
 from megaskip.data.tokenizer import read_tokenizer
 from megaskip.errors import CheckpointError, ConfigError
+from megaskip.export.merge import MERGED, merged, merged_tensors
 from megaskip.extras import MissingExtraError
 from megaskip.inference.executor import InferenceExecutor
+from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.stored_values import DTYPES
+from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.routing import PREFIX
+from megaskip.routing.adapters import AdapterSet
 
 TEXT = "A frozen language model learns which of its layers it can skip."
 TOLERANCE = 1e-5
 _CHILD = """
+import os
 import sys
 import torch
 from safetensors.torch import save_file
@@ -34,11 +43,14 @@ ids = torch.tensor([[int(i) for i in sys.argv[2].split(",")]])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
 model.eval()
 assert "megaskip" not in sys.modules, "the folder imports megaskip"
+state = dict(model.state_dict())
+if os.path.isdir(os.path.join(folder, "adapter")):
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, os.path.join(folder, "adapter"))
 with torch.no_grad():
     answer = {"logits": model(ids).logits.contiguous()}
 # Beside the logits: where every router keeps, routers that were never read make no difference.
-state = model.state_dict().items()
-answer |= {name: tensor for name, tensor in state if name.startswith("skip_routers.")}
+answer |= {name: tensor for name, tensor in state.items() if name.startswith("skip_routers.")}
 save_file(answer, target)
 """
 
@@ -97,7 +109,7 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
             )
         loaded = load_file(target)
     routing = read_json(folder / "config.json").get("routing")
-    trained = _trained(base, routers, ids, "keep" if routing is None else routing["kv"])
+    trained = _trained(base, routers, ids, routing or {})
     expected = trained.pop("logits")
     if routing is None:
         trained = {}
@@ -111,18 +123,32 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
 
 
 @torch.no_grad()
-def _trained(base: Path, routers: Path, ids: str, kv: str) -> dict[str, torch.Tensor]:
-    """Return the trained model's logits and, by their full names, its router weights."""
+def _trained(
+    base: Path, routers: Path, ids: str, routing: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Return the trained model's logits and, by their full names, its router weights; an adapter
+    is merged into weights of the stored type where the folder's `routing` says so."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, trust_remote_code=False
     )
     attached = load_routers(model.eval(), routers)
-    if kv == "drop":
+    if attached.adapters is not None and routing.get("adapter") == MERGED:
+        _merge(model, attached.adapters, base)
+    if (kv := routing.get("kv")) == "drop":
         # Training has no such semantics; without a cache, nothing of what holds them is shared.
         attached.executor = InferenceExecutor(unit=attached.config.unit, kv=kv)
     inputs = torch.tensor([[int(i) for i in ids.split(",")]])
     logits: torch.Tensor = model(inputs, use_cache=False).logits
     return {"logits": logits} | {f"{PREFIX}.{k}": v for k, v in attached.state_dict().items()}
+
+
+def _merge(model: Any, adapters: AdapterSet, base: Path) -> None:
+    """Put the adapter into the weights of a model in float32, rounded as they are stored."""
+    plan = check_weights(resolve_source(ModelConfig(model=str(base))))
+    detach_adapters(model)
+    for layer, stored in merged_tensors(adapters, plan, base).items():
+        weight = model.get_submodule(adapters.name_of(layer)).weight
+        weight.copy_(merged(weight.to(DTYPES[stored.dtype]), adapters.delta(layer)))
 
 
 def _same(loaded: torch.Tensor | None, expected: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.wiring import wire
@@ -18,6 +19,8 @@ from megaskip.inference.hf import AdaptedModel
 from megaskip.inference.static_decode import StaticGeneration
 from megaskip.routing.router import PREFIX, Router
 from megaskip.routing.routers import Routers
+
+logger = logging.get_logger(__name__)
 
 
 class RoutedModel(StaticGeneration, AdaptedModel):
@@ -29,6 +32,8 @@ class RoutedModel(StaticGeneration, AdaptedModel):
         """Attach the routers that the config's `routing` describes."""
         if getattr(config, "routing", None) is None:
             raise ValueError("config.json has no routing")
+        if (adapter := config.routing.get("adapter")) not in (None, "merged"):
+            logger.warning(_NEEDS_ADAPTER, adapter)
         kv = config.routing.get("kv", "keep")
         if kv not in KV_CHOICES:
             raise ValueError(f"config.routing: kv is {kv!r}, expected one of {KV_CHOICES}")
@@ -97,6 +102,10 @@ class MegaskipModel(RoutedModel):
     _skip_mapping, _skip_auto_class = MODEL_MAPPING, "AutoModel"
 
 
+_NEEDS_ADAPTER = (
+    "this model was trained with the LoRA adapter in the subfolder %s; without it it is another "
+    "model: PeftModel.from_pretrained(model, folder, subfolder=...) of peft loads it"
+)
 _JUDGED_BY_PROMPT = (
     "generate() with {} does not go with routers that decide per sequence: they judge a text by "
     "its first forward pass, which must hold the whole prompt and nothing else, and keep that in "

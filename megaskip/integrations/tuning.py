@@ -16,7 +16,7 @@ from megaskip.arch import find_decoder
 from megaskip.arch.checkpointing import set_layer_checkpointing
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import BaseModel
-from megaskip.checkpoint.routers import load_router_tensors, save_routers
+from megaskip.checkpoint.routers import fill_routers, save_routers
 from megaskip.errors import ConfigError
 from megaskip.integrations.batches import describe_inputs
 from megaskip.parallel.collectives import sum_over_ranks
@@ -140,7 +140,7 @@ class RouterTuning:
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote; raises CheckpointError when it is missing or damaged."""
         path = folder / ROUTERS
-        self.routers.load_state_dict(load_router_tensors(path, self.routers))
+        fill_routers(path, self.routers)
         self.routers.steering.budget.restore(read_json(path / _STEERING))
 
     # -- helpers

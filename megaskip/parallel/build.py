@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from megaskip.arch import attach_routers, find_decoder, freeze
+from megaskip.arch.adapters import add_adapters
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.padding import needs_mask
 from megaskip.arch.stage import DecoderStage
@@ -72,9 +73,10 @@ def build_engine(
     verify_task_loss(loss)
     loss.needs_mask = _needs_mask(loss.model)
     routers = attach_routers(loss.model, config.router, register=False)
+    add_adapters(loss.model, routers, skeleton(source), config, device=topology.device)
     _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
-        checkpoint_activations(loss.model, routers.layers[0])
+        checkpoint_activations(loss.model, routers.lowest_learning_layer)
     return Engine(loss, routers, config, topology, handle)
 
 
@@ -85,7 +87,8 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
 
     masked = verify_stages(source.hf_config, functools.partial(build_tiny, source))
     _log_mask(masked)
-    cuts = cuts_for_training(skeleton(source), config.router, config.parallel)
+    whole = skeleton(source)
+    cuts = cuts_for_training(whole, config)
     layers = cuts[topology.stage]
     chunk_tokens = config.parallel.loss_chunk_tokens
 
@@ -96,9 +99,10 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
     stage = on_every_rank(topology, lambda: load_stage(source, layers, take_apart, device))
     stage.needs_mask = masked
     routers = attach_routers(stage, config.router, register=False)
+    add_adapters(stage, routers, whole, config, device=device)
     _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
-        checkpoint_activations(stage.decoder, routers.layers[0])
+        checkpoint_activations(stage.decoder, routers.lowest_learning_layer)
     return PipelineEngine(stage, routers, config, topology)
 
 

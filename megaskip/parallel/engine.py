@@ -51,7 +51,7 @@ class Engine:
         self._has_penalty = True
         routers.steering.temperature = config.optim.temperature
         self.parameters = routers.trained_parameters()
-        self.optimizer = make_adamw(self.parameters, config.optim)
+        self.optimizer = make_adamw(self.parameters, config.optim, config.adapter)
 
     def train_step(
         self, batches: Sequence[Batch], lr: float, progress: float | None = None
@@ -72,8 +72,9 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=False)
         with self._noisy():
             sums = self._micro_steps(batches, whole)
+        learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
         grad_norm = reduce_gradients(
-            self.parameters, world_size=self.world_size, max_norm=self._max_grad_norm
+            learning, world_size=self.world_size, max_norm=self._max_grad_norm
         )
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
@@ -87,17 +88,20 @@ class Engine:
         batches: Sequence[Batch | None],
         *,
         routed: bool,
+        adapted: bool = True,
         check: Callable[[], object] = lambda: None,
     ) -> EvalResult:
         """Return held-out loss and capacity over this and all other ranks' `batches`.
 
         Every rank passes as many batches; one that has run out passes None, and takes part in the
         collectives with a batch that counts for nothing. Decisions are those of the asked capacity;
-        `routed=False` keeps everything: the dense model. `check` as in `forwards`.
+        `routed=False` keeps everything: the dense model; `adapted=False` leaves adapters out, too.
+        `check` as in `forwards`.
         """
         sums = EvalSums.zeros(self._num_routed, device=self._topology.device)
         everything_runs = contextlib.nullcontext() if routed else self.routers.disabled()
-        with everything_runs, self.routers.steering.budget.settled():
+        as_asked = contextlib.nullcontext() if adapted else self._without_adapters()
+        with everything_runs, as_asked, self.routers.steering.budget.settled():
             for batch, loss in self.forwards(batches, check):
                 if batch is not None:
                     sums += self._eval_sums(batch, loss)
@@ -240,12 +244,17 @@ class Engine:
         finally:
             self.routers.steering.noise = 0.0
 
+    def _without_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model has no adapters."""
+        adapters = self.routers.adapters
+        return contextlib.nullcontext() if adapters is None else adapters.disabled()
+
     def _teacher_states(self, batches: Sequence[Batch]) -> list[Tensor | None]:
-        """Return what the unrouted model's last hidden states [N, D] are at the supervised tokens
-        of each micro-batch; None without --distill."""
+        """Return what the frozen model's last hidden states [N, D] are at the supervised tokens of
+        each micro-batch, unrouted and without adapters; None without --distill."""
         if not self._distill:
             return [None] * len(batches)
-        with self.routers.disabled(), torch.no_grad():
+        with self.routers.disabled(), self._without_adapters(), torch.no_grad():
             return [self._forward(batch, states_only=True) for batch in batches]
 
     def _pooling(self, batch: Batch) -> Pooling:

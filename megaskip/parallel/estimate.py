@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaskip.arch import attach_routers, find_decoder
+from megaskip.arch.adapters import add_adapters
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
@@ -91,15 +92,17 @@ def _micro_step(
     routers = None
     if config.model.train == "routers":
         routers = attach_routers(model, config.router, register=False, verify=False)
+        add_adapters(model, routers, model, config)
     trains = routers if routers is not None else model
     learn = dict(model.named_parameters()) if routers is None else routers.trained_parameters()
     trainable = [(n, tuple(p.shape)) for n, p in learn.items() if p.requires_grad]
     if config.parallel.activation_checkpointing:
-        checkpoint_activations(model, routers.layers[0] if routers is not None else 0)
+        checkpoint_activations(model, routers.lowest_learning_layer if routers is not None else 0)
     ids = torch.zeros(batch, tokens, dtype=torch.int64)
     real = torch.ones(batch, tokens, dtype=torch.bool)
     with LiveBytes() as live:
         live.ignore([*model.parameters(), *model.buffers(), *trains.parameters()])
+        live.ignore(learn.values())
         if routers is not None:
             routers.set_batch(real, real)
         # On fake tensors transformers always makes its 4-D mask, and repeats grouped keys for it:

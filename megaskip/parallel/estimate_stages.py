@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaskip.arch import attach_routers
+from megaskip.arch.adapters import add_adapters
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.stage import DecoderStage, LayerRange
 from megaskip.config import RunConfig
@@ -21,7 +22,7 @@ from megaskip.routing.handover import carried_keep, receive_keep
 def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
     """Return what a rank of each stage will need, first stage first. Touches no weights."""
     shape = skeleton(source)
-    cuts = cuts_for_training(shape, config.router, config.parallel)
+    cuts = cuts_for_training(shape, config)
     parameters = sum(p.numel() for p in shape.parameters())
     estimates = []
     for number, layers in enumerate(cuts):
@@ -32,6 +33,7 @@ def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
             chunk = config.parallel.loss_chunk_tokens
             stage = DecoderStage(model, layers, chunk_tokens=chunk).eval()
             routers = attach_routers(stage, config.router, register=False, verify=False)
+            add_adapters(stage, routers, shape, config)
             activations, workspace = _micro_step(stage, routers, config, source.dtype)
         trained = routers.trained_parameters()
         trainable = [(name, tuple(p.shape)) for name, p in trained.items()]
@@ -54,15 +56,18 @@ def _micro_step(
 ) -> tuple[int, int]:
     """Return (bytes kept for the backward pass, further bytes at the worst moment)."""
     if config.parallel.activation_checkpointing:
-        checkpoint_activations(stage.decoder, routers.layers[0])
+        checkpoint_activations(stage.decoder, routers.lowest_learning_layer)
     shape = (config.optim.micro_batch_size, config.data.seq_length)
     real = torch.ones(shape, dtype=torch.bool)
     positions = torch.arange(shape[1]).expand(shape)
     below = sum(layer < stage.layer_range.first for layer in routers.layers)
     with LiveBytes() as live:
+        learn = routers.trained_parameters()
         live.ignore([*stage.parameters(), *stage.buffers(), *routers.parameters()])
+        live.ignore(learn.values())
         routers.set_batch(real, real)
-        inputs = _inputs(stage.layer_range, (*shape, stage.hidden_size), dtype, learns=below > 0)
+        learns = routers.lowest_learning_layer < stage.layer_range.first
+        inputs = _inputs(stage.layer_range, (*shape, stage.hidden_size), dtype, learns=learns)
         if below:
             units = shape[1] if config.router.unit == "token" else 1
             receive_keep(routers, torch.ones(below, shape[0], units, requires_grad=True))

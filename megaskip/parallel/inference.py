@@ -15,9 +15,11 @@ from transformers import CONFIG_MAPPING
 
 from megaskip.arch import attach_routers
 from megaskip.checkpoint import load_routers
+from megaskip.checkpoint.adapters import FOLDER, has_adapter, load_adapter
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import is_hub_id
-from megaskip.checkpoint.routers import CONFIG, read_router_config, read_tensors
+from megaskip.checkpoint.routers import CONFIG, read_router_config
+from megaskip.checkpoint.tensors import read_tensors
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import CheckpointError, ConfigError
@@ -153,6 +155,7 @@ def _exported(
     attached = attach_routers(loaded.model, config, register=False)
     stored = read_tensors(folder / f"{PREFIX}.safetensors")
     attached.load_state_dict({n.removeprefix(f"{PREFIX}."): t for n, t in stored.items()})
+    attached.take_adapters(load_adapter(loaded.model, folder, device=placement.topology.device))
     return loaded.routed(attached, routing.get("kv", "keep"), str(folder), config)
 
 
@@ -168,17 +171,34 @@ def _exported_whole(
             shape = made._from_config(copy.deepcopy(hf_config))
         source = source_in(folder, hf_config, backbone)
         plan = on_first_rank(topology, lambda: check_weights(source, shape))
-        model = made.from_pretrained(folder, dtype=kind or "auto", **read_onto(topology.device))
+        with_adapter = routing is not None and _require_adapter(folder, hf_config)
+        options = {"config": hf_config, "dtype": kind or "auto", **read_onto(topology.device)}
+        model = made.from_pretrained(folder, **options)
     except CONFIG_ERRORS as error:
         raise CheckpointError(f"--model {folder}: {first_line(error)}") from None
     choose_arithmetic(model.dtype, topology.device)
     model.to(topology.device).eval().requires_grad_(False)
     on_every_rank(topology, lambda: require_loaded(folder, plan, model))
+    if with_adapter:
+        load_adapter(model, folder, device=topology.device)
     routers = model.get_submodule(PREFIX) if routing is not None else None
     what = "sublayers dropped" if routing is None else routing["granularity"]
     return InferenceModel(
         model=model, routers=routers, folder=folder, description=f"{folder}, {what}"
     )
+
+
+def _require_adapter(folder: Path, hf_config: Any) -> bool:
+    """Return whether an exported folder has an adapter, and let its config ask for none: it is
+    loaded here. Raises CheckpointError where it should have one."""
+    named = hf_config.routing.get("adapter")
+    if named == FOLDER and not has_adapter(folder):
+        raise CheckpointError(
+            f"--model {folder} was exported with {FOLDER}/, which is not there; copy the whole "
+            "folder again"
+        )
+    hf_config.routing = {k: v for k, v in hf_config.routing.items() if k != "adapter"}
+    return bool(named == FOLDER)
 
 
 class _Backbone:

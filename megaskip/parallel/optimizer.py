@@ -5,22 +5,33 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from megaskip.config import OptimConfig
+from megaskip.config import AdapterConfig, OptimConfig
 from megaskip.parallel.collectives import sum_over_ranks
+from megaskip.routing.adapters import is_adapter
 from megaskip.routing.compensation import is_compensation
 
 
-def make_adamw(parameters: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+def make_adamw(
+    parameters: Mapping[str, nn.Parameter],
+    optim: OptimConfig,
+    adapter: AdapterConfig | None = None,
+) -> torch.optim.AdamW:
     """Return AdamW whose state exists from the start, so that it can be measured and restored.
 
-    Compensations learn at a rate of their own; `lr_ratio` of a group is its rate over --lr.
+    Compensations and adapters learn at rates of their own; `lr_ratio` of a group is its rate over
+    --lr.
     """
     maps = [p for name, p in parameters.items() if is_compensation(name)]
-    others = [p for name, p in parameters.items() if not is_compensation(name)]
+    adapters = [p for name, p in parameters.items() if is_adapter(name)]
+    apart = {id(p) for p in (*maps, *adapters)}
+    others = [p for p in parameters.values() if id(p) not in apart]
     groups = [
         {"params": others, "lr": optim.lr, "lr_ratio": 1.0},
         {"params": maps, "lr": optim.compensation_lr, "lr_ratio": optim.compensation_lr_ratio},
     ]
+    if adapter is not None:
+        ratio = adapter.lora_lr / optim.lr if optim.lr else 1.0
+        groups.append({"params": adapters, "lr": adapter.lora_lr, "lr_ratio": ratio})
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=optim.lr,

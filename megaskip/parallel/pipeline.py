@@ -47,8 +47,7 @@ class PipelineEngine(Engine):
         super().__init__(stage, routers, config, topology)
         self._own = stage.layer_range.owned(routers.layers)
         self._below = sum(layer < stage.layer_range.first for layer in routers.layers)
-        """Routed layers of the stages before this one; without any, nothing is learnt there."""
-        self._learns = bool(self._below or self._own)
+        """Routed layers of the stages before this one."""
         self._dtype = next(stage.parameters()).dtype
         self._previous, self._next = P2PChannel(topology.rank - 1), P2PChannel(topology.rank + 1)
         self._logits: dict[int, Tensor] = {}
@@ -66,6 +65,16 @@ class PipelineEngine(Engine):
         dist.gather_object(logits, everyone if self._topology.is_first else None)
         stages = everyone[: self._topology.num_stages]
         return {layer: logit.sigmoid() for stage in stages for layer, logit in stage.items()}
+
+    @property
+    def _learns(self) -> bool:
+        """Return whether something in this stage or below it has a gradient."""
+        return self.routers.lowest_learning_layer < self.module.layer_range.stop
+
+    @property
+    def _below_learns(self) -> bool:
+        """Return whether something in the stages before this one has a gradient."""
+        return self.routers.lowest_learning_layer < self.module.layer_range.first
 
     # -- the two schedules
 
@@ -86,7 +95,7 @@ class PipelineEngine(Engine):
             if task is schedule.RecvActivation:
                 inputs[n] = self._receive(batches[n], poolings[n])
             elif task is schedule.ForwardPass:
-                arrived = inputs.get(n) if self._below else inputs.pop(n, None)
+                arrived = inputs.get(n) if self._below_learns else inputs.pop(n, None)
                 outputs[n] = self._run_stage(batches[n], poolings[n], arrived, teachers[n])
                 if self._topology.is_last_stage:
                     outputs[n] = self._losses(outputs[n][0], whole, len(batches))
@@ -99,7 +108,7 @@ class PipelineEngine(Engine):
                 # Layers whose activations were not kept decide again, on this batch's masks.
                 self.routers.state.begin(poolings[n])
                 torch.autograd.backward(outputs.pop(n), gradients.pop(n, None))
-            elif task is schedule.SendGrad and self._below:
+            elif task is schedule.SendGrad and self._below_learns:
                 self._previous.send([tensor.grad for tensor in inputs.pop(n)])
         self._finish()
         return sums
@@ -121,11 +130,11 @@ class PipelineEngine(Engine):
             yield real[n], outputs[0] if self._topology.is_last_stage else torch.zeros(())
 
     def _teacher_states(self, batches: Sequence[Batch]) -> list[Tensor | None]:
-        """Return what the unrouted model's last hidden states [N, D] are at the supervised tokens
+        """Return what the frozen model's last hidden states [N, D] are at the supervised tokens
         of each micro-batch, on the last stage; None elsewhere, and without --distill."""
         if not self._distill:
             return [None] * len(batches)
-        with self.routers.disabled(), torch.no_grad():
+        with self.routers.disabled(), self._without_adapters(), torch.no_grad():
             states = dict(self._forward_only(batches, states_only=True))
         return [states[n][0] if self._topology.is_last_stage else None for n in range(len(batches))]
 
@@ -234,7 +243,7 @@ class PipelineEngine(Engine):
         device = self._topology.device
         memory = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         received = self._previous.receive(memory)
-        learns = bool(self._below) and torch.is_grad_enabled()
+        learns = self._below_learns and torch.is_grad_enabled()
         return [tensor.requires_grad_(learns) for tensor in received]
 
     def _finish(self) -> None:

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megaskip.arch.adapters import find_adapted_layers
 from megaskip.checkpoint.resume import checkpoints
 from megaskip.checkpoint.weight_index import INDEX, SINGLE, read_weight_map
 from megaskip.config import RunConfig, resolve_layers
 from megaskip.errors import RankError
+from megaskip.parallel.loading.skeleton import skeleton
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet
@@ -117,9 +119,18 @@ def checkpoint_bytes(config: RunConfig, source: ModelSource, output_dir: Path) -
         routers = RouterSet(config.router, layers, text.hidden_size, device=torch.device("meta"))
         saved = sum(parameter.numel() for parameter in routers.parameters())
         trained = sum(parameter.numel() for parameter in routers.trained_parameters().values())
+        adapters = _adapter_numel(config, source)
+        saved, trained = saved + adapters, trained + adapters
     # An old checkpoint is removed when a new one is complete.
     at_once = config.checkpoint.keep_last + 1 if config.checkpoint.save_every else 1
     return (4 * saved + 8 * trained) * max(at_once - len(checkpoints(output_dir)), 1)
+
+
+def _adapter_numel(config: RunConfig, source: ModelSource) -> int:
+    if not config.adapter.lora_rank:
+        return 0
+    layers = find_adapted_layers(skeleton(source), config.adapter)
+    return config.adapter.lora_rank * sum(x.in_features + x.out_features for x in layers)
 
 
 def find_problems(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.config import RouterConfig
+from megaskip.config.routing import UNDECIDED
+from megaskip.routing.adapters import AdapterSet
 from megaskip.routing.budget import Measured, layer_hinge
 from megaskip.routing.compensation import describe_compensation, is_compensation
 from megaskip.routing.counts import Counts
@@ -63,9 +65,31 @@ class RouterSet(Routers):
         self.state.executor = executor
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what learns, by name: with budget="static" the compensations alone."""
-        static = self.config.budget == "static"
-        return {n: p for n, p in self.named_parameters() if is_compensation(n) or not static}
+        """Return what learns, by name: routers, compensations, and adapters if there are any; where
+        nothing is decided (budget "static" or "dense") no routers."""
+        decides = self.config.budget not in UNDECIDED
+        own = {n: p for n, p in self.named_parameters() if is_compensation(n) or decides}
+        return own if self.adapters is None else own | self.adapters.trained_parameters()
+
+    @property
+    def adapters(self) -> AdapterSet | None:
+        """Return the LoRA adapters that belong to these routers, if any; not part of this module's
+        state dict."""
+        adapters: AdapterSet | None = self.__dict__.get("_adapters")
+        return adapters
+
+    def take_adapters(self, adapters: AdapterSet | None) -> None:
+        """Let `adapters`, which the model has, be trained, saved and loaded with these routers."""
+        # Not as an attribute: their tensors would be among those of the routers.
+        self.__dict__["_adapters"] = adapters
+
+    @property
+    def lowest_learning_layer(self) -> int:
+        """Return the lowest layer that learns, or whose router decides: gradients end there."""
+        lowest = self.layers[0]
+        if self.adapters is None or not self.adapters.learns:
+            return lowest
+        return min(lowest, self.adapters.lowest)
 
     def describe_compensation(self) -> str | None:
         """Return what compensations there are in one line; None where there are none."""
@@ -84,10 +108,10 @@ class RouterSet(Routers):
         budget="global" divides by `total_units`, the routed units of the whole global batch (those
         of this forward pass without it), so that the penalties of all micro-batches and ranks add
         up to the global one. budget="layer" is the published hinge of this forward pass (paper
-        equations 9 and 10); budget="static" has none.
+        equations 9 and 10); "static" and "dense" have none.
         """
         decisions = self.state.decisions_of(self.layers)
-        if self.config.budget == "static":  # nothing is decided
+        if self.config.budget in UNDECIDED:
             return 0 * torch.stack([decision.kept() for decision in decisions]).sum()
         if self.config.budget == "layer":
             return layer_hinge(decisions, self.config.capacity, self.config.penalty_weight)

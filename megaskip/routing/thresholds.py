@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megaskip.config.routing import SATURATED, RoutingConfig
+from megaskip.config.routing import SATURATED, UNDECIDED, RoutingConfig
 from megaskip.errors import ConfigError
 
 _FAR = 1e9
@@ -31,8 +31,8 @@ class Thresholds:
         """
         given, count = config.threshold, len(self._layers)
         by_layer = [given] * count if isinstance(given, float) else given
-        if config.budget == "static":
-            by_layer = [_FAR] * count
+        if config.budget in UNDECIDED:
+            by_layer = [_FAR if config.budget == "static" else -_FAR] * count
         if len(by_layer) != count:
             raise ConfigError(
                 f"threshold holds {len(by_layer)} numbers for {count} routed layers; give one for "

@@ -16,7 +16,7 @@ from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.capacities import reach_capacity
 from megaskip.calibration.static_drop import mean_similarity
 from megaskip.calibration.threshold import TOLERANCE
-from megaskip.checkpoint.routers import load_router_tensors, read_router_config
+from megaskip.checkpoint.routers import fill_routers, read_router_config
 from megaskip.config import RouterConfig, RunConfig, resolve_layers
 from megaskip.data import Batch, build_dataset
 from megaskip.data.dataset import for_vocabulary
@@ -228,7 +228,7 @@ class Comparison:
                 compensation_rank=config.compensation_rank,
             )
         )
-        self.routers.load_state_dict(load_router_tensors(routers, self.routers))
+        fill_routers(routers, self.routers)
         capacity = 1 - self.share(skip)
         kept, _ = reach_capacity(self._engine, self._calibration, capacity, rounds=6)
         if rounds:

@@ -26,10 +26,10 @@ from megaskip.reporting.summary import versions
 class TrainedWeights(Protocol):
     """What a run trains, as files and as text: the routers, or the whole model."""
 
-    file: str
-    """Name of the safetensors file that `write` makes."""
-    prefix: str
-    """What stands before each parameter's name in it."""
+    def stored_as(self, name: str) -> tuple[str, str]:
+        """Return (file in a folder that `write` filled, name of a tensor in it) of a parameter that
+        trains."""
+        ...
 
     def write(self, folder: Path) -> None:
         """Write the weights, and what is needed to read them, into a checkpoint folder."""
@@ -103,8 +103,7 @@ class Checkpointer:
         self.weights.require_same(path)
         restore(
             path,
-            self.weights.file,
-            self.weights.prefix,
+            self.weights.stored_as,
             self.engine.parameters,
             self.engine.optimizer,
             state.optimizer_steps,

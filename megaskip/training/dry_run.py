@@ -13,6 +13,7 @@ from megaskip.parallel.estimate import Estimate, estimate
 from megaskip.parallel.estimate_stages import estimate_stages
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.reporting.summary import human_bytes, table
+from megaskip.routing.adapters import describe_adapters, is_adapter
 from megaskip.routing.compensation import describe_compensation, is_compensation
 
 _MUCH_OPTIMIZER_STATE = 0.01
@@ -68,12 +69,16 @@ def _trainable(
         return
     layers = resolve_layers(config.router.layers, source.text_config.num_hidden_layers)
     yield "routes", f"{config.router.granularity} of layers {describe_layers(layers)}"
-    yield "trains", describe_trainable(dict(needs.trainable))
+    trained = dict(needs.trainable)
+    routers = {name: shape for name, shape in trained.items() if not is_adapter(name)}
+    yield "trains", describe_trainable(routers) or "adapters alone"
     maps = [math.prod(shape) for name, shape in needs.trainable if is_compensation(name)]
     if maps:
         kind, rank = config.router.compensation, config.router.compensation_rank
         text = describe_compensation(kind, rank, layers=len(layers), parameters=sum(maps))
         yield "compensation", text
+    if config.adapter.lora_rank:
+        yield "adapters", f"{describe_adapters(config.adapter, trained)}, whole on every rank"
 
 
 def _trained_bytes(config: RunConfig, needs: Estimate) -> str:
@@ -84,8 +89,8 @@ def _trained_bytes(config: RunConfig, needs: Estimate) -> str:
         return size
     return (
         f"{size}; the optimizer state in it, {human_bytes(needs.moments)}, is {100 * share:.1f} % "
-        "of what a rank needs, and every rank holds all of it: a lower --compensation_rank or "
-        "fewer --layers make it smaller"
+        "of what a rank needs, and every rank holds all of it: a lower --lora_rank or "
+        "--compensation_rank, or fewer --layers, make it smaller"
     )
 
 

@@ -32,14 +32,15 @@ class FullTrainer(Trainer):
 class ModelWeights:
     """The trained model as files: those of a Hugging Face folder."""
 
-    file = "model.safetensors"
-    prefix = ""
-
     def __init__(self, model: Any, config: RunConfig, folder: Path) -> None:
         """`folder` is where the untrained model came from, and its tokenizer."""
         self._model = model
         self._config = config
         self._folder = folder
+
+    def stored_as(self, name: str) -> tuple[str, str]:
+        """Return (file in a checkpoint folder, name of the tensor in it) of a parameter."""
+        return "model.safetensors", name
 
     def write(self, folder: Path) -> None:
         """Write the model and the tokenizer of the run into a folder."""

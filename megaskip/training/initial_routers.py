@@ -3,9 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+from megaskip.checkpoint.adapters import adapter_config, has_adapter
 from megaskip.checkpoint.base import BaseModel
-from megaskip.checkpoint.routers import load_router_tensors, read_router_config
-from megaskip.config import RouterConfig, RunConfig, resolve_layers
+from megaskip.checkpoint.routers import fill_routers, load_router_tensors, read_router_config
+from megaskip.config import AdapterConfig, RouterConfig, RunConfig, resolve_layers
 from megaskip.errors import ConfigError
 from megaskip.routing import RouterSet
 
@@ -38,10 +39,27 @@ def with_initial_routers(config: RunConfig) -> RunConfig:
                 f"--{name} {asked} is not what --init_routers {folder} holds: {of_folder}; leave "
                 "the flag out"
             )
+    adapter = _initial_adapter(config.adapter, folder, problems)
     if problems:
         raise ConfigError(*problems)
     router = dataclasses.replace(config.router, **taken, threshold=stored.threshold)
-    return dataclasses.replace(config, router=router)
+    return dataclasses.replace(config, router=router, adapter=adapter)
+
+
+def _initial_adapter(asked: AdapterConfig, folder: Path, problems: list[str]) -> AdapterConfig:
+    """Return the settings of the adapters: those of the folder's, if it has one. What a flag says
+    otherwise goes to `problems`."""
+    if not has_adapter(folder):
+        return asked
+    stored = adapter_config(folder)
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        given, default = getattr(asked, name), getattr(AdapterConfig(), name)
+        if given not in (default, getattr(stored, name)):
+            problems.append(
+                f"--{name} {given} is not what the adapter in --init_routers {folder} has: "
+                f"{getattr(stored, name)}; leave the flag out"
+            )
+    return dataclasses.replace(stored, lora_start=asked.lora_start, lora_lr=asked.lora_lr)
 
 
 def load_initial_routers(config: RunConfig, routers: RouterSet, base: BaseModel) -> None:
@@ -55,4 +73,7 @@ def load_initial_routers(config: RunConfig, routers: RouterSet, base: BaseModel)
     described = read_router_config(folder)[2]
     if described is not None:
         described.require(base, f"--init_routers {folder}")
-    routers.load_state_dict(load_router_tensors(folder, routers))
+    if routers.adapters is not None and not has_adapter(folder):  # these begin afresh
+        routers.load_state_dict(load_router_tensors(folder, routers))
+    else:
+        fill_routers(folder, routers)

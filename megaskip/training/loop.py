@@ -103,6 +103,9 @@ class Trainer(ABC):
     def calibrate(self) -> None:  # noqa: B027  optional
         """Set what is measured rather than learnt, after the last step. Collective."""
 
+    def prepare_step(self) -> None:  # noqa: B027  optional
+        """Set what learns in the coming step. Every rank calls it."""
+
     def scores(self) -> dict[int, Tensor]:
         """Return router scores of the last micro-batch by layer, for histograms. Collective."""
         return {}
@@ -129,6 +132,7 @@ class Trainer(ABC):
         batches = OneAhead(self.loader.steps(self.step), self.topology.device)
         while self.step < self.total_steps:
             self._seed()
+            self.prepare_step()
             self._step(batches)
             if self._preemption.requested():
                 self.save()

@@ -10,12 +10,13 @@ from torch import Tensor
 from megaskip.arch.trainable import describe_layers, describe_trainable
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.threshold import calibrate_threshold
-from megaskip.checkpoint import BaseModel
+from megaskip.checkpoint import BaseModel, adapters
 from megaskip.checkpoint.resume import require_same_routers
 from megaskip.checkpoint.routers import WEIGHTS, save_routers, write_router_files
 from megaskip.log import get_logger
 from megaskip.parallel.engine import Engine
 from megaskip.routing import PREFIX, RouterSet
+from megaskip.routing.adapters import ADAPTER, is_adapter
 from megaskip.training.loop import Trainer
 
 logger = get_logger(__name__)
@@ -26,6 +27,12 @@ class RouterTrainer(Trainer):
     """Trains the routers of a frozen model."""
 
     engine: Engine
+
+    def prepare_step(self) -> None:
+        """Let the adapters learn from --lora_start on. Every rank calls it."""
+        adapters = self.engine.routers.adapters
+        if adapters is not None:
+            adapters.learn(self.step >= self.config.adapter.lora_start)
 
     def start(self) -> None:
         """Begin with the compensations in closed form, unless the routers come from a folder.
@@ -65,8 +72,13 @@ class RouterTrainer(Trainer):
         batches = self.reporter.progress(held_out, "held out")
         dense = self.engine.evaluate(batches, routed=False, check=self.stop_if_asked)
         routed = self.engine.evaluate(batches, routed=True, check=self.stop_if_asked)
-        layers = self.engine.routers.layers
+        layers, base = self.engine.routers.layers, {}
+        if self.engine.routers.adapters is not None:
+            without = {"routed": False, "adapted": False}
+            frozen = self.engine.evaluate(batches, **without, check=self.stop_if_asked)
+            base = {"loss_base": frozen.loss}
         return {
+            **base,
             "loss_dense": dense.loss,
             "loss_routed": routed.loss,
             "capacity": routed.capacity,
@@ -87,14 +99,18 @@ def _lowest_and_highest(explained: Mapping[int, float]) -> tuple[float, int, flo
 
 
 class RouterWeights:
-    """The trained routers as files: those of a router folder."""
-
-    file = WEIGHTS
-    prefix = f"{PREFIX}."
+    """The trained routers, and adapters if there are any, as files: those of a router folder."""
 
     def __init__(self, routers: RouterSet, base: BaseModel) -> None:
         self._routers = routers
         self._base = base
+
+    def stored_as(self, name: str) -> tuple[str, str]:
+        """Return (file in a checkpoint folder, name of the tensor in it) of a parameter."""
+        if is_adapter(name):
+            file = f"{adapters.FOLDER}/{adapters.WEIGHTS}"
+            return file, f"{adapters.PREFIX}{name.removeprefix(ADAPTER)}"
+        return WEIGHTS, f"{PREFIX}.{name}"
 
     def write(self, folder: Path) -> None:
         """Write a router folder's files into a checkpoint folder."""
@@ -121,11 +137,13 @@ class RouterWeights:
         """Return what trains and what capacity is asked of it."""
         config = self._routers.config
         trained = {n: p.shape for n, p in self._routers.trained_parameters().items()}
-        maps = self._routers.describe_compensation()
+        routers = {n: shape for n, shape in trained.items() if not is_adapter(n)}
+        maps, lora = self._routers.describe_compensation(), self._routers.adapters
         layers = describe_layers(self._routers.layers)
         asked = f"{config.capacity:.2f} of layers {layers}, {config.granularity}"
         return [
-            ("trains", describe_trainable(trained)),
+            ("trains", describe_trainable(routers) or "adapters alone"),
             *([] if maps is None else [("compensation", maps)]),
+            *([] if lora is None else [("adapters", f"{lora.describe()}, whole on every rank")]),
             ("capacity asked", f"{asked}, budget {config.budget}"),
         ]

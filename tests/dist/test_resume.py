@@ -42,13 +42,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(data: Path, output_dir: Path, *more: str) -> list[str]:
-    """Return the flags of a run that trains all there is: routers and compensations."""
+    """Return the flags of a run that trains all there is: routers, compensations, adapters."""
     return [
         *("--data", str(data / "rows.jsonl"), "--cache_dir", str(data / "cache")),
         *("--output_dir", str(output_dir), "--max_steps", str(STEPS), "--save_every", "3"),
         *("--micro_batch_size", "1", "--gradient_accumulation_steps", "4", "--held_out", "8"),
         *("--calibration_rows", "16", "--lr", "1e-2"),
-        *("--compensation", "low_rank", "--compensation_rank", "4", "--fit_rows", "16", *more),
+        *("--compensation", "low_rank", "--compensation_rank", "4", "--fit_rows", "16"),
+        *("--lora_rank", "2", "--lora_start", "2", "--lora_lr", "1e-2", *more),
     ]
 
 
@@ -93,7 +94,8 @@ def test_killed_rank_is_named_and_resume_repeats_the_run_exactly(
     assert [p.returncode for p in again.processes] == [0, 0], again.tails()
     assert "resumed from" in again.text(0)
     assert metrics(folder) == metrics(uninterrupted)
-    for name in ("routers/routers.safetensors", "routers/router_config.json"):
+    for name in ("routers.safetensors", "router_config.json", "adapter/adapter_model.safetensors"):
+        name = f"routers/{name}"
         assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
 
 
@@ -144,7 +146,7 @@ def test_a_signal_stops_calibration_and_a_finished_run_is_left_alone(
         return decide_all(engine, batches, check)  # type: ignore[arg-type]
 
     # With maps the first threshold keeps what is asked, and there is no search to stop.
-    plain = ("--compensation", "none", "--no-progress")
+    plain = ("--compensation", "none", "--lora_start", "0", "--lora_rank", "0", "--no-progress")
     train(flags(data, tmp_path / "whole", *plain))
     folder = tmp_path / "run"
     checkpoint = folder / f"step_{STEPS:06d}"

@@ -75,6 +75,32 @@ def _keep_cut_off() -> Iterator[None]:
         pipeline.carried_keep = carried_keep
 
 
+def adapters(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return gradients of a step of routers and adapters, and what they are after two, by case."""
+    return [_adapt(model, case) for case in cases]
+
+
+def _adapt(model: str, case: dict[str, Any]) -> dict[str, Any]:
+    with built(model, case["flags"]) as (engine, topology):
+        _randomise(engine.routers)
+        generator = torch.Generator().manual_seed(6)
+        with torch.no_grad():
+            for tensor in engine.routers.adapters.tensors().values():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / 8)
+        share = len(case["parts"]) // topology.num_replicas
+        mine = case["parts"][topology.replica * share : (topology.replica + 1) * share]
+        batches = [_batch(part, packed=False) for part in mine]
+        result = engine.train_step(batches, 1e-2)
+        gradients = {n: p.grad.clone() for n, p in engine.parameters.items()}
+        engine.train_step(batches, 1e-2)
+        return {
+            "loss_task": result.loss_task,
+            "gradients": gradients,
+            "weights": {n: p.detach().clone() for n, p in engine.parameters.items()},
+            "gathered": _gathered_numel(engine),
+        }
+
+
 def held_out(model: str, cases: list[list[str]]) -> list[dict[str, Any]]:
     """Return what evaluation and calibration find on seven batches, for each case."""
     return [_evaluate(model, flags) for flags in cases]

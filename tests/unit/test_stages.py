@@ -1,5 +1,6 @@
 """A model cut into stages: the same states in every family, its own weights only, fair cuts."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -16,7 +17,14 @@ from megaskip.arch import stage_proof
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.stage import DecoderStage, LayerElsewhere, LayerRange, layer_ranges
 from megaskip.arch.stage_proof import verify_stages
-from megaskip.config import ModelConfig, ParallelConfig, RouterConfig, parse_run_config
+from megaskip.config import (
+    AdapterConfig,
+    ModelConfig,
+    ParallelConfig,
+    RouterConfig,
+    RunConfig,
+    parse_run_config,
+)
 from megaskip.errors import ConfigError, MegaskipError, UnsupportedModelError
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.loading.source import ModelSource, resolve_source
@@ -173,8 +181,10 @@ def test_layers_without_a_backward_pass_cost_less() -> None:
     assert costs[3] == 2 * costs[0] == costs[4]
     assert layer_costs(model, 3, recompute=True)[3] == 3 * costs[0]
     assert costs[5] > costs[4]  # the output embedding
-    router, parallel = RouterConfig(layers="3-4"), ParallelConfig(pipeline_stages=2)
-    assert cuts_for_training(model, router, parallel) == layer_ranges([4], 6)
+    run = RunConfig(router=RouterConfig(layers="3-4"), parallel=ParallelConfig(pipeline_stages=2))
+    assert cuts_for_training(model, run) == layer_ranges([4], 6)
+    adapted = dataclasses.replace(run, adapter=AdapterConfig(lora_rank=2))
+    assert cuts_for_training(model, adapted) == layer_ranges([3], 6)
     assert cuts_for_inference(model, 2) == layer_ranges([3], 6)
 
 
@@ -221,7 +231,7 @@ def test_ranks_that_do_not_make_whole_replicas() -> None:
 def test_more_stages_than_layers_and_cuts_outside_the_model() -> None:
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="the model has 6 layers only"):
-        cuts_for_training(model, RouterConfig(), ParallelConfig(pipeline_stages=7))
+        cuts_for_training(model, RunConfig(parallel=ParallelConfig(pipeline_stages=7)))
     parallel = ParallelConfig(pipeline_stages=2, pipeline_partition="6")
     with pytest.raises(ConfigError, match="layers 0 to 5"):
-        cuts_for_training(model, RouterConfig(), parallel)
+        cuts_for_training(model, RunConfig(parallel=parallel))

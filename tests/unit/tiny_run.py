@@ -11,6 +11,7 @@ from families import tiny_model
 from routed_models import VOCABULARY
 
 from megaskip import RouterConfig, attach_routers
+from megaskip.arch.adapters import add_adapters
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.checkpoint import describe_base
 from megaskip.config import RunConfig
@@ -91,6 +92,7 @@ def tiny_engine(config: RunConfig, topology: Topology) -> Engine:
     """Return an engine that trains fresh routers of a tiny model."""
     model = tiny_model()
     routers = attach_routers(model, config.router, register=False)
+    add_adapters(model, routers, model, config)
     return Engine(TaskLoss(model, chunk_tokens=64), routers, config, topology)
 
 

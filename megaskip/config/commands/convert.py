@@ -26,9 +26,14 @@ class ConvertOptions(Checked):
     kv: str = option("keep", choices=KV_CHOICES)
     """attn_token, block_token: skipped tokens are still attended to (keep, as trained) or not
     (drop, which saves their keys and values)."""
+    merge: bool = False
+    """Of routers that were trained with LoRA: add the adapter to the weights that it adapts, which
+    are then written anew; without it the folder has adapter/, which peft loads on the model."""
     verify: bool = False
     """Load it in a fresh process and compare logits."""
 
     def _problems(self) -> Iterator[str]:
         if self.verify and self.mode == "adapter":
             yield "--verify loads a whole folder; an adapter is loaded with its base"
+        if self.merge and self.mode == "adapter":
+            yield "--merge writes weights anew; --mode adapter has none of the base"

@@ -10,22 +10,24 @@ from typing import Any
 from torch import nn
 
 from megaskip.arch import find_decoder
+from megaskip.arch.adapters import find_adapted_layers
 from megaskip.arch.stage import LayerRange, layer_ranges
-from megaskip.config import ParallelConfig, RouterConfig, resolve_layers
+from megaskip.config import RunConfig, resolve_layers
 from megaskip.errors import ConfigError
 
 
-def cuts_for_training(
-    shape: nn.Module, router: RouterConfig, parallel: ParallelConfig
-) -> tuple[LayerRange, ...]:
+def cuts_for_training(shape: nn.Module, config: RunConfig) -> tuple[LayerRange, ...]:
     """Return the layers of each stage; `shape` is the whole model, which may be on the meta device.
 
     Raises ConfigError when there are fewer layers than stages, or a given boundary is no layer.
     """
-    depth = len(find_decoder(shape).layers)
+    depth, parallel = len(find_decoder(shape).layers), config.parallel
     given = parallel.boundaries()
     if given is None:
-        lowest = resolve_layers(router.layers, depth)[0]
+        lowest = resolve_layers(config.router.layers, depth)[0]
+        if config.adapter.lora_rank:
+            adapted = find_adapted_layers(shape, config.adapter)
+            lowest = min(lowest, *(layer.layer for layer in adapted))
         recompute = parallel.activation_checkpointing
         return _balanced(shape, parallel.pipeline_stages, lowest, recompute=recompute)
     _require_layers(parallel.pipeline_stages, depth)

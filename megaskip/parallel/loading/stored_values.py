@@ -8,7 +8,7 @@ from torch import Tensor
 from megaskip.checkpoint.stored_weights import StoredTensor
 from megaskip.errors import CheckpointError
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -29,7 +29,7 @@ def read_block(folder: Path, tensor: StoredTensor, start: int, count: int) -> Te
 
     Raises CheckpointError when they cannot be read.
     """
-    dtype = _DTYPES[tensor.dtype]
+    dtype = DTYPES[tensor.dtype]
     path = folder / tensor.file
     try:
         with open(path, "rb") as reader:
