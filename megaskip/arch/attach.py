@@ -6,8 +6,8 @@ from torch import nn
 
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.detach import is_routed
+from megaskip.arch.elsewhere import LayerElsewhere
 from megaskip.arch.probe import probe_layer
-from megaskip.arch.stage import LayerElsewhere
 from megaskip.arch.trainable import freeze
 from megaskip.arch.wiring import wire
 from megaskip.config import RouterConfig, resolve_layers

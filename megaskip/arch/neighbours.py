@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
-from megaskip.arch.stage import LayerElsewhere, LayerRange
+from megaskip.arch.elsewhere import LayerElsewhere
+from megaskip.arch.stage import LayerRange
 from megaskip.routing import Routers
 from megaskip.routing.handover import carried_keep, receive_keep
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
+from megaskip.arch.elsewhere import LayerElsewhere, run_from
 from megaskip.arch.task_loss import head_loss
 from megaskip.errors import UnsupportedModelError
 
@@ -79,32 +80,6 @@ def cut(model: Any, layers: LayerRange) -> None:
     model._tied_weights_keys = None
 
 
-class LayerElsewhere(nn.Module):
-    """The place of a layer that another process holds."""
-
-    pass_on: Callable[[Tensor], Tensor] | None = None
-    """Returns what goes on in the place of the hidden states [B, T, D] that it is given; set where
-    a boundary between stages is."""
-
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        super().__init__()
-        self._index = index
-        # What a base model asks of its layers before it runs them, such as the kind of mask.
-        plain = {k: v for k, v in vars(layer).items() if isinstance(v, (str, int, float))}
-        self.__dict__.update({k: v for k, v in plain.items() if not k.startswith("_")})
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return `hidden_states` [B, T, D], or what `pass_on` makes of them; the cache, if any,
-        counts the tokens."""
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            batch, tokens = hidden_states.shape[:2]
-            # Transformers takes keys without elements for no keys.
-            keys = hidden_states.new_zeros(batch, 1, tokens, 1)
-            cache.update(keys, keys[..., :0], self._index)
-        return hidden_states if self.pass_on is None else self.pass_on(hidden_states)
-
-
 class _EmbeddingElsewhere(nn.Module):
     """Stands for the input embedding where hidden states come from another process."""
 
@@ -168,11 +143,4 @@ class DecoderStage(nn.Module):
         call = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         if self.layer_range.is_first:
             return self.decoder(input_ids=inputs, **call)[0]
-        # What arrived enters above the last layer that is elsewhere: a base model may scale what it
-        # takes for embeddings (granite does).
-        below = self.decoder.layers[self.layer_range.first - 1]
-        below.pass_on = lambda hidden_states: inputs
-        try:
-            return self.decoder(inputs_embeds=inputs, **call)[0]
-        finally:
-            below.pass_on = None
+        return run_from(self.decoder, self.layer_range.first, inputs, **call)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
+from megaskip.arch.elsewhere import run_from
 from megaskip.errors import UnsupportedModelError
 from megaskip.labels import IGNORED
 
@@ -24,6 +25,8 @@ class TaskLoss(nn.Module):
         self.head = head_loss(model, chunk_tokens)
         self.needs_mask = True
         """Whether padding must be masked for the real tokens to stay what they are (padding.py)."""
+        self.first_layer = 0
+        """The lowest layer that runs; those below are left out (prefix.py)."""
 
     def forward(
         self,
@@ -32,6 +35,7 @@ class TaskLoss(nn.Module):
         position_ids: Tensor,
         labels: Tensor,
         *,
+        entering: Tensor | None = None,
         predicting: Tensor | None = None,
         teacher: Tensor | None = None,
         share: float = 0.0,
@@ -41,24 +45,37 @@ class TaskLoss(nn.Module):
         """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED
         has no loss. Rows are padded on the right; `attention_mask` [B, T] marks the real tokens.
         `predicting` int64 [N] are the places in [B * T] whose states predict a label; without it
-        they are looked for, which waits for the device.
+        they are looked for, which waits for the device. `entering` [B, T, D] are the hidden states
+        in front of the lowest layer that runs, where that is not the first one.
 
         With `states_only` return the hidden states [N, D] that predict them instead. Given back as
         `teacher`, they predict `share` of each label. With `each` return the loss of each of them,
         float32 [N], in the order of `labels[:, 1:]`; without gradient.
         """
-        decoder = find_decoder(self.model).decoder
-        hidden_states = decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask if self.needs_mask else None,
-            position_ids=position_ids,
-            use_cache=False,
-        )[0]
+        hidden_states = self.hidden_states(input_ids, attention_mask, position_ids, entering)
         if states_only:
             return predicting_states(hidden_states, labels, predicting)
         return self.head.of_batch(
             hidden_states, labels, teacher, share, predicting=predicting, each=each
         )
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        entering: Tensor | None = None,
+    ) -> Tensor:
+        """Return the decoder's hidden states [B, T, D] after its final norm; arguments as in
+        `forward`."""
+        decoder = find_decoder(self.model).decoder
+        mask = attention_mask if self.needs_mask else None
+        call = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        assert (entering is None) == (self.first_layer == 0), "left-out layers need their states"
+        if entering is not None:
+            return run_from(decoder, self.first_layer, entering, **call)
+        output: Tensor = decoder(input_ids=input_ids, **call)[0]
+        return output
 
 
 def head_loss(model: nn.Module, chunk_tokens: int) -> "HeadLoss":

@@ -173,6 +173,13 @@ class ParallelConfig(Checked):
     activation_checkpointing: bool = False
     """Keep only the inputs of routed layers and compute them again in the backward pass: less
     memory."""
+    cache_prefix: str | None = option(None, metavar="FOLDER|memory")
+    """Compute the hidden states in front of the first routed layer once for each row, keep them in
+    this folder (for later runs, too) or in memory, and read them back: the layers below then cost
+    no time and, once all rows are there, no memory [computed in every pass]."""
+    cache_prefix_dtype: str = option("run", choices=("run", "bfloat16"))
+    """Type of the kept states: that of the run, which changes nothing, or bfloat16, which halves
+    those of a float32 run and rounds them."""
     loss_chunk_tokens: int = 1024
     """Logits are computed for this many tokens at a time, which bounds their memory."""
     dist_timeout: int = 600
@@ -185,6 +192,14 @@ class ParallelConfig(Checked):
     def _problems(self) -> Iterator[str]:
         yield from at_least("pipeline_stages", self.pipeline_stages, 1)
         yield from self._partition_problems()
+        if self.cache_prefix is None and self.cache_prefix_dtype != "run":
+            yield f"--cache_prefix_dtype {self.cache_prefix_dtype} needs --cache_prefix FOLDER"
+        if self.cache_prefix is not None and self.pipeline_stages > 1:
+            yield (
+                f"--cache_prefix does not go with --pipeline_stages {self.pipeline_stages}: stages "
+                "share out all layers, those in front of the routed ones too; use replicas or "
+                "ZeRO-3"
+            )
         yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
         yield from at_least("dist_timeout", self.dist_timeout, 30)
         yield from at_least("heartbeat_timeout", self.heartbeat_timeout, 5)
@@ -295,6 +310,13 @@ class RunConfig(Checked):
                 f"--packing does not go with --attn_implementation {attention}: in batches of "
                 "several rows it would let samples of a row see each other; take sdpa, or leave "
                 "--packing out"
+            )
+        if self.parallel.cache_prefix is not None and self.model.train == "full":
+            yield "--cache_prefix does not go with --train full, which changes every layer"
+        if self.parallel.cache_prefix is not None and self.data.streaming:
+            yield (
+                "--cache_prefix does not go with --streaming: rows of a stream cannot be found "
+                "again; leave --streaming out"
             )
         if self.parallel.world_size is not None and not self.dry_run:
             yield (

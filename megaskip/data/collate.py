@@ -49,6 +49,8 @@ class Batch:
     """int64: the columns; in packed rows it restarts at each sample, and where padding begins."""
     segment_ids: torch.Tensor | None = None
     """int64: which sample of the row a token is from, padding -1; None when no row is packed."""
+    row_numbers: tuple[int, ...] | None = None
+    """Of each row in the loader's data; () of what stands for no row, None where it is unknown."""
     predicting: torch.Tensor = field(init=False)
     """int64 [supervised]: the tokens, numbered through all rows, that predict a label."""
     counts: BatchCounts = field(init=False)
@@ -90,9 +92,15 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[AnyRow], *, pad_token_id: int, prompt_tokens: int, pad_to_multiple: int = 8
+    rows: Sequence[AnyRow],
+    *,
+    pad_token_id: int,
+    prompt_tokens: int,
+    pad_to_multiple: int = 8,
+    row_numbers: Sequence[int] | None = None,
 ) -> Batch:
-    """Return rows, packed or not, as one batch, as long as the longest row, rounded up."""
+    """Return rows, packed or not, as one batch, as long as the longest row, rounded up;
+    `row_numbers` as in Batch."""
     longest = max(map(len, rows))
     shape = (len(rows), -(-longest // pad_to_multiple) * pad_to_multiple)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -121,4 +129,5 @@ def collate(
         prompt_mask=torch.from_numpy(prompt_mask),
         position_ids=torch.from_numpy(position_ids),
         segment_ids=torch.from_numpy(segment_ids) if packed else None,
+        row_numbers=None if row_numbers is None else tuple(row_numbers),
     )

@@ -106,6 +106,13 @@ class StoredRows:
         members = self._members[self._starts[index] : self._starts[index + 1]]
         return PackedRow(segments=tuple(self._row(int(member)) for member in members))
 
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the tokens of each row."""
+        lengths = np.diff(self._columns["starts"])[self._members]
+        if self._starts is None or not len(lengths):
+            return lengths
+        return np.add.reduceat(lengths, self._starts[:-1])
+
     def largest_token(self) -> int:
         """Return the largest token id of the whole store, held-out rows too; 0 without any."""
         ids = self._columns["input_ids"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.labels import IGNORED
+from megaskip.parallel.cached_prefix import CachedPrefix
 from megaskip.parallel.optimizer import make_adamw, reduce_gradients, set_learning_rate
 from megaskip.parallel.results import (
     EvalResult,
@@ -46,6 +47,8 @@ class Engine:
         self.routers = routers
         self._topology = topology
         self._zero3 = zero3
+        self.prefix: CachedPrefix | None = None
+        """What gives the states in front of the first routed layer, where they are not computed."""
         self._max_grad_norm = config.optim.max_grad_norm
         self._distill, self._noise = config.optim.distill, config.optim.noise
         self._has_penalty = True
@@ -264,6 +267,8 @@ class Engine:
     def _forward(self, batch: Batch, **how: Any) -> Tensor:
         masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
         self.routers.set_batch(*masks, batch.counts.segments)
+        if self.prefix is not None:
+            how["entering"] = self.prefix.entering(batch)
         loss: Tensor = self.module(
             batch.input_ids,
             batch.attention_mask,
@@ -329,5 +334,6 @@ def placeholder_batch(device: torch.device) -> Batch:
         token_mask=real,
         prompt_mask=real,
         position_ids=torch.arange(8).unsqueeze(0),
+        row_numbers=(),
     )
     return batch.to(device)

@@ -82,7 +82,7 @@ def preflight(
         node=socket.gethostname(),
         device=_device_name(topology.device),
         visible_devices=torch.cuda.device_count() if topology.device.type == "cuda" else 0,
-        free_memory=_free_memory(topology.device if on_gpu else torch.device("cpu")),
+        free_memory=free_memory(topology.device if on_gpu else torch.device("cpu")),
         shares_memory=not on_gpu,
         free_disk=shutil.disk_usage(output_dir).free if output_dir.is_dir() else -1,
         versions=versions,
@@ -202,7 +202,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

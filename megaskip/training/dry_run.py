@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from megaskip.arch.trainable import describe_layers, describe_trainable
 from megaskip.config import RunConfig, resolve_layers
-from megaskip.data import StreamingRows, build_dataset
-from megaskip.data.tokenizer import load_tokenizer
+from megaskip.data import StreamingRows
 from megaskip.errors import ConfigError
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.estimate import Estimate, estimate
@@ -15,6 +14,7 @@ from megaskip.parallel.loading.source import ModelSource
 from megaskip.reporting.summary import human_bytes, table
 from megaskip.routing.adapters import describe_adapters, is_adapter
 from megaskip.routing.compensation import describe_compensation, is_compensation
+from megaskip.training.prefix_plan import prefix_rows, tokenized_data
 
 _MUCH_OPTIMIZER_STATE = 0.01
 """Share of a rank's memory above which the plan says what the optimizer state takes."""
@@ -51,6 +51,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
         ("  on top, on a GPU", "what CUDA and NCCL take for themselves, often 1 to 2 GiB"),
         ("global batch", f"{size} rows of at most {config.data.seq_length} tokens"),
         *_length(config, source, size),
+        *(prefix_rows(config, source, world_size, size) if config.parallel.cache_prefix else ()),
     ]
     return table(rows, title="dry run: nothing is loaded, nothing is started")
 
@@ -99,8 +100,7 @@ def _length(config: RunConfig, source: ModelSource, size: int) -> Iterator[tuple
     steps = config.optim.max_steps
     if steps is None:
         try:
-            named, trust = config.model.tokenizer or source.folder, source.trust_remote_code
-            data = build_dataset(config.data, load_tokenizer(named, trust_remote_code=trust))
+            data = tokenized_data(config, source)
         except ConfigError as error:
             yield "steps", f"not known without the data ({error}); give --max_steps"
             return

@@ -2,6 +2,7 @@
 released."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.checkpoint import BaseModel
+from megaskip.checkpoint.resume import read_state
 from megaskip.config import RunConfig
 from megaskip.data import TokenizedData
 from megaskip.data.demo import with_demo
+from megaskip.data.loader import DataLoader
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.agree import attempt_on_first_rank, on_first_rank
 from megaskip.parallel.build import build_engine, build_full_engine
@@ -30,6 +33,7 @@ from megaskip.training.full_trainer import FullTrainer, ModelWeights
 from megaskip.training.header import log_header
 from megaskip.training.initial_routers import load_initial_routers, with_initial_routers
 from megaskip.training.loop import Trainer
+from megaskip.training.prefix import PrefixCache, open_prefix_cache
 from megaskip.training.reporter import RunReporter
 from megaskip.training.router_trainer import RouterTrainer, RouterWeights
 from megaskip.training.run_folder import is_finished, open_run_folder, reopen, write_run_file
@@ -148,12 +152,31 @@ def _make_trainer(job: _Job) -> Trainer:
         full_engine = build_full_engine(config, topology, source)
         model = ModelWeights(full_engine.module.model, config, source.folder)
         return _assemble(job, FullTrainer, full_engine, model, source.describe())
+    prefix = None if config.parallel.cache_prefix is None else _open_prefix(job)
     engine = build_engine(config, topology, source, job.ds_content)
     base = source.describe()
     if job.checkpoint is None:
         load_initial_routers(config, engine.routers, base)
     routers = RouterWeights(engine.routers, base)
-    return _assemble(job, RouterTrainer, engine, routers, base, layers=engine.routers.layers)
+    kind = functools.partial(RouterTrainer, prefix=prefix)
+    return _assemble(job, kind, engine, routers, base, layers=engine.routers.layers)
+
+
+def _open_prefix(job: _Job) -> PrefixCache:
+    """Return the cache of --cache_prefix; raises ConfigError or DataError. Collective."""
+    loader = _loader(job)
+    return open_prefix_cache(
+        job.config,
+        job.topology,
+        job.source,
+        loader,
+        first_step=0 if job.checkpoint is None else read_state(job.checkpoint).step,
+        total_steps=total_steps(job.config.optim, loader),
+    )
+
+
+def _loader(job: _Job) -> DataLoader:
+    return make_loader(job.config, job.topology, job.data, job.pad_token_id, job.checkpoint)
 
 
 def _assemble(
@@ -168,7 +191,7 @@ def _assemble(
     """Return a trainer of a `kind` with its loader, checkpointer and reporter; `layers` are the
     routed ones. Raises ConfigError when batches or steps do not come out."""
     config, topology = job.config, job.topology
-    loader = make_loader(config, topology, job.data, job.pad_token_id, job.checkpoint)
+    loader = _loader(job)
     steps = total_steps(config.optim, loader)
     return kind(
         config=config,

@@ -97,6 +97,9 @@ class Trainer(ABC):
     def evaluate(self) -> dict[str, Any]:
         """Return the held-out numbers; none when nothing is held out. Collective."""
 
+    def prepare(self) -> None:  # noqa: B027  optional
+        """Compute what a run, new or resumed, computes once before it goes on. Collective."""
+
     def start(self) -> None:  # noqa: B027  optional
         """Set what is computed rather than learnt, before the first step. Collective."""
 
@@ -119,6 +122,7 @@ class Trainer(ABC):
         """
         with self.reporter.open(self.step), self._preemption:
             try:
+                self.prepare()
                 if self.step == 0:
                     self.start()
                 self._take_steps()

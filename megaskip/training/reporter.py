@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
 
 from megaskip.checkpoint.atomic import write_errors, write_json
 from megaskip.config import RunConfig
-from megaskip.data import Batch
 from megaskip.log import get_logger
 from megaskip.parallel.results import StepResult
 from megaskip.parallel.topology import Topology
@@ -23,6 +22,8 @@ from megaskip.reporting.progress import ProgressBatches
 from megaskip.reporting.summary import closing_rows, human_bytes, peak_memory_gib, table, versions
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 _WINDOW = 20
 """Steps at the end over which the capacity of training is averaged."""
@@ -136,7 +137,7 @@ class RunReporter:
             text = ", ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float))
             tqdm.write(f"step {step}: held out {text}")
 
-    def progress(self, batches: Sequence[Batch | None], desc: str) -> ProgressBatches:
+    def progress(self, batches: Sequence[T], desc: str) -> ProgressBatches[T]:
         """Return `batches` with a bar for a pass over them, on the first rank's terminal."""
         is_shown = self._topology.is_first and self._config.log.progress
         return ProgressBatches(batches, desc, disable=None if is_shown else True)

@@ -18,6 +18,7 @@ from megaskip.parallel.engine import Engine
 from megaskip.routing import PREFIX, RouterSet
 from megaskip.routing.adapters import ADAPTER, is_adapter
 from megaskip.training.loop import Trainer
+from megaskip.training.prefix import PrefixCache
 
 logger = get_logger(__name__)
 
@@ -27,6 +28,23 @@ class RouterTrainer(Trainer):
     """Trains the routers of a frozen model."""
 
     engine: Engine
+    prefix: PrefixCache | None = None
+    """With --cache_prefix."""
+
+    def prepare(self) -> None:
+        """Compute the states in front of the first routed layer that are not there, with
+        --cache_prefix. Collective."""
+        if self.prefix is None:
+            return
+        if self.step == 0:
+            self.save()  # a run that is stopped meanwhile begins here again
+        self.prefix.fill(
+            self.engine,
+            self.loader,
+            self.step,
+            progress=self.reporter.progress,
+            check=self.stop_if_asked,
+        )
 
     def prepare_step(self) -> None:
         """Let the adapters learn from --lora_start on. Every rank calls it."""

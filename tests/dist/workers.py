@@ -13,6 +13,7 @@ import torch
 from tensor_calls import AttentionMasks
 
 from megaskip.checkpoint.stored_weights import read_stored_weights
+from megaskip.cli.train import main as train
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
 from megaskip.calibration.allocation import allocate, skip_costs
@@ -32,6 +33,7 @@ from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.zero3 import prepare_deepspeed
+from megaskip.training import job
 
 ROWS, TOKENS = 2, 24
 
@@ -157,6 +159,18 @@ def _fit(model: str, flags: list[str]) -> dict[str, Any]:
             "order": [(step.layer, step.loss) for step in order],
             "costs": fit_routers(engine, mine, groups=2, distill=0.5),
         }
+
+
+def trainings(cases: list[list[str]], watched: str) -> list[list[int]]:
+    """Run trainings one after the other, in the open process group; return after each when the
+    files in folders below `watched` were last written to."""
+    job.process_group = lambda topology, timeout: contextlib.nullcontext()
+    times = []
+    for flags in cases:
+        train(flags)
+        files = sorted(Path(watched).glob("*/*.bin"))
+        times.append([file.stat().st_mtime_ns for file in files])
+    return times
 
 
 def _share(topology: Topology, count: int = 7) -> list[Batch | None]:

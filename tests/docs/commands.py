@@ -69,6 +69,7 @@ SIZES = {
         --threads 1 --decode_steps 2 --layers_used 3 --layers 1-2 --cpu_time""",
     "tools/bench/pipeline.py": """--micro_batches 1 2 --hidden 64 --width 64 --layers 4 --heads 1
         --tokens 16 --repeats 1""",
+    "tools/bench/prefix.py": "--model demo --rows 1 --seq_length 16 --turns 1",
 }
 """Flags that make a command small; the last of two equal flags counts."""
 

@@ -115,7 +115,7 @@ def test_weights_need_memory_where_they_are_kept(
 ) -> None:
     """A GPU of 1 GiB and a node of 9, for a model of 2 GiB."""
     free = {"cuda": GIB, "cpu": 9 * GIB}
-    monkeypatch.setattr("megaskip.parallel.preflight._free_memory", lambda where: free[where.type])
+    monkeypatch.setattr("megaskip.parallel.preflight.free_memory", lambda where: free[where.type])
     monkeypatch.setattr("megaskip.parallel.preflight._device_name", lambda where: "a GPU")
     monkeypatch.setattr("megaskip.parallel.preflight._weight_bytes", lambda folder: 2 * GIB)
     topology = read_topology({})

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megaskip.arch import stage_proof
 from megaskip.arch.decoder import find_decoder
-from megaskip.arch.stage import DecoderStage, LayerElsewhere, LayerRange, layer_ranges
+from megaskip.arch.elsewhere import LayerElsewhere
+from megaskip.arch.stage import DecoderStage, LayerRange, layer_ranges
 from megaskip.arch.stage_proof import verify_stages
 from megaskip.config import (
     AdapterConfig,
