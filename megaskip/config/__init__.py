@@ -6,13 +6,13 @@ Promise: a RunConfig that exists is valid in itself, and each value has one owne
 from megaskip.config.adapter import AdapterConfig
 from megaskip.config.cli import parse_options, parse_run_config
 from megaskip.config.layers import resolve_layers
+from megaskip.config.log import LogConfig
 from megaskip.config.options import option
 from megaskip.config.router import RouterConfig
 from megaskip.config.routing import GRANULARITIES, RoutingConfig, Threshold
 from megaskip.config.run import (
     CheckpointConfig,
     DataConfig,
-    LogConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megaskip.config.adapter import AdapterConfig, adapter_problems
 from megaskip.config.checks import at_least, finite, within
+from megaskip.config.log import LogConfig
 from megaskip.config.options import Checked, option
 from megaskip.config.router import RouterConfig
 
@@ -250,25 +251,6 @@ class CheckpointConfig(Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LogConfig(Checked):
-    """What is logged and shown while a run goes on."""
-
-    log_every: int = 10
-    """Steps between TensorBoard histograms; in between nobody waits for a GPU, and a step's numbers
-    are written when they arrive."""
-    eval_every: int = 0
-    """Steps between held-out evaluations; 0 evaluates once, at the end."""
-    tensorboard: bool = True
-    """Write TensorBoard events under --output_dir/tensorboard."""
-    progress: bool = True
-    """Show the progress bar."""
-
-    def _problems(self) -> Iterator[str]:
-        yield from at_least("log_every", self.log_every, 1)
-        yield from at_least("eval_every", self.eval_every, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(Checked):
     """One run, whole."""
 
@@ -303,6 +285,11 @@ class RunConfig(Checked):
                 "--lr 0 keeps the compensations still, too: --compensation_lr "
                 f"{self.optim.compensation_lr:g} is scaled with it; give --compensation_lr 0 if "
                 "that is meant, or a tiny --lr such as 1e-9"
+            )
+        if self.log.early_stop and not (self.data.held_out or self.data.eval_data):
+            yield (
+                f"--early_stop {self.log.early_stop} needs held-out rows: add --eval_data, or "
+                "--held_out above 0"
             )
         attention = self.model.attn_implementation
         if self.data.packing and "flash" in attention:

@@ -65,11 +65,24 @@ def _training_capacity(report: Mapping[str, Any]) -> str:
     return steps if calibrated is None else f"{calibrated:.3f} calibrated, {steps}"
 
 
+def _early_stop(ending: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the row about --early_stop; none without it."""
+    if ending is None:
+        return []
+    evaluations = f"{ending['patience']} evaluations without a lower held-out loss"
+    text = f"after {evaluations}" if ending["stopped"] else f"not stopped: fewer than {evaluations}"
+    if ending["best_step"] is None:
+        return [("early stop", f"{text}; none ran as little as was asked for")]
+    best = f"step {ending['best_step']} is kept (held-out loss {ending['best_loss']:.4f})"
+    return [("early stop", f"{text}; {best}")]
+
+
 def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the closing table from the content of report.json."""
     held_out = report.get("held_out")
     rows = [
-        ("steps", f"{report['steps']} ({report['tokens']:,} tokens, {report['seconds']:.0f} s)")
+        ("steps", f"{report['steps']} ({report['tokens']:,} tokens, {report['seconds']:.0f} s)"),
+        *_early_stop(report.get("early_stop")),
     ]
     if held_out and "loss_dense" in held_out:
         dense, routed = held_out["loss_dense"], held_out["loss_routed"]

@@ -1,7 +1,8 @@
 """Checkpoints of a run: the first rank writes them, every rank reads them. Knows files and
 parameters, not how they are trained."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ from megaskip.checkpoint import BaseModel
 from megaskip.checkpoint.resume import (
     STATE,
     TrainerState,
+    checkpoints,
     prune,
     read_state,
     require_same_run,
@@ -21,6 +23,8 @@ from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.protocol import StepEngine
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.summary import versions
+
+_BEST = "best_"
 
 
 class TrainedWeights(Protocol):
@@ -77,19 +81,42 @@ class Checkpointer:
         """Return the folder of the checkpoint after `step` steps."""
         return self.output_dir / f"step_{step:06d}"
 
+    def best_path(self, step: int) -> Path:
+        """Return the folder of what --early_stop keeps of the state after `step` steps."""
+        return self.output_dir / f"{_BEST}{step:06d}"
+
     def save(self, step: int, tokens: int) -> Path:
         """Write the checkpoint of a run after `step` steps and `tokens` real tokens, remove old
         ones, and return its folder. Collective."""
 
         def write() -> Path:
             path = self.path(step)
-            engine = self.engine
-            state = self.state(step, tokens)
-            save_checkpoint(path, state, self.weights.write, engine.parameters, engine.optimizer)
+            self._write(path, step, tokens)
             prune(self.output_dir, self.keep_last)
             return path
 
         return on_first_rank(self.topology, write)
+
+    def keep_best(self, step: int, tokens: int, best_of: Callable[[int], int | None]) -> None:
+        """Keep the state after `step`, which is the best so far. Collective.
+
+        Older ones stay while a checkpoint is there from which the run could go on with them:
+        `best_of` is the best step up to that of a checkpoint.
+        """
+
+        def write() -> None:
+            self._write(self.best_path(step), step, tokens)
+            steps = [read_state(path).step for path in checkpoints(self.output_dir)]
+            needed = {self.best_path(best) for s in steps if (best := best_of(s)) is not None}
+            for path in self.output_dir.glob(f"{_BEST}*"):
+                if path not in needed | {self.best_path(step)}:
+                    shutil.rmtree(path, ignore_errors=True)
+
+        on_first_rank(self.topology, write)
+
+    def _write(self, path: Path, step: int, tokens: int) -> None:
+        engine, state = self.engine, self.state(step, tokens)
+        save_checkpoint(path, state, self.weights.write, engine.parameters, engine.optimizer)
 
     def resume(self, path: Path) -> TrainerState:
         """Fill parameters, optimizer and steering from a checkpoint, and return where the run

@@ -22,10 +22,12 @@ from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.weight_check import check_weights, check_what_is_there
+from megaskip.parallel.loading.weight_plan import WeightPlan
 from megaskip.parallel.preflight import preflight
 from megaskip.parallel.protocol import StepEngine
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.summary import table, versions
+from megaskip.reporting.trackers import require_trackers
 from megaskip.training.checkpointer import Checkpointer, TrainedWeights
 from megaskip.training.data import make_loader, read_data
 from megaskip.training.dry_run import dry_run_lines
@@ -36,7 +38,13 @@ from megaskip.training.loop import Trainer
 from megaskip.training.prefix import PrefixCache, open_prefix_cache
 from megaskip.training.reporter import RunReporter
 from megaskip.training.router_trainer import RouterTrainer, RouterWeights
-from megaskip.training.run_folder import is_finished, open_run_folder, reopen, write_run_file
+from megaskip.training.run_folder import (
+    has_stopped_early,
+    is_finished,
+    open_run_folder,
+    reopen,
+    write_run_file,
+)
 from megaskip.training.schedule import total_steps
 
 logger = get_logger(__name__)
@@ -72,7 +80,7 @@ def train(config: RunConfig) -> None:
         _print_plan(config, topology, source)
         return
     # Before there is a process group: in one, ranks would time out while they wait for a slow one.
-    weights = attempt_on_first_rank(topology, lambda: check_weights(source))
+    weights = attempt_on_first_rank(topology, lambda: _check_first(config, source))
     data = read_data(config, source) if weights.error is None else None
     if ds_content is not None and topology.num_stages == 1:
         from megaskip.parallel.zero3 import prepare_deepspeed
@@ -98,9 +106,17 @@ def train(config: RunConfig) -> None:
             _run(job)
 
 
+def _check_first(config: RunConfig, source: ModelSource) -> WeightPlan:
+    """Return which stored tensor becomes which weight; raises MegaskipError where that, or a
+    tracker, is not fit for use."""
+    require_trackers(config.log.trackers)
+    return check_weights(source)
+
+
 def _print_plan(config: RunConfig, topology: Topology, source: ModelSource) -> None:
     """Print the table of --dry_run, on the first rank."""
     if topology.is_first:
+        require_trackers(config.log.trackers)
         check_what_is_there(source)
         config = dataclasses.replace(config, data=with_demo(config.data))
         stages = config.parallel.pipeline_stages
@@ -116,12 +132,15 @@ def _run(job: _Job) -> None:
     if job.checkpoint is not None:
         trainer.resume(job.checkpoint)
         if on_first_rank(topology, lambda: is_finished(output_dir)):
-            if trainer.step >= trainer.total_steps:
+            patience = config.log.early_stop
+            early = on_first_rank(topology, lambda: has_stopped_early(output_dir, patience))
+            if early or trainer.step >= trainer.total_steps:
+                more = "--early_stop" if early else "--max_steps or --epochs"
                 logger.info(
-                    "%s is finished at step %d: nothing to do; a larger --max_steps or --epochs "
-                    "goes on",
+                    "%s is finished at step %d: nothing to do; a larger %s goes on",
                     output_dir,
                     trainer.step,
+                    more,
                 )
                 return
             on_first_rank(topology, lambda: reopen(output_dir))

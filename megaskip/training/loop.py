@@ -28,6 +28,7 @@ from megaskip.parallel.topology import Topology
 from megaskip.reporting.summary import peak_memory_gib
 from megaskip.routing.compensation import is_compensation
 from megaskip.training.checkpointer import Checkpointer
+from megaskip.training.early_stop import EarlyStop
 from megaskip.training.reporter import RunEnd, RunReporter
 from megaskip.training.schedule import learning_rate
 
@@ -86,10 +87,15 @@ class Trainer(ABC):
     """Real tokens seen."""
     calibrated: float | None = None
     """Capacity of the calibration rows, once calibrated."""
+    early_stop: EarlyStop = field(init=False)
+    """The evaluations so far."""
     _preemption: Preemption = field(default_factory=Preemption)
     _launched: deque[LaunchedStep] = field(default_factory=deque)
     _recorded_at: float = 0.0
     """When the numbers of the last recorded step were there, or its successor was launched."""
+
+    def __post_init__(self) -> None:
+        self.early_stop = self._early_stop(())
 
     # -- what depends on what trains
 
@@ -120,12 +126,16 @@ class Trainer(ABC):
 
         A run that is asked to stop (SIGTERM) saves at the next step border and returns {}.
         """
+        on_first_rank(self.topology, lambda: self.reporter.start_trackers(self.step))
         with self.reporter.open(self.step), self._preemption:
+            evaluations = on_first_rank(self.topology, self.reporter.evaluations)
+            self.early_stop = self._early_stop(evaluations)
             try:
                 self.prepare()
                 if self.step == 0:
                     self.start()
                 self._take_steps()
+                self._return_to_best()
                 self.calibrate()
                 self.save()
                 return self._close()
@@ -134,7 +144,8 @@ class Trainer(ABC):
 
     def _take_steps(self) -> None:
         batches = OneAhead(self.loader.steps(self.step), self.topology.device)
-        while self.step < self.total_steps:
+        self._evaluate_if_due()  # a run that goes on may have ended before it could
+        while self.step < self.total_steps and not self.early_stop.is_over:
             self._seed()
             self.prepare_step()
             self._step(batches)
@@ -202,10 +213,46 @@ class Trainer(ABC):
     def _between_steps(self) -> None:
         if self._is_due(self.config.checkpoint.save_every):
             self.save()
-        if self._is_due(self.config.log.eval_every):
+        self._evaluate_if_due()
+
+    def _evaluate_if_due(self) -> None:
+        is_between = 0 < self.step < self.total_steps and not self.early_stop.knows(self.step)
+        if is_between and self._is_due(self.config.log.eval_every):
             self._record_all()
             with contextlib.suppress(AskedToStop):  # the next step border saves and stops
-                self.reporter.held_out(self.step, self.evaluate())
+                self._evaluate_between()
+
+    def _evaluate_between(self) -> None:
+        """Measure, and keep what is the best so far where --early_stop asks for it. Collective."""
+        numbers = self.evaluate()
+        if not numbers:
+            return
+        numbers = on_first_rank(self.topology, lambda: numbers)  # ranks must stop alike
+        self.reporter.held_out(self.step, numbers)
+        if self.early_stop.add(self.step, numbers) and self.early_stop.patience:
+            self.checkpointer.keep_best(self.step, self.tokens, self.early_stop.best_of)
+
+    def _early_stop(self, evaluations: Sequence[Mapping[str, Any]]) -> EarlyStop:
+        capacity = self.config.router.capacity
+        return EarlyStop(self.config.log.early_stop, capacity, evaluations)
+
+    def _return_to_best(self) -> None:
+        """Take up what was trained at the lowest held-out loss, with --early_stop. Collective."""
+        if not self.early_stop.patience:
+            return
+        if not self.early_stop.knows(self.step):
+            self.save()  # what is trained is safe while this takes its time
+            self._evaluate_between()
+        best = self.early_stop.best
+        if best is None:
+            logger.warning(
+                "--early_stop: no evaluation ran as little as --capacity %g asks for; what was "
+                "trained last is kept",
+                self.config.router.capacity,
+            )
+        elif best.step != self.step:
+            self.checkpointer.resume(self.checkpointer.best_path(best.step))
+            logger.info("step %d has the lowest held-out loss, %.4f", best.step, best.loss)
 
     def _seed(self) -> None:
         """Make randomness a function of (seed, step, rank), so that none of it has to be saved."""
@@ -258,6 +305,7 @@ class Trainer(ABC):
                 tokens=self.tokens,
                 held_out=held_out,
                 calibrated=self.calibrated,
+                early_stop=self.early_stop.describe(self.step),
                 trained_bytes=sizes["trained"] + sizes["moments"],
                 trained_parameters=sum(p.numel() for p in self.engine.parameters.values()),
                 compensation_parameters=sum(

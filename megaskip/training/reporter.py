@@ -20,6 +20,8 @@ from megaskip.parallel.topology import Topology
 from megaskip.reporting.metrics import FILE, MetricsWriter
 from megaskip.reporting.progress import ProgressBatches
 from megaskip.reporting.summary import closing_rows, human_bytes, peak_memory_gib, table, versions
+from megaskip.reporting.trackers import Tracker, open_trackers
+from megaskip.training.early_stop import CAPACITY_TOLERANCE
 
 logger = get_logger(__name__)
 
@@ -27,8 +29,6 @@ T = TypeVar("T")
 
 _WINDOW = 20
 """Steps at the end over which the capacity of training is averaged."""
-_CLOSE = 0.01
-"""How far from the asked capacity a run may end without a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,8 @@ class RunEnd:
     """The numbers of Trainer.evaluate; empty when nothing is held out."""
     calibrated: float | None
     """Capacity of the calibration rows; None when nothing was calibrated."""
+    early_stop: Mapping[str, Any] | None = None
+    """What EarlyStop.describe says; None without --early_stop."""
     trained_bytes: int
     """What trains and its optimizer state, on a rank."""
     trained_parameters: int
@@ -74,6 +76,13 @@ class RunReporter:
         self._started = 0.0
         self._metrics: MetricsWriter | None = None
         self._bar: Any = None
+        self._trackers: dict[str, Tracker] = {}
+
+    def start_trackers(self, first_step: int) -> None:
+        """Open what --report_to names for a run that has taken `first_step` steps, before `open`.
+        First rank only; raises MegaskipError."""
+        names, config = self._config.log.trackers, dataclasses.asdict(self._config)
+        self._trackers = open_trackers(names, self.output_dir, config, first_step=first_step)
 
     @contextlib.contextmanager
     def open(self, first_step: int) -> Iterator[None]:
@@ -85,7 +94,7 @@ class RunReporter:
         log = self._config.log
         with write_errors(self.output_dir):
             metrics = MetricsWriter(
-                self.output_dir, self._layers, first_step=first_step, tensorboard=log.tensorboard
+                self.output_dir, self._layers, first_step=first_step, trackers=self._trackers
             )
         bar = tqdm(
             total=self._total_steps,
@@ -134,8 +143,17 @@ class RunReporter:
     def held_out(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Say what an evaluation in the middle of a run measured."""
         if self._metrics is not None:
-            text = ", ".join(f"{k} {v:.4f}" for k, v in numbers.items() if isinstance(v, float))
+            scalars = {name: v for name, v in numbers.items() if isinstance(v, float)}
+            text = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
             tqdm.write(f"step {step}: held out {text}")
+            with write_errors(self.output_dir):
+                self._metrics.held_out(step, scalars)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return the numbers of all evaluations so far, with their `step`. First rank only, inside
+        `open`."""
+        assert self._metrics is not None
+        return self._metrics.evaluations
 
     def progress(self, batches: Sequence[T], desc: str) -> ProgressBatches[T]:
         """Return `batches` with a bar for a pass over them, on the first rank's terminal."""
@@ -176,6 +194,7 @@ class RunReporter:
             "training_capacity": sum(entry["capacity"] for entry in window) / max(len(window), 1),
             "window": len(window),
             "calibrated_capacity": end.calibrated,
+            "early_stop": None if end.early_stop is None else dict(end.early_stop),
             "optimizer": _optimizer_text(end.trained_bytes, end.trained_parameters),
             "compensation": self._compensation(end.compensation_parameters),
             "peak_memory_gib": end.peak_memory_gib,
@@ -208,11 +227,11 @@ def capacity_warnings(report: Mapping[str, Any]) -> list[str]:
     advice = "train longer (--max_steps), or on more varied data"
     if held_out:
         error = held_out["capacity"] - asked
-        if abs(error) <= _CLOSE + 2 * held_out["capacity_standard_error"]:
+        if abs(error) <= CAPACITY_TOLERANCE + 2 * held_out["capacity_standard_error"]:
             return []
         return [f"the capacity is off by {error:+.3f}: {advice}"]
     warnings = ["nothing is held out: what skipping costs was not measured"]
     calibrated = report["calibrated_capacity"]
-    if calibrated is not None and abs(calibrated - asked) > _CLOSE:
+    if calibrated is not None and abs(calibrated - asked) > CAPACITY_TOLERANCE:
         warnings.append(f"the capacity is {calibrated:.3f}, asked was {asked:.3f}: {advice}")
     return warnings

@@ -112,6 +112,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / "report.json").is_file()
 
 
+def has_stopped_early(folder: Path, patience: int) -> bool:
+    """Return whether the finished run in a folder would end early again with this --early_stop."""
+    ending = read_json(folder / "report.json").get("early_stop")
+    return bool(ending and ending["stopped"] and 0 < patience <= ending["patience"])
+
+
 def write_run_file(folder: Path, config: RunConfig, world_size: int) -> None:
     """Write run.json: every setting, resolved, and what it runs on."""
     write_json(

@@ -168,7 +168,7 @@ def test_damaged_lines_of_the_metrics_are_left_out_and_named(
 ) -> None:
     lines = ['{"step": 1}', "\0\0", '{"step": 2}', '{"step": 3}', '{"ste']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    with MetricsWriter(tmp_path, (), first_step=2, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path, (), first_step=2, trackers={}) as metrics:
         assert [entry["step"] for entry in metrics.history] == [1, 2]
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}/metrics.jsonl, line 2 is damaged: it is removed"

@@ -1,17 +1,22 @@
 """A run's report says what was measured, and warns where it is off; only the first rank writes."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import tiny_config
 
+from megaskip.extras import MissingExtraError
 from megaskip.parallel.results import StepResult
 from megaskip.parallel.topology import Topology, read_topology
+from megaskip.reporting.metrics import MetricsWriter
 from megaskip.reporting.summary import closing_rows
+from megaskip.reporting.trackers import open_trackers, require_trackers, run_ids
 from megaskip.training.reporter import RunEnd, RunReporter, capacity_warnings
 
 
@@ -133,3 +138,56 @@ def test_a_capacity_is_off_only_where_chance_cannot_explain_it(
     assert len(warnings) == len(expected)
     for warning, start in zip(warnings, expected, strict=True):
         assert warning.startswith(start)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_a_tracker_that_is_not_installed_names_its_extra(name: str) -> None:
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(MissingExtraError, match=rf"pip install megaskip\[{name}\]"):
+        require_trackers(["tensorboard", name])
+
+
+def test_trackers_get_what_metrics_get_and_one_that_fails_is_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = open_trackers(["tensorboard"], tmp_path, {}, first_step=0)["tensorboard"]
+    broken = Broken()
+    with MetricsWriter(
+        tmp_path, (1,), first_step=0, trackers={"broken": broken, "tensorboard": board}
+    ) as metrics:
+        for number in range(1, 4):
+            metrics.record(number, {"loss_task": 2.0, "capacity_per_layer": [0.5]})
+        metrics.held_out(3, {"loss_routed": 1.5})
+    assert broken.calls == 2
+    assert [r.getMessage()[:44] for r in caplog.records] == [
+        "--report_to broken: it failed (no more disk)"
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss/task")] == [1, 2, 3]
+    assert [e.value for e in events.Scalars("capacity_per_layer/001")] == [0.5] * 3
+    assert [e.value for e in events.Scalars("held_out/loss_routed")] == [1.5]
+
+
+class Broken:
+    """A tracker whose library fails from the second step on."""
+
+    errors = (ValueError,)
+    calls = 0
+
+    def scalars(self, step: int, values: Any) -> None:
+        self.calls += 1
+        if step == 2:
+            raise ValueError("no more disk")
+
+    histogram = image = close = scalars
+
+
+def test_a_run_that_goes_on_keeps_its_name_in_a_tracker_and_a_new_one_has_another(
+    tmp_path: Path,
+) -> None:
+    first = run_ids(tmp_path, ["wandb", "tensorboard"], is_new=True)
+    assert set(first) == {"wandb"}
+    again = run_ids(tmp_path, ["wandb", "mlflow"], is_new=False)
+    assert again["wandb"] == first["wandb"] != again["mlflow"]
+    assert run_ids(tmp_path, ["wandb"], is_new=True) != first

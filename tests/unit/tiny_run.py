@@ -14,8 +14,8 @@ from megaskip import RouterConfig, attach_routers
 from megaskip.arch.adapters import add_adapters
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.checkpoint import describe_base
-from megaskip.config import RunConfig
-from megaskip.config.run import CheckpointConfig, LogConfig, OptimConfig
+from megaskip.config import LogConfig, RunConfig
+from megaskip.config.run import CheckpointConfig, OptimConfig
 from megaskip.data import DataStats, Row, TokenizedData
 from megaskip.data.loader import DataLoader
 from megaskip.parallel.engine import Engine

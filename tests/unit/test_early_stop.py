@@ -1,0 +1,90 @@
+"""A run ends early where held-out loss no longer falls, and keeps what was best."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training_loop import files, stop_after
+from tiny_run import alone, full_trainer, tiny_config
+
+from megaskip.config import RunConfig, parse_run_config
+from megaskip.errors import ConfigError
+from megaskip.reporting.summary import closing_rows
+from megaskip.training.early_stop import EarlyStop
+from megaskip.training.run_folder import has_stopped_early
+
+
+def entries(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
+    return [{"step": i, "loss_routed": s, "capacity": c} for i, (s, c) in enumerate(pairs, 1)]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "best", "is_over"),
+    [
+        ([], None, False),
+        ([(1.0, 1.0), (1.2, 0.8), (1.4, 0.6)], None, False),
+        ([(1.0, 1.0), (1.5, 0.5), (1.4, 0.5), (1.6, 0.4)], 3, False),
+        ([(1.5, 0.5), (1.6, 0.5), (1.2, 0.9), (1.5, 0.505)], 1, True),
+    ],
+    ids=["nothing", "everything_runs", "goes_on", "over"],
+)
+def test_only_evaluations_that_run_as_little_as_asked_count(
+    pairs: list[tuple[float, float]], best: int | None, is_over: bool
+) -> None:
+    early = EarlyStop(2, 0.5, entries(*pairs))
+    assert (None if early.best is None else early.best.step) == best
+    assert early.is_over == is_over
+    assert not EarlyStop(0, 0.5, entries(*pairs)).is_over
+
+
+def test_a_run_that_gets_worse_stops_and_keeps_its_best(tmp_path: Path) -> None:
+    config = diverging()
+    with alone() as topology:
+        whole = full_trainer(tmp_path / "whole", topology, config)
+        report = whole.run()
+        first = full_trainer(tmp_path / "run", topology, config)
+        stop_after(first, step=2)
+        assert first.run() == {}
+        again = full_trainer(tmp_path / "run", topology, config)
+        again.resume(tmp_path / "run/step_000002")
+        assert again.run()["early_stop"] == report["early_stop"]
+    ending = report["early_stop"]
+    assert ending["stopped"] and ending["step"] == whole.step == ending["best_step"] + 2 < 6
+    lines = (tmp_path / "whole/evaluations.jsonl").read_text().splitlines()
+    losses = {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
+    assert min(losses, key=losses.__getitem__) == ending["best_step"]
+    assert report["held_out"]["loss"] == pytest.approx(ending["best_loss"], abs=1e-6)
+    assert files(tmp_path / "run/model") == files(tmp_path / "whole/model")
+    assert dict(closing_rows(report))["early stop"].startswith("after 2 evaluations without")
+    assert has_stopped_early(tmp_path / "whole", 2) and not has_stopped_early(tmp_path / "whole", 3)
+
+
+def diverging() -> RunConfig:
+    config = tiny_config(lr=0.3)
+    return dataclasses.replace(
+        config, log=dataclasses.replace(config.log, eval_every=1, early_stop=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--early_stop", "2"], "add --eval_every"),
+        (["--early_stop", "2", "--eval_every", "5", "--held_out", "0"], "needs held-out rows"),
+        (["--report_to", "none,wandb"], "give none alone"),
+        (["--report_to", "wandb,wandb"], "names a tracker twice"),
+        (["--report_to", "wandbb"], "did you mean 'wandb'"),
+    ],
+)
+def test_what_cannot_be_is_said(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_run_config(flags)
+
+
+def test_trackers_are_those_asked_for() -> None:
+    assert parse_run_config([]).log.trackers == ("tensorboard",)
+    assert parse_run_config(["--report_to", "none"]).log.trackers == ()
+    asked = parse_run_config(["--report_to", "tensorboard,wandb", "--no-tensorboard"])
+    assert asked.log.trackers == ("wandb",)
