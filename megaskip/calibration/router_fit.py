@@ -61,7 +61,7 @@ def fit_routers(
             fits[layer].observe(read, costs, half=half)
 
         dealt = deal_groups(routers.layers, groups, seed + number)
-        measure_costs(engine, batch, dealt, observe, distill=distill)
+        measure_costs(engine, batch, dealt, observe, distill=distill, seed=seed + number)
     fitted = {layer: fit.solve(sum_over_ranks) for layer, fit in fits.items()}
     _fill(engine, fitted)
     return fitted

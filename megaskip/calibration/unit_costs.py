@@ -3,8 +3,10 @@
 Many layers skip together in the end, so costs are measured that way, too: the routed layers are
 dealt into groups, the gates of a group go from running to skipping together while all other layers
 run, and the gradient of the loss with respect to each gate, integrated along this way, is the
-unit's share of what the group costs (the shares add up to it: Aumann and Shapley's values). One
-point half the way is exact for a loss that is quadratic along it.
+unit's share of what the group costs (the shares add up to it: Aumann and Shapley's values). Each
+row stands at another point of the way, so that a batch samples all of it: some costs show only near
+its end, such as those of the first token's huge activations, which half an update still brings
+about.
 Shapes: B rows, U units of decision in a row, D hidden.
 """
 
@@ -20,8 +22,6 @@ from megaskip.data import Batch
 from megaskip.parallel.engine import Engine
 from megaskip.routing import RouterSet
 
-_HALF_WAY = 0.5
-
 Observer = Callable[[int, Tensor, Tensor], object]
 """Called with a layer, what its router reads of each real unit, float32 [N, D], and what skipping
 these units costs, float32 [N], nats."""
@@ -34,19 +34,30 @@ def measure_costs(
     observe: Observer,
     *,
     distill: float,
+    seed: int,
 ) -> None:
     """Tell `observe` the costs of all units of a batch, of the layers that are on this rank: a
     forward and a backward pass for each of `groups` of layers.
 
-    `distill` is the share of each label that is the dense model's prediction. A rank without a
-    batch takes part with None. Collective.
+    `distill` is the share of each label that is the dense model's prediction, `seed` that of the
+    points at which rows stand. A rank without a batch takes part with None. Collective.
     """
-    passes = engine.gate_gradients(batch, groups, at=_HALF_WAY, distill=distill)
+    rows = 1 if batch is None else len(batch.input_ids)
+    at = points_on_the_way(rows, seed)
+    passes = engine.gate_gradients(batch, groups, at=at, distill=distill)
     with read_by_routers(engine.routers) as read:
         for real, gradients in passes:
             if batch is not None:
                 for layer, gradient in gradients.items():
                     observe(layer, read[layer][real], -gradient[real])
+
+
+def points_on_the_way(rows: int, seed: int) -> Tensor:
+    """Return a random point in each of `rows` equal shares of [0, 1], in random order, float32
+    [B, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)
+    return (shares / rows).unsqueeze(1)
 
 
 def deal_groups(layers: Sequence[int], count: int, seed: int) -> list[list[int]]:

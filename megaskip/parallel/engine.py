@@ -122,13 +122,13 @@ class Engine:
         batch: Batch | None,
         groups: Sequence[Sequence[int]],
         *,
-        at: float,
+        at: Tensor,
         distill: float,
     ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
         """Yield, for each of `groups` of layers, (the real units, bool [B, U]; the gradients of the
         summed loss of `batch` with respect to the gates of these layers, float32 [B, U] by layer,
-        of those on this rank): with these gates at `at` between 0, skipped, and 1, and every other
-        layer running.
+        of those on this rank): with these gates at `at`, float32 [B, 1] between 0, skipped, and 1,
+        and every other layer running.
 
         `distill` is the share of each label that is the dense model's prediction. For None a
         placeholder runs. Collective.
@@ -139,9 +139,8 @@ class Engine:
         try:
             teachers = self._teacher_states([ran])
             for layers in groups:
-                gates = {k: torch.full(real.shape, at, device=real.device) for k in layers}
-                for gate in gates.values():
-                    gate.requires_grad_()
+                start = at[: len(real)].to(real.device).expand(real.shape)
+                gates = {layer: start.clone().requires_grad_() for layer in layers}
                 with self.routers.disabled(), self.routers.override(gates):
                     self._micro_steps([ran], GlobalBatch.unit(), teachers)
                 own = [layer for layer in layers if layer in self.own_layers]

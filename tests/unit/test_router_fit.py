@@ -16,7 +16,7 @@ from megaskip.calibration import cost_regression
 from megaskip.calibration.cost_regression import CostRegression
 from megaskip.calibration.router_fit import fit_routers
 from megaskip.calibration.threshold import calibrate_threshold
-from megaskip.calibration.unit_costs import deal_groups, measure_costs
+from megaskip.calibration.unit_costs import deal_groups, measure_costs, points_on_the_way
 from megaskip.config import GRANULARITIES, RunConfig
 from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine
@@ -47,7 +47,8 @@ def test_gradients_along_the_way_add_up_to_what_skipping_costs(
     costs = 0.0
     for batch in text:
         for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
-            ((_, gradients),) = engine.gate_gradients(batch, [group], at=float(point), distill=0.0)
+            at = torch.full((16, 1), float(point))
+            ((_, gradients),) = engine.gate_gradients(batch, [group], at=at, distill=0.0)
             assert list(gradients) == group
             costs -= weight * sum(float(gradient.sum()) for gradient in gradients.values())
     with engine.routers.disabled():
@@ -66,8 +67,10 @@ def test_costs_are_told_of_real_units_with_what_their_router_reads(make_engine: 
     def observe(layer: int, read: Tensor, costs: Tensor) -> None:
         told[layer] = read, costs
 
-    measure_costs(engine, batch, [[1, 3], [2]], observe, distill=0.0)
-    ((_, gradients),) = engine.gate_gradients(batch, [[2]], at=0.5, distill=0.0)
+    measure_costs(engine, batch, [[1, 3], [2]], observe, distill=0.0, seed=5)
+    at = points_on_the_way(16, 5)
+    assert ((at * 16).long().sort(dim=0).values[:, 0] == torch.arange(16)).all()
+    ((_, gradients),) = engine.gate_gradients(batch, [[2]], at=at, distill=0.0)
     read, costs = told[2]
     assert set(told) == {1, 2, 3}
     assert torch.equal(costs, -gradients[2][:, :12].flatten())
