@@ -50,14 +50,19 @@ def source_of(base: TextAndModel) -> ModelSource:
 
 @contextlib.contextmanager
 def opened(
-    base: TextAndModel, router: RouterConfig, topology: Topology, source: ModelSource
+    base: TextAndModel,
+    router: RouterConfig,
+    topology: Topology,
+    source: ModelSource,
+    *,
+    activation_checkpointing: bool = False,
 ) -> Iterator[Opened]:
     """Load the model with fresh routers, and the text; hold the process group. Collective.
 
     What cannot work is found before any rank waits for another. Raises ConfigError when no text is
     held out.
     """
-    config = _run_config(base, router)
+    config = _run_config(base, router, activation_checkpointing)
     weights = attempt_on_first_rank(topology, lambda: check_weights(source))
     loader = _loader(config, source, topology) if weights.error is None else None
     ds_content = read_ds_config(base.ds_config)
@@ -82,7 +87,7 @@ def _model_of(base: TextAndModel) -> ModelConfig:
     )
 
 
-def _run_config(base: TextAndModel, router: RouterConfig) -> RunConfig:
+def _run_config(base: TextAndModel, router: RouterConfig, recompute: bool) -> RunConfig:
     return RunConfig(
         model=_model_of(base),
         router=router,
@@ -96,7 +101,11 @@ def _run_config(base: TextAndModel, router: RouterConfig) -> RunConfig:
             seed=base.seed,
         ),
         optim=OptimConfig(micro_batch_size=base.micro_batch_size, seed=base.seed),
-        parallel=ParallelConfig(ds_config=base.ds_config, pipeline_stages=base.pipeline_stages),
+        parallel=ParallelConfig(
+            ds_config=base.ds_config,
+            pipeline_stages=base.pipeline_stages,
+            activation_checkpointing=recompute,
+        ),
     )
 
 

@@ -87,7 +87,8 @@ def fit_routers_job(options: FitRoutersOptions) -> None:
     require_new(options.output)
     source = source_of(base)
     router = _router_config(options, source.text_config.num_hidden_layers)
-    with opened(base, router, topology, source) as job:
+    recompute = options.activation_checkpointing
+    with opened(base, router, topology, source, activation_checkpointing=recompute) as job:
         fitted = _fit(job, options)
         on_first_rank(topology, lambda: _write(options.output, job, fitted, options.capacity))
     if topology.is_first:

@@ -38,6 +38,8 @@ class FitRoutersOptions(Checked):
     distill: float = 1.0
     """Share of each label that is the dense model's own prediction; its costs scatter less than
     those of the text."""
+    activation_checkpointing: bool = False
+    """As in training: less memory, for a third more time."""
     output: Path = option(metavar="FOLDER")
     """Router folder to write."""
 
