@@ -24,6 +24,9 @@ methods:
              chooses with the maps in place
   static_trained, greedy_trained
              the same, the maps trained together afterwards (megaskip drop); whole layers
+  by_cost, by_cost_fitted
+             routers in closed form that predict what skipping costs (megaskip fit-routers), without
+             and with maps in closed form
   random     other layers for every text
   uniform    every n-th layer
   published  one training for every skip: per-layer hinge on whole sequences, the strongest of the

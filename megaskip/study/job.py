@@ -20,6 +20,7 @@ from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.weight_check import with_checked_weights
 from megaskip.parallel.topology import Topology, alone, process_group, read_topology
 from megaskip.study.comparison import Comparison
+from megaskip.study.cost_routers import BY_COST, CostRouters
 from megaskip.study.ledger import Job, Ledger, share_of
 from megaskip.study.measured import Measured
 from megaskip.study.over_seeds import contrasts
@@ -33,8 +34,10 @@ logger = get_logger(__name__)
 _ALLOCATION_ROUNDS = 2
 _REPORT_SECONDS = 60.0
 _DENSE = "dense"
+_DRAWN = ("random", *BY_COST)
+"""Methods that have a seed, and no training."""
 _MEASURED_WITH = (
-    *("granularity", "layers", "calibration_rows", "compensation_rank", "order_rows"),
+    *("granularity", "layers", "calibration_rows", "compensation_rank", "order_rows", "cost_rows"),
     *("continuations", "prefill_runs"),
 )
 """Options on which a measurement depends, beside the model, the text and its run."""
@@ -116,7 +119,7 @@ def _jobs(comparison: Comparison, options: CompareOptions) -> list[Job]:
         for skip in options.shares:
             for seed in options.seeds:
                 training = training_of(method, skip, seed, comparison, options)
-                if training is None and method != "random":
+                if training is None and method not in _DRAWN:
                     jobs.append(Job(method=method, skip=skip, seed=None, training=None))
                     break  # without anything that has a seed
                 if training is None or training.is_done or not options.no_training:
@@ -143,6 +146,14 @@ class _Bench:
             most=max(options.shares),
             rank=options.compensation_rank,
             order_rows=options.order_rows,
+        )
+        self._cost_routers = CostRouters(
+            comparison,
+            base,
+            options.output / "fitted",
+            rank=options.compensation_rank,
+            rows=options.cost_rows,
+            shares=options.shares,
         )
         settings = {name: getattr(options, name) for name in _MEASURED_WITH}
         settings |= {"version": __version__, "text": comparison.fingerprint()}
@@ -171,6 +182,8 @@ class _Bench:
             if job.training is None:
                 return comparison.measure(self._drops.policy(job.method, job.skip))
             return comparison.measure(self._drops.take(job.training.folder / "routers"))
+        if job.method in BY_COST:
+            return self._measure_routed(job, self._cost_routers.run(job.method, job.seed or 0))
         if job.training is None:
             self._drops.put(with_maps=False)
             (order,) = comparison.orders([job.seed or 0])[job.method]

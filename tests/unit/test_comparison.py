@@ -18,6 +18,7 @@ from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.study.comparison import Comparison
+from megaskip.study.cost_routers import CostRouters
 from megaskip.study.ledger import Job, Ledger, share_of
 from megaskip.study.measured import Measured
 from megaskip.study.over_seeds import contrasts
@@ -221,6 +222,21 @@ def test_trained_maps_start_where_the_closed_form_ends(
     taken = comparison.measure(drops.take(folder)).text
     np.testing.assert_allclose(taken.nll, fitted.nll, rtol=1e-5)
     np.testing.assert_array_equal(taken.kept, fitted.kept)
+
+
+def test_routers_by_cost_are_fitted_once_and_put_at_the_skip(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    base = resolve_source(ModelConfig(model="demo", dtype="float32")).describe()
+    settings = {"rank": 4, "rows": 16, "shares": [0.25]}
+    fitted = CostRouters(comparison, base, tmp_path, **settings)  # type: ignore[arg-type]
+    run = fitted.run("by_cost_fitted", 0)
+    written = (run / "routers" / "routers.safetensors").stat().st_mtime_ns
+    assert fitted.run("by_cost_fitted", 0) == run
+    assert (run / "routers" / "routers.safetensors").stat().st_mtime_ns == written
+    kept = comparison.take(run / "routers", 0.25)
+    assert kept == pytest.approx(1 - comparison.share(0.25), abs=0.01)
+    assert comparison.routers.config.compensation == "low_rank"
 
 
 def test_what_was_measured_stays_with_what_it_depends_on(

@@ -10,6 +10,7 @@ from megaskip.config.routing import GRANULARITIES
 
 BASELINES = ("static", "random", "uniform")
 DROPS = ("greedy", "static_fitted", "greedy_fitted", "static_trained", "greedy_trained")
+BY_COST = ("by_cost", "by_cost_fitted")
 TRAINED = (
     "published",
     "separate",
@@ -24,7 +25,7 @@ TRAINED = (
     "mlp",
     "compensated",
 )
-METHODS = (*BASELINES, *DROPS, *TRAINED)
+METHODS = (*BASELINES, *DROPS, *BY_COST, *TRAINED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class CompareOptions(Checked):
         (*BASELINES, "published", "ours"), separator=",", choices=METHODS, metavar="NAME,..."
     )
     """What is compared."""
-    ours: str = option("ours", choices=(*TRAINED, *DROPS), metavar="NAME")
+    ours: str = option("ours", choices=(*TRAINED, *BY_COST, *DROPS), metavar="NAME")
     """The method that the others are set against."""
     granularity: str = option("attn_sequence", choices=GRANULARITIES, metavar="GRANULARITY")
     """As --granularity of `megaskip train`, for all methods."""
@@ -73,6 +74,8 @@ class CompareOptions(Checked):
     """Rank of the maps in dropped layers' places."""
     order_rows: int = 128
     """Calibration rows on which a greedy order is measured."""
+    cost_rows: int = 256
+    """Calibration rows on which the costs of by_cost are measured."""
     continuations: int = 0
     """Prompts whose 64 greedy tokens are compared with the dense model's."""
     prefill_runs: int = 7
@@ -88,7 +91,7 @@ class CompareOptions(Checked):
 
     def _problems(self) -> Iterator[str]:
         counts = ("documents", "pairs", "choice_questions", "steps", "calibration_rows")
-        for name in (*counts, "order_rows", "parallel"):
+        for name in (*counts, "order_rows", "cost_rows", "parallel"):
             yield from at_least(name, getattr(self, name), 1)
         for name in ("continuations", "prefill_runs"):
             yield from at_least(name, getattr(self, name), 0)

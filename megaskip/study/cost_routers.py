@@ -1,0 +1,51 @@
+"""Routers that predict what skipping costs, compared like everything else."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.router_fit import fit_routers
+from megaskip.checkpoint.base import BaseModel
+from megaskip.checkpoint.routers import CONFIG, save_routers
+from megaskip.study.comparison import Comparison
+
+BY_COST = {"by_cost": "none", "by_cost_fitted": "low_rank"}
+"""Methods: what stands in the place of what is skipped."""
+
+
+class CostRouters:
+    """The routers in closed form of one comparison: fitted once for each seed, for all skips."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        base: BaseModel,
+        folder: Path,
+        *,
+        rank: int,
+        rows: int,
+        shares: Sequence[float],
+    ) -> None:
+        """`folder` keeps what is fitted; `rank` is that of the maps, `rows` the calibration rows on
+        which costs are measured, `shares` those of all units that will be skipped."""
+        self._comparison, self._base, self._folder = comparison, base, folder
+        self._rank, self._rows = rank, rows
+        self._groups = max(round(1 / statistics.mean(shares)), 1)
+
+    def run(self, method: str, seed: int) -> Path:
+        """Return the folder whose `routers` are those of a method, fitted unless they are there."""
+        run = self._folder / f"{method}-s{seed}"
+        if not (run / "routers" / CONFIG).is_file():
+            comparison, kind = self._comparison, BY_COST[method]
+            config = dataclasses.replace(
+                comparison.plain, router="affine", compensation=kind, compensation_rank=self._rank
+            )
+            comparison.attach(config)
+            if kind != "none":
+                fit_compensation(comparison.engine, comparison.calibration)
+            rows = comparison.some_calibration(self._rows)
+            fit_routers(comparison.engine, rows, groups=self._groups, seed=seed)
+            save_routers(run / "routers", comparison.routers, base=self._base)
+        return run
