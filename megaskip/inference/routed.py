@@ -20,7 +20,7 @@ from megaskip.inference.static_decode import StaticGeneration
 from megaskip.routing.router import PREFIX, Router
 from megaskip.routing.routers import Routers
 
-logger = logging.get_logger(__name__)
+_HF_LOGGER = logging.get_logger(__name__)
 
 
 class RoutedModel(StaticGeneration, AdaptedModel):
@@ -33,7 +33,7 @@ class RoutedModel(StaticGeneration, AdaptedModel):
         if getattr(config, "routing", None) is None:
             raise ValueError("config.json has no routing")
         if (adapter := config.routing.get("adapter")) not in (None, "merged"):
-            logger.warning(_NEEDS_ADAPTER, adapter)
+            _HF_LOGGER.warning(_NEEDS_ADAPTER, adapter)
         kv = config.routing.get("kv", "keep")
         if kv not in KV_CHOICES:
             raise ValueError(f"config.routing: kv is {kv!r}, expected one of {KV_CHOICES}")
