@@ -63,7 +63,7 @@ _HEADER = f'''"""Inference of models that skip (Router-Tuning, arXiv 2410.13184)
 Joined by megaskip {__version__} from its modules, where all is documented; needs torch and
 transformers only. Apache-2.0.
 """
-# Protocols are left out: nothing but annotations names them, which are not looked up.
+# What type checkers alone read is left out: protocols, and types of attributes without a value.
 from __future__ import annotations
 '''
 
@@ -105,7 +105,7 @@ def _used_names(trees: Mapping[str, ast.Module], roots: Sequence[str]) -> set[st
 def _body(source: str, tree: ast.Module, used: set[str]) -> str:
     """Return the text of a module without its imports and documentation and without definitions
     that are not `used`: what runs, and why."""
-    left_out = [*_documentation(tree)]
+    left_out = _for_readers(tree)
     for node in tree.body:
         if _is_protocol(node) or not used.intersection(_defined_names(node)):
             left_out.append(node)
@@ -128,18 +128,27 @@ def _line_numbers(node: ast.stmt) -> range:
     return range(first, (node.end_lineno or node.lineno) + 1)
 
 
-def _documentation(tree: ast.Module) -> list[ast.stmt]:
-    """Return the strings that document the module, its classes, functions and fields, but for those
-    that are a whole body."""
-    return [
-        statement
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and len(node.body) > 1
-        for statement in node.body
-        if isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    ]
+def _for_readers(tree: ast.Module) -> list[ast.stmt]:
+    """Return the strings that document the module, its classes, functions and fields, and what
+    classes say of their attributes' types, but for a first one that nothing else follows."""
+    left_out: list[ast.stmt] = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+            here = [statement for statement in node.body if _is_for_readers(statement, node)]
+            left_out += here if len(here) < len(node.body) else here[1:]
+    return left_out
+
+
+def _is_for_readers(statement: ast.stmt, parent: ast.AST) -> bool:
+    if isinstance(statement, ast.AnnAssign):
+        has_fields = "dataclass" in map(_decorator, getattr(parent, "decorator_list", []))
+        return isinstance(parent, ast.ClassDef) and statement.value is None and not has_fields
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _decorator(node: ast.expr) -> str:
+    return ast.unparse(node).split("(")[0]
 
 
 def _imports(trees: Iterable[ast.Module], used: set[str]) -> str:

@@ -27,8 +27,6 @@ from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.kept import STATIC, KeptRows, is_offloaded, replace_layer
 from megaskip.routing.routers import Routers
 
-logger = logging.get_logger(__name__)
-
 REHEARSALS = 2
 """Steps that run before one is recorded: the first makes what later ones find made, the second
 shows whether any waits for the device."""
@@ -217,7 +215,7 @@ _ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def _say_not_recorded(why: str) -> None:
-    logger.warning_once(
+    logging.get_logger(__name__).warning_once(
         'megaskip: cache_implementation="static" decodes without a recorded step, which is slower '
         f"on a GPU: {why}"
     )
