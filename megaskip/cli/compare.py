@@ -37,6 +37,11 @@ methods:
   separate   ours, with one training for every skip
   compensated
              separate, with maps in the place of what is skipped, trained together
+  dense_adapted
+             a control that skips nothing: LoRA in the sublayers that greedy_trained would drop at
+             that skip (static_trained, where that alone is compared), of as many parameters,
+             trained on the same text for as many steps (needs peft). How much a training gives by
+             itself, and what fit and training cost beside it
   layerwise  separate, with the published hinge as its budget
   distill, noise, sharp, smooth, affine, mlp
              ours with one option more: --distill 0.5, --noise 0.5, --temperature 0.3 or 3,

@@ -3,15 +3,17 @@
 Knows a model and its texts, not how routers were trained.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megaskip.arch import attach_routers, detach_routers, find_decoder
+from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.capacities import reach_capacity
 from megaskip.calibration.static_drop import mean_similarity
@@ -247,6 +249,19 @@ class Comparison:
         detach_routers(self.model)
         routers = attach_routers(self.model, config, register=False, verify=False)
         self._engine = Engine(self._engine.module, routers, self._config, self._topology)
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[TaskLoss]:
+        """Let the model have no routers in here; yield it with its loss, to be trained."""
+        detach_routers(self.model)
+        try:
+            yield self._engine.module  # type: ignore[misc]
+        finally:
+            self.attach(self.plain)
+
+    def engine_of(self, config: RunConfig) -> Engine:
+        """Return an engine of the routers that are attached now, which trains as `config` says."""
+        return Engine(self._engine.module, self.routers, config, self._topology)
 
     # -- measures
 

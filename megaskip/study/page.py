@@ -20,6 +20,7 @@ from megaskip.study.pareto import (
     loss_axes,
     table_rows,
 )
+from megaskip.study.training_costs import COST_HEADER, TrainingCost
 
 with extra("report"):
     from matplotlib.axes import Axes
@@ -41,6 +42,12 @@ _TASK_NOTE = (
     "over its characters; as in lm-eval, without examples in the prompt.</p>"
 )
 
+_COST_NOTE = (
+    "<p>FLOPs: of the fit, and of the first training step times their number. Ratios are to "
+    "dense_adapted of this comparison (LoRA of as many parameters, as many steps), fit included. "
+    "Seconds are those of trainings beside each other where several ran at a time.</p>"
+)
+
 Value = Callable[[Point], float | None]
 
 
@@ -48,6 +55,7 @@ def page(
     points: Sequence[Point],
     contrasts: Sequence[Contrast],
     left_out: Sequence[str],
+    costs: Sequence[TrainingCost] = (),
     *,
     title: str,
     settings: Sequence[tuple[str, str]],
@@ -80,6 +88,9 @@ def page(
     if differences:
         header = ("difference, at equal skip", "skip", "loss", "pairs", "choice acc_norm", "exact")
         sections.append("<h2>Paired differences</h2>" + _table(header, differences))
+    if costs:
+        rows = [cost.row() for cost in costs]
+        sections.append("<h2>What it takes to make</h2>" + _COST_NOTE + _table(COST_HEADER, rows))
     if left_out:
         items = "".join(f"<li>{escape(why)}</li>" for why in left_out)
         sections.append(f"<h2>Left out</h2><ul>{items}</ul>")
@@ -217,7 +228,7 @@ def _domain_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
             *(interval(point.domains[domain], "+.4f") for domain in domains),
         )
         for point in points
-        if point.skipped > 0 and len(domains) > 1
+        if point.asked > 0 and len(domains) > 1
     ]
 
 

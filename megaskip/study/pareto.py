@@ -144,10 +144,9 @@ def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
     ]
 
 
-def markdown(points: Sequence[Point]) -> str:
-    """Return the comparison as a Markdown table."""
-    rows = [HEADER, tuple("---" for _ in HEADER), *table_rows(points)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
 
 
 def draw(points: Sequence[Point], path: Path, *, title: str) -> None:

@@ -17,7 +17,9 @@ from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.topology import LAUNCHER_VARIABLES
 from megaskip.study.comparison import Comparison
+from megaskip.study.dense_adapter import WEIGHTS
 from megaskip.study.static_drops import STATIC
+from megaskip.study.training_costs import CONTROL
 
 logger = get_logger(__name__)
 
@@ -50,13 +52,13 @@ class Training:
     flags: tuple[str, ...]
     start: Path | None = None
     """Folder of the routers it starts from, which is written before."""
+    result: str = f"routers/{CONFIG}"
+    """What a finished run has in its folder, beside its report."""
 
     @property
     def is_done(self) -> bool:
         """Return whether the run is finished."""
-        return (self.folder / "routers" / CONFIG).is_file() and (
-            self.folder / "report.json"
-        ).is_file()
+        return all((self.folder / name).is_file() for name in (self.result, "report.json"))
 
 
 def training_of(
@@ -71,6 +73,7 @@ def training_of(
         folder=options.output / "runs" / f"{name}-s{seed}",
         flags=(*flags, "--seed", str(seed)),
         start=start,
+        result=WEIGHTS if method == CONTROL else f"routers/{CONFIG}",
     )
 
 
@@ -102,6 +105,8 @@ def _run_for(
 ) -> tuple[str, tuple[str, ...], Path | None]:
     """Return (name of the run, without its seed; its flags; the folder it starts from); no name for
     what is not trained."""
+    if method == CONTROL:
+        return f"{method}-{skip:.4f}", ("--distill", "0.5", "--lr", f"{options.adapter_lr:g}"), None
     if STATIC.get(method, ("", ""))[1] == "trained":
         start = options.output / "fitted" / f"{method}-{skip:.4f}"
         flags = ("--init_routers", str(start), "--distill", "0.5")
@@ -119,21 +124,26 @@ def _run_for(
     return _TRAINED_AS.get(method, method), (*layers, *RECIPES[method], *asked), None
 
 
-def _train(options: CompareOptions, training: Training, gpu: int | None) -> None:
-    """Train one set of routers in a process of its own."""
-    command = [sys.executable, "-m", "megaskip", "train", "--model", options.model]
+def train_flags(options: CompareOptions, training: Training) -> list[str]:
+    """Return the flags of `megaskip train` for a run."""
+    flags = ["--model", options.model]
     for entry in options.data:
-        command += ["--data", entry]
-    command += ["--seq_length", str(options.seq_length)]
-    command += ["--max_steps", str(options.steps), "--micro_batch_size", str(_ROWS_A_STEP)]
-    command += ["--no-progress"]
+        flags += ["--data", entry]
+    flags += ["--seq_length", str(options.seq_length)]
+    flags += ["--max_steps", str(options.steps), "--micro_batch_size", str(_ROWS_A_STEP)]
+    flags += ["--no-progress"]
     # What is measured here is carved off the same text, and must not be trained on.
     held_out = 16 if options.eval_data else options.documents
-    command += ["--calibration_rows", str(options.calibration_rows), "--held_out", str(held_out)]
-    command += ["--dtype", "float32", "--save_every", "0", "--output_dir", str(training.folder)]
-    command += training.flags
-    command += ["--resume", "auto"]  # one that was interrupted while it calibrated
-    command += ["--cache_dir", options.cache_dir] if options.cache_dir else []
+    flags += ["--calibration_rows", str(options.calibration_rows), "--held_out", str(held_out)]
+    flags += ["--dtype", "float32", "--save_every", "0", "--output_dir", str(training.folder)]
+    flags += training.flags
+    flags += ["--resume", "auto"]  # one that was interrupted while it calibrated
+    return flags + (["--cache_dir", options.cache_dir] if options.cache_dir else [])
+
+
+def _train(options: CompareOptions, training: Training, gpu: int | None) -> None:
+    """Train one set of routers in a process of its own."""
+    command = [sys.executable, "-m", "megaskip", "train", *train_flags(options, training)]
     logger.info("%s", " ".join(command))
     # A job of its own, not a rank of this one.
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}

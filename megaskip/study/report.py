@@ -18,6 +18,7 @@ from megaskip.study.pareto import (
     markdown,
     table_rows,
 )
+from megaskip.study.training_costs import COST_HEADER, TrainingCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class ComparisonReport:
     options: CompareOptions
     points: Sequence[Point]
     contrasts: Sequence[Contrast]
+    costs: Sequence[TrainingCost]
+    """Of what was fitted or trained."""
     left_out: Sequence[str]
     """Runs that cannot reach a skip, each with its reason."""
 
@@ -36,17 +39,21 @@ class ComparisonReport:
             "options": _plain(self.options),
             "points": [dataclasses.asdict(point) for point in self.points],
             "contrasts": [dataclasses.asdict(contrast) for contrast in self.contrasts],
+            "costs": [dataclasses.asdict(cost) for cost in self.costs],
             "left_out": list(self.left_out),
         }
         output = self.options.output
         (output / "report.json").write_text(json.dumps(content, indent=2) + "\n")
         notes = [*map(str, self.contrasts), *(f"left out: {why}" for why in self.left_out)]
         lines = "".join(f"- {note}\n" for note in notes)
-        (output / "report.md").write_text(markdown(self.points) + "\n" + lines)
+        costs = markdown(COST_HEADER, [cost.row() for cost in self.costs]) if self.costs else ""
+        tables = [markdown(HEADER, table_rows(self.points)), costs, lines]
+        (output / "report.md").write_text("\n".join(filter(None, tables)))
         whole = page(
             self.points,
             self.contrasts,
             self.left_out,
+            self.costs,
             title=f"{Path(self.options.model).name}: what skipping costs",
             settings=[(name, str(value)) for name, value in content["options"].items()],
         )
@@ -59,6 +66,8 @@ class ComparisonReport:
         draw_layers(self.points, output / "layers.png", title=f"{name}: what is skipped")
         print("  ".join(HEADER))
         for row in table_rows(self.points):
+            print("  ".join(row))
+        for row in [COST_HEADER, *(cost.row() for cost in self.costs)] if self.costs else []:
             print("  ".join(row))
         print("".join(f"- {contrast}\n" for contrast in self.contrasts))
         for why in self.left_out:

@@ -3,8 +3,10 @@ in their places."""
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from megaskip.calibration.drop_order import greedy_drop_order
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.static_drop import static_routers
+from megaskip.checkpoint.atomic import read_json, write_json
 from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import (
     CONFIG,
@@ -22,6 +25,7 @@ from megaskip.checkpoint.routers import (
 from megaskip.routing import RouterSet
 from megaskip.study.baselines import Policy, skipping
 from megaskip.study.comparison import Comparison
+from megaskip.study.training_costs import count_flops
 
 STATIC = {
     "static": ("cosine", "none"),
@@ -37,10 +41,19 @@ STATIC = {
 class StaticDrops:
     """The static methods of one comparison. What is fitted and ordered is computed once."""
 
-    def __init__(self, comparison: Comparison, *, most: float, rank: int, order_rows: int) -> None:
+    def __init__(
+        self,
+        comparison: Comparison,
+        *,
+        most: float,
+        rank: int,
+        order_rows: int,
+        cost_file: Path | None = None,
+    ) -> None:
         """`most` is the largest share of all units that is skipped, `rank` that of the maps,
-        `order_rows` the calibration rows on which a greedy order is measured."""
-        self._comparison = comparison
+        `order_rows` the calibration rows on which a greedy order is measured; what a fit takes is
+        written to `cost_file`."""
+        self._comparison, self._cost_file = comparison, cost_file
         self._count = math.ceil(most * comparison.depth)
         self._order_batches = comparison.some_calibration(order_rows)
         self._config = dataclasses.replace(
@@ -77,9 +90,34 @@ class StaticDrops:
         self._comparison.attach(self._config)
         routers = self._comparison.routers
         if self._maps is None:
-            fit_compensation(self._comparison.engine, self._comparison.calibration)
+            self._fit()
             self._maps = {name: tensor.clone() for name, tensor in routers.state_dict().items()}
         routers.load_state_dict(self._maps)
+
+    def _fit(self) -> None:
+        """Fit the maps of all routed layers, and write what that took."""
+        comparison, begun = self._comparison, time.monotonic()
+        flops = count_flops(lambda: fit_compensation(comparison.engine, comparison.calibration))
+        seconds = time.monotonic() - begun
+        if self._cost_file is not None:
+            self._cost_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._cost_file, {"seconds": seconds, "flops": flops})
+
+    def fit_cost(self, method: str, skip: float) -> dict[str, Any] | None:
+        """Return seconds, FLOPs, parameters and bytes of the fit behind a static method; None where
+        there was none. It fits the maps of all routed layers, of which those that are dropped
+        are kept."""
+        is_fitted = STATIC.get(method, ("", "none"))[1] != "none"
+        if not is_fitted or self._cost_file is None or not self._cost_file.is_file():
+            return None
+        parameters = self.parameters(skip)
+        return read_json(self._cost_file) | {"parameters": parameters, "bytes": 4 * parameters}
+
+    def parameters(self, skip: float) -> int:
+        """Return how many parameters the maps in the place of the share `skip` of all layers have:
+        x A B + b."""
+        size = self._comparison.routers.hidden_size
+        return self.layers_for(skip) * size * (2 * self._config.compensation_rank + 1)
 
     def policy(self, method: str, skip: float) -> Policy:
         """Return a policy that drops for every text, with what it needs put on the model; not for

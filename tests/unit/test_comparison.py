@@ -1,6 +1,6 @@
 """A comparison puts every method at the same skip and pairs it with the dense model by document."""
 
-import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,7 @@ import transformers
 from routed_models import randomise
 
 from megaskip import RouterConfig, attach_routers, save_routers
+from megaskip.checkpoint.atomic import read_json, write_json
 from megaskip.cli.compare import parse
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.config.commands.compare import BASELINES
@@ -19,14 +20,16 @@ from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import CostRouters
+from megaskip.study.dense_adapter import merged, projections, rank_for, train_adapter
 from megaskip.study.ledger import Job, Ledger, share_of
 from megaskip.study.measured import Measured
 from megaskip.study.over_seeds import contrasts
 from megaskip.study.page import page
-from megaskip.study.pareto import Contrast, draw, draw_layers, markdown
+from megaskip.study.pareto import HEADER, Contrast, draw, draw_layers, markdown, table_rows
 from megaskip.study.recipes import Training
 from megaskip.study.scoring import spread_documents
 from megaskip.study.static_drops import StaticDrops
+from megaskip.study.training_costs import COST, cost_of, over_control
 
 DOCUMENTS = 24
 ROOT = Path(__file__).parents[2]
@@ -111,7 +114,7 @@ def test_trained_routers_are_put_at_the_skip(
     for name in ("pareto", "layers"):
         (draw if name == "pareto" else draw_layers)([point], tmp_path / f"{name}.png", title="t")
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
-    assert "37.5%" in markdown([dataclasses.replace(point, pairs=None, pairs_gap=None)])
+    assert "37.5%" in markdown(HEADER, table_rows([point]))
 
 
 def test_allocated_routers_are_put_at_the_skip_layer_by_layer(
@@ -276,6 +279,55 @@ def test_ranks_share_out_runs_not_measurements() -> None:
     assert sorted(job.name for share in shares for job in share) == sorted(j.name for j in jobs)
     assert shares[0] == [jobs[0], jobs[2], jobs[3], jobs[5]]
     assert share_of(jobs, 0, 1) == jobs
+
+
+def test_the_dense_control_learns_and_leaves_the_model_as_it_was(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    modules = projections(comparison.model, [2, 4], "attn")
+    assert len(modules) == 8 and all(".2." in name or ".4." in name for name in modules)
+    sizes = sum(module.in_features + module.out_features for module in modules.values())
+    rank = rank_for(modules, 3 * sizes + 5)
+    batch = comparison.calibration[0]
+    optim = OptimConfig(max_steps=3, lr=1e-2, distill=0.5, warmup_ratio=0.0)
+    dense = comparison.measure(comparison.everything).text.nll
+    with comparison.detached() as loss:
+        config, steps = RunConfig(optim=optim), itertools.repeat([batch])
+        train_adapter(loss, modules, rank, steps, config, read_topology({}), tmp_path / "run")
+    cost = read_json(tmp_path / "run" / COST)
+    assert (rank, cost["parameters"]) == (3, 3 * sizes)
+    assert cost["flops"] > 3 * 6 * batch.counts.tokens * 1e6
+    np.testing.assert_array_equal(comparison.measure(comparison.everything).text.nll, dense)
+
+    def on_batch() -> float:
+        return comparison.engine.evaluate([batch], routed=False).loss
+
+    before = on_batch()
+    with merged(comparison.model, tmp_path / "run"):
+        assert on_batch() < before - 1e-4
+    assert on_batch() == before
+
+
+def test_costs_stand_beside_those_of_lora_at_the_same_skip(tmp_path: Path) -> None:
+    for name, seconds, flops in (("maps", 3.0, 8), ("lora", 6.0, 16)):
+        (tmp_path / name / "routers").mkdir(parents=True)
+        (tmp_path / name / "routers" / "w.safetensors").write_bytes(b"1234")
+        write_json(tmp_path / name / "report.json", {"seconds": seconds})
+        write_json(tmp_path / name / COST, {"flops": flops, "parameters": 5})
+    fit = {"seconds": 1.5, "flops": 4, "parameters": 5, "bytes": 20}
+    rows = over_control(
+        [
+            cost_of("greedy_fitted", 0.25, [], fit),
+            cost_of("greedy_trained", 0.25, [tmp_path / "maps"], fit),
+            cost_of("dense_adapted", 0.25, [tmp_path / "lora"], None),
+            cost_of("dense_adapted", 0.5, [tmp_path / "lora"], None),
+            cost_of("greedy_trained", 0.375, [tmp_path / "maps"], None),
+        ]
+    )
+    assert [cost.seconds_ratio for cost in rows] == [0.25, 0.75, 1.0, 1.0, None]
+    assert [cost.flops_ratio for cost in rows] == [0.25, 0.75, 1.0, 1.0, None]
+    assert [cost.saved_bytes for cost in rows] == [20, 4, 4, 4, 4]
+    assert rows[1].row()[1:5] == ("25.0%", "1.5", "3.0", "1.2e-11")
 
 
 def test_continuations_of_the_dense_model_agree_with_themselves(comparison: Comparison) -> None:

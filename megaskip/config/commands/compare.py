@@ -25,7 +25,8 @@ TRAINED = (
     "mlp",
     "compensated",
 )
-METHODS = (*BASELINES, *DROPS, *BY_COST, *TRAINED)
+CONTROLS = ("dense_adapted",)
+METHODS = (*BASELINES, *DROPS, *BY_COST, *TRAINED, *CONTROLS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,8 @@ class CompareOptions(Checked):
     """Rows on which thresholds are found."""
     compensation_rank: int = 64
     """Rank of the maps in dropped layers' places."""
+    adapter_lr: float = 1e-3
+    """Peak learning rate of dense_adapted."""
     order_rows: int = 128
     """Calibration rows on which a greedy order is measured."""
     cost_rows: int = 256
@@ -93,7 +96,7 @@ class CompareOptions(Checked):
         counts = ("documents", "pairs", "choice_questions", "steps", "calibration_rows")
         for name in (*counts, "order_rows", "cost_rows", "parallel"):
             yield from at_least(name, getattr(self, name), 1)
-        for name in ("continuations", "prefill_runs"):
+        for name in ("continuations", "prefill_runs", "adapter_lr"):
             yield from at_least(name, getattr(self, name), 0)
         for name in ("data", "skip", "seeds", "methods"):
             if not getattr(self, name):

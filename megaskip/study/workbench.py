@@ -1,0 +1,218 @@
+"""What a comparison trains, measures and reports, one job after the other. Knows methods, not
+command lines."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megaskip._version import __version__
+from megaskip.calibration.allocation import UnreachedError
+from megaskip.checkpoint.atomic import write_json
+from megaskip.checkpoint.routers import read_router_config
+from megaskip.config import DataConfig, RunConfig
+from megaskip.config.cli import parse_run_config
+from megaskip.config.commands.compare import CompareOptions
+from megaskip.data import TokenizedData
+from megaskip.data.loader import DataLoader
+from megaskip.log import get_logger
+from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.topology import Topology
+from megaskip.study.comparison import Comparison
+from megaskip.study.cost_routers import BY_COST, CostRouters
+from megaskip.study.dense_adapter import merged, projections, rank_for, train_adapter
+from megaskip.study.ledger import Job, Ledger
+from megaskip.study.measured import Measured
+from megaskip.study.over_seeds import contrasts
+from megaskip.study.pareto import Point
+from megaskip.study.recipes import Training, train_flags, train_missing, train_seconds
+from megaskip.study.report import ComparisonReport
+from megaskip.study.static_drops import STATIC, StaticDrops
+from megaskip.study.training_costs import CONTROL, COST, cost_of, count_flops, over_control
+from megaskip.training.data import make_loader, read_data
+
+logger = get_logger(__name__)
+
+_ALLOCATION_ROUNDS = 2
+DENSE = "dense"
+_MEASURED_WITH = (
+    *("granularity", "layers", "calibration_rows", "compensation_rank", "order_rows", "cost_rows"),
+    *("continuations", "prefill_runs"),
+)
+"""Options on which a measurement depends, beside the model, the text and its run."""
+
+
+class Workbench:
+    """What does one job after the other, and reports what is there."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        source: ModelSource,
+        topology: Topology,
+        options: CompareOptions,
+    ) -> None:
+        """`source` is the model of the comparison, `topology` this process alone."""
+        self._comparison, self._source, self._topology = comparison, source, topology
+        self._base, self._options = source.describe(), options
+        self._drops = StaticDrops(
+            comparison,
+            most=max(options.shares),
+            rank=options.compensation_rank,
+            order_rows=options.order_rows,
+            cost_file=options.output / "fitted" / "cost.json",
+        )
+        self._cost_routers = CostRouters(
+            comparison,
+            self._base,
+            options.output / "fitted",
+            rank=options.compensation_rank,
+            rows=options.cost_rows,
+            shares=options.shares,
+        )
+        self._data: dict[DataConfig, tuple[TokenizedData, int]] = {}
+        settings = {name: getattr(options, name) for name in _MEASURED_WITH}
+        settings |= {"version": __version__, "text": comparison.fingerprint()}
+        self.ledger = Ledger(options.output / "measured", settings | {"base": self._base.to_json()})
+
+    # -- trainings
+
+    def train(self, jobs: Sequence[Job], gpu: int | None) -> None:
+        """Train what `jobs` need and is not there, and count what that takes; runs in processes of
+        their own see the GPU `gpu` alone, or all."""
+        if self._options.no_training:
+            return
+        needed = {job.training.folder: (job, job.training) for job in jobs if job.training}
+        for job, training in needed.values():
+            if training.start is not None and not training.is_done:
+                self._drops.write_start(job.method, job.skip, training.start, self._base)
+        in_processes = [t for job, t in needed.values() if job.method != CONTROL]
+        with tqdm(total=len(needed), desc="training", disable=None) as bar:
+            train_missing(in_processes, self._options, gpu=gpu, progress=bar.update)
+            for job, training in needed.values():
+                if job.method == CONTROL and not training.is_done:
+                    self._train_control(job, training)
+                    bar.update()
+        for job, training in needed.values():
+            if job.method != CONTROL and not (training.folder / COST).is_file():
+                write_json(training.folder / COST, self._cost_of(training))
+
+    def _train_control(self, job: Job, training: Training) -> None:
+        """Train adapters where the layers would be dropped that static maps stand for."""
+        comparison, drops = self._comparison, self._drops
+        greedy = any(method.startswith("greedy") for method in self._options.methods)
+        by_cosine = not greedy and any(m.startswith("static_") for m in self._options.methods)
+        order = drops.order("cosine" if by_cosine else "greedy", with_maps=True)
+        modules_of = order[: drops.layers_for(job.skip)]
+        config = parse_run_config(train_flags(self._options, training))
+        parameters, target = drops.parameters(job.skip), comparison.routers.config.target
+        with comparison.detached() as loss:
+            modules = projections(comparison.model, modules_of, target)
+            rank = rank_for(modules, parameters)
+            steps = self._loader(config).steps(0)
+            logger.info("%s: LoRA of rank %d, layers %s", job.name, rank, sorted(modules_of))
+            train_adapter(loss, modules, rank, steps, config, self._topology, training.folder)
+
+    def _cost_of(self, training: Training) -> dict[str, int]:
+        """Return FLOPs and parameters of a run: of its first step, times their number."""
+        config = parse_run_config(train_flags(self._options, training))
+        router = config.router
+        if training.start is not None:
+            stored, layers, _ = read_router_config(training.start)
+            router = dataclasses.replace(stored, layers=layers)
+        self._comparison.attach(router)
+        engine = self._comparison.engine_of(config)
+        batches = next(self._loader(config).steps(0))
+        flops = count_flops(lambda: engine.train_step(batches, 0.0, 0.0))
+        parameters = sum(parameter.numel() for parameter in engine.parameters.values())
+        return {"flops": flops * self._options.steps, "parameters": parameters}
+
+    def _loader(self, config: RunConfig) -> DataLoader:
+        """Return the loader of a run of `megaskip train`."""
+        if config.data not in self._data:
+            self._data[config.data] = read_data(config, self._source)
+        return make_loader(config, self._topology, *self._data[config.data], None)
+
+    # -- measurements
+
+    def measure(self, job: Job) -> Measured | str:
+        """Return what is measured of a job, or why its run cannot reach the skip."""
+        comparison = self._comparison
+        if job.method in (DENSE, CONTROL):
+            self._drops.put(with_maps=False)
+        if job.method == DENSE:
+            return comparison.measure(comparison.everything)
+        if job.method == CONTROL:
+            assert job.training is not None, "the control is trained"
+            with merged(comparison.model, job.training.folder):
+                return comparison.measure(comparison.everything)
+        if job.method in STATIC:
+            if job.training is None:
+                return comparison.measure(self._drops.policy(job.method, job.skip))
+            return comparison.measure(self._drops.take(job.training.folder / "routers"))
+        if job.method in BY_COST:
+            return self._measure_routed(job, self._cost_routers.run(job.method, job.seed or 0))
+        if job.training is None:
+            self._drops.put(with_maps=False)
+            (order,) = comparison.orders([job.seed or 0])[job.method]
+            return comparison.measure(comparison.policy(order, job.skip))
+        return self._measure_routed(job, job.training.folder)
+
+    def _measure_routed(self, job: Job, run: Path) -> Measured | str:
+        comparison, options = self._comparison, self._options
+        rounds = _ALLOCATION_ROUNDS if job.method == "allocated" else 0
+        try:
+            kept = comparison.take(run / "routers", job.skip, rounds=rounds)
+        except UnreachedError as error:
+            why = f"{job.method} at {100 * job.skip:g} %, {run.name}: {error}"
+            logger.warning("left out: %s", why)
+            return why
+        logger.info("%s: capacity %.4f for %.4f", run.name, kept, 1 - comparison.share(job.skip))
+        measured = comparison.measure(None)
+        drawn_skip = options.shares[len(options.shares) // 2]
+        if (job.method, job.skip, job.seed) == (options.ours, drawn_skip, options.seeds[0]):
+            title = f"{job.method}, {job.skip:.1%} of all {comparison.skips} skipped"
+            picture = comparison.picture(title)
+            picture.write_png(options.output / "token_map.png")
+            picture.write_html(options.output / "token_map.html")
+        return measured
+
+    def report(self, jobs: Sequence[Job]) -> ComparisonReport:
+        """Return the report of what is measured so far; the dense model is."""
+        measured: dict[tuple[str, float], list[Measured]] = {}
+        runs: dict[tuple[str, float], list[Path]] = {}
+        left_out = []
+        for job in jobs:
+            key, outcome = (job.method, job.skip), self.ledger.read(job)
+            if isinstance(outcome, str):
+                left_out.append(outcome)
+            elif outcome is not None:
+                measured.setdefault(key, []).append(outcome)
+                if job.training is not None:
+                    runs.setdefault(key, []).append(job.training.folder)
+        (dense,) = measured.pop((DENSE, 0.0))
+        points = [self._comparison.point(DENSE, 0.0, [dense], dense)]
+        points += [self._point(key, of, dense, runs.get(key, [])) for key, of in measured.items()]
+        costs = [
+            cost_of(method, skip, runs.get((method, skip), []), self._drops.fit_cost(method, skip))
+            for method, skip in measured
+        ]
+        return ComparisonReport(
+            costs=over_control([cost for cost in costs if cost.seconds is not None]),
+            options=self._options,
+            points=points,
+            contrasts=contrasts(measured, self._options.ours),
+            left_out=left_out,
+        )
+
+    def _point(
+        self,
+        key: tuple[str, float],
+        measured: Sequence[Measured],
+        dense: Measured,
+        runs: Sequence[Path],
+    ) -> Point:
+        seconds = statistics.mean(map(train_seconds, runs)) if runs else None
+        return self._comparison.point(*key, measured, dense, train_seconds=seconds)
