@@ -40,6 +40,7 @@ COMMANDS = {
     "drop": Command("megaskip.cli.drop", "a model to a smaller one: fit, train, export"),
     "import-routers": Command("megaskip.cli.import_routers", "take in published routers"),
     "compare": Command("megaskip.cli.compare", "methods of skipping, at equal skip"),
+    "runs": Command("megaskip.cli.runs", "a table of run folders, finished or not"),
     "bench": Command("megaskip.cli.bench", "speed and memory of this machine, in one report"),
     "doctor": Command("megaskip.cli.doctor", "versions, devices, memory, disk: for a bug report"),
 }

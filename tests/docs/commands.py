@@ -64,6 +64,7 @@ SIZES = {
         --seq_length 64 --compensation_rank 4 --dtype float32 --micro_batch_size 1""",
     "drop": f"{_FIT} --steps 2 --batch_size 4",
     "doctor": "",
+    "runs": "",
     "bench": "--parts zero3 --minutes 4",
     "tools/bench/inference.py": """--batch 2 --prompt 8 --capacity 0.5 --repeats 1 --warmup 0
         --threads 1 --decode_steps 2 --layers_used 3 --layers 1-2 --cpu_time""",
