@@ -111,17 +111,28 @@ def _line() -> str:
     return f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"
 
 
-class IndexCalls(TorchFunctionMode):
-    """Counts the calls that look for rows or choose them: each is a kernel, however few rows."""
+class IndexCalls(TorchDispatchMode):
+    """Counts what looks for rows or chooses them: each is a kernel, however few rows."""
 
-    _NAMES = frozenset("index_select index_copy_ index_add gather nonzero argsort cumsum".split())
+    _NAMES = frozenset(
+        "index index_select index_copy index_copy_ index_add index_put index_put_ gather scatter "
+        "scatter_ nonzero masked_select argsort sort cumsum".split()
+    )
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.calls: list[str] = []
+        """Which operation, from which line."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in self._NAMES
+    def take(self) -> list[str]:
+        """Return the calls so far, and count anew."""
+        calls, self.calls = self.calls, []
+        return calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self._NAMES:
+            self.calls.append(f"{name}, {_line()}")
         return func(*args, **(kwargs or {}))
 
 

@@ -86,9 +86,9 @@ class _ProbeGate:
         """Multiply by the number set for the site."""
         return update * self.keep[site] if self.keep[site] else update
 
-    def passes_by(self, hidden_states: Tensor, kwargs: Kwargs) -> bool:
-        """Return False: the probe looks at what runs."""
-        return False
+    def run_block(self, run: Run, hidden_states: Tensor, kwargs: Kwargs) -> Tensor | None:
+        """Return None: all rows enter the layer."""
+        return None
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return the output: whole layers are not probed, their mix is the identity by

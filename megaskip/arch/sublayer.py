@@ -40,8 +40,9 @@ class SublayerGate(Protocol):
         """Multiply the update [B, T, D] of the site ("attn" or "mlp") by the decision."""
         ...
 
-    def passes_by(self, hidden_states: Tensor, kwargs: Kwargs) -> bool:
-        """Return whether no row runs the layer, which is known beforehand and then noted."""
+    def run_block(self, run: Run, hidden_states: Tensor, kwargs: Kwargs) -> Tensor | None:
+        """Run the layer on the rows that are known beforehand to run, and return its output [B, T,
+        D]; None where all rows enter it."""
         ...
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
@@ -108,9 +109,12 @@ class RoutedBlock(RoutedSublayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output where it is kept, its input elsewhere."""
-        if self._skip_returns_tensor and self._skip_gate.passes_by(hidden_states, kwargs):
-            return hidden_states
-        output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        run = super().forward  # type: ignore[misc]
+        if self._skip_returns_tensor and not args:  # rows are selected of keyword arguments
+            output = self._skip_gate.run_block(run, hidden_states, kwargs)
+            if output is not None:
+                return output
+        output = run(hidden_states, *args, **kwargs)
         self.__dict__["_skip_returns_tensor"] = isinstance(output, Tensor)
         if isinstance(output, tuple):
             return self._skip_gate.mix(hidden_states, output[0]), *output[1:]

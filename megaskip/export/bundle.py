@@ -37,6 +37,7 @@ _MODULES = {
         "arch/wiring",
         "inference/kept",
         "inference/packed",
+        "inference/shared_rows",
         "inference/executor",
         "inference/static_decode",
         "inference/routed",

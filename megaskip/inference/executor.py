@@ -19,9 +19,10 @@ from megaskip.inference.kept import (
     store_tokens_in,
 )
 from megaskip.inference.packed import attend_among_kept
+from megaskip.inference.shared_rows import shared_select
 from megaskip.routing.decision import RoutingDecision, SelectedRows
 from megaskip.routing.executor import Kwargs, Run
-from megaskip.routing.kept_units import run_rows, run_units
+from megaskip.routing.kept_units import Select, run_layer_rows, run_rows, run_units
 
 
 class InferenceExecutor:
@@ -66,7 +67,8 @@ class InferenceExecutor:
         if cache_layer._skip_rows is None:
             cache_layer._skip_rows = decision.rows
         rows: SelectedRows = cache_layer._skip_rows
-        ran = run_rows(run, hidden_states, kwargs, rows)
+        select = _select(cache, layer, rows, hidden_states)
+        ran = run_rows(run, hidden_states, kwargs, rows, select)
         cache_layer.advance(hidden_states.shape[1], ran=not rows.none)
         return ran
 
@@ -76,16 +78,23 @@ class InferenceExecutor:
         """Run the MLP on the rows, or the tokens, that are kept."""
         return run_units(run, hidden_states, decision, is_tuple=is_tuple)
 
-    def passes_by(
-        self, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
-    ) -> bool:
-        """Return whether no row has run this layer or will; its cache then counts the tokens."""
+    def block(
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
+    ) -> Tensor | None:
+        """Run a layer on the rows that its cache holds; the others are not touched."""
         cache = kwargs.get("past_key_values")
         cache_layer = _layer_of(cache, layer) if cache is not None else None
-        if not isinstance(cache_layer, KeptRows) or not decision.rows.none:
-            return False
-        cache_layer.advance(hidden_states.shape[1], ran=False)
-        return True
+        if not isinstance(cache_layer, KeptRows):
+            return None
+        rows = cache_layer._skip_rows
+        if rows is None or rows.all:
+            return None
+        output = hidden_states
+        if rows.mixed:
+            select = _select(cache, layer, rows, hidden_states)
+            output = run_layer_rows(run, hidden_states, kwargs, rows, select)
+        cache_layer.advance(hidden_states.shape[1], ran=rows.mixed)
+        return output
 
     def _among_kept(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
@@ -102,6 +111,15 @@ class InferenceExecutor:
             )
         kept = (decision.keep > 0) & decision.unit_mask
         return attend_among_kept(run, hidden_states, kwargs, kept, cache_layer)
+
+
+def _select(cache: Any, layer: int, rows: SelectedRows, hidden_states: Tensor) -> Select | None:
+    """Return what gives rows of arguments that a decode step's layers share; None elsewhere.
+
+    All layers' rows of a mask [B, 1, T, L] would take much memory with more tokens than one.
+    """
+    is_step = hidden_states.shape[1] == 1 and rows.mixed
+    return shared_select(cache, layer, rows) if is_step else None
 
 
 def _multiplied(ran: Any, decision: RoutingDecision) -> Any:

@@ -46,10 +46,19 @@ class SelectedRows:
         """Whether nothing is selected."""
         return not self.mask.any()
 
+    @property
+    def mixed(self) -> bool:
+        """Whether some of it is selected and some is not."""
+        return not (self.all or self.none)
+
     @functools.cached_property
     def others(self) -> "SelectedRows":
         """The selection of what is not in this one."""
         return SelectedRows(mask=~self.mask, device=self.device)
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """Return the selected rows of a tensor [total, ...]."""
+        return tensor.index_select(0, self.index)
 
     def of_rows(self, index: Tensor) -> "SelectedRows":
         """Return the selection once the rows are those of `index`, int64 on the CPU."""

@@ -41,8 +41,10 @@ class Executor(Protocol):
         computed."""
         ...
 
-    def passes_by(
-        self, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
-    ) -> bool:
-        """Return whether a whole layer can be left out, given its arguments; takes note of it."""
+    def block(
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
+    ) -> Tensor | None:
+        """Return the output of a layer whose decision is known before it begins, [B, T, D]; `run`
+        is its forward on the rows that run, in which no sublayer selects any. None where all rows
+        enter the layer."""
         ...

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.executor import Kwargs, Run
+from megaskip.routing.kept_units import put_rows_back
 from megaskip.routing.router import Router
 from megaskip.routing.state import RoutingState
 from megaskip.routing.thresholds import Thresholds
@@ -29,6 +30,8 @@ class Gate:
         self.writes = frozenset({target})
         self._router, self._thresholds, self._state = router, thresholds, state
         self._compensation_input: Tensor | None = None
+        self._rows_are_selected = False
+        """Whether the layer has been given the rows that run, and no others."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"decision": None, "_compensation_input": None}
@@ -49,6 +52,9 @@ class Gate:
 
     def run_attention(self, run: Run, hidden_states: Tensor, kwargs: Kwargs) -> Any:
         """Run the attention on what is kept; returns its output tuple, not yet multiplied."""
+        if self._rows_are_selected:
+            update, *rest = run(hidden_states, **kwargs)
+            return update, *put_rows_back(rest, self._decided().rows)
         executor = self._state.executor
         return executor.attention(run, hidden_states, kwargs, self._decided(), self.layer)
 
@@ -56,6 +62,8 @@ class Gate:
         """Run the MLP on what is kept; returns its output, not yet multiplied."""
         if "mlp" in self.writes:
             self._note_input(hidden_states)
+        if self._rows_are_selected:
+            return run(hidden_states)
         return self._state.executor.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
 
     def apply(self, update: Tensor, site: str) -> Tensor:
@@ -63,16 +71,22 @@ class Gate:
         there."""
         return self._compensated(update, self._take_input())
 
-    def passes_by(self, hidden_states: Tensor, kwargs: Kwargs) -> bool:
-        """Return whether a cached decision lets no row run the layer; then the cache has noted the
-        tokens."""
-        executor, cached = self._state.executor, self._state.cached.get(self.layer)
-        if self._router.compensation is not None:  # it reads what only the layer's norm returns
-            return False
-        if cached is None or not executor.passes_by(hidden_states, kwargs, cached, self.layer):
-            return False
-        self._state.record(self.layer, cached)
-        return True
+    def run_block(self, run: Run, hidden_states: Tensor, kwargs: Kwargs) -> Tensor | None:
+        """Run the layer on the rows that a cached decision keeps, and return its output [B, T, D];
+        None where all rows enter it."""
+        cached = self._state.cached.get(self.layer)
+        # A compensation reads what the layer's norm returns, of the rows that skip.
+        if cached is None or self._router.compensation is not None:
+            return None
+        self._rows_are_selected = True
+        try:
+            executor = self._state.executor
+            output = executor.block(run, hidden_states, kwargs, cached, self.layer)
+        finally:
+            self._rows_are_selected = False
+        if output is not None:
+            self._state.record(self.layer, cached)
+        return output
 
     def mix(self, hidden_states: Tensor, output: Tensor) -> Tensor:
         """Return the layer's output [B, T, D], its input x + 0 + 0 where units are skipped, with

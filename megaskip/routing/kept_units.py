@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D hidden.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,18 +12,41 @@ from torch import Tensor
 from megaskip.routing.decision import RoutingDecision, SelectedRows
 from megaskip.routing.executor import Kwargs, Run
 
+Select = Callable[[Tensor], Tensor]
+"""Returns the rows that are kept of a tensor [B, ...]."""
 
-def run_rows(run: Run, hidden_states: Tensor, kwargs: Kwargs, rows: SelectedRows) -> Any:
-    """Run attention on some rows of [B, T, D]; returns its output tuple, zero in the others."""
+
+def run_rows(
+    run: Run,
+    hidden_states: Tensor,
+    kwargs: Kwargs,
+    rows: SelectedRows,
+    select: Select | None = None,
+) -> Any:
+    """Run attention on some rows of [B, T, D]; returns its output tuple, zero in the others.
+
+    `select` gives those rows of the arguments in `kwargs`, where somebody has selected them
+    already.
+    """
     if rows.all:
         return run(hidden_states, **kwargs)
     if rows.none:
         return torch.zeros_like(hidden_states), None
-    index, batch = rows.index, len(hidden_states)
-    picked = {name: rows_of(value, index, batch) for name, value in kwargs.items()}
-    ran = run(hidden_states.index_select(0, index), **picked)
-    # The second is None or the attention's weights, which are rows' too.
-    return tuple(put_back(item, index, batch) if isinstance(item, Tensor) else item for item in ran)
+    ran = run(rows.select(hidden_states), **_selected(kwargs, rows, select))
+    return put_rows_back(ran, rows)
+
+
+def run_layer_rows(
+    run: Run,
+    hidden_states: Tensor,
+    kwargs: Kwargs,
+    rows: SelectedRows,
+    select: Select | None = None,
+) -> Tensor:
+    """Run a whole layer on some rows of [B, T, D] and return its output, for the others its
+    input; `select` as for `run_rows`."""
+    output = run(rows.select(hidden_states), **_selected(kwargs, rows, select))
+    return hidden_states.index_copy(0, rows.index, output)
 
 
 def run_units(run: Run, hidden_states: Tensor, decision: RoutingDecision, *, is_tuple: bool) -> Any:
@@ -50,12 +74,25 @@ def put_back(update: Tensor, index: Tensor, total: int) -> Tensor:
     return update.new_zeros(total, *update.shape[1:]).index_copy_(0, index, update)
 
 
-def rows_of(value: Any, index: Tensor, batch: int) -> Any:
-    """Return `value` for the rows of `index`; tensors that broadcast over the batch stay whole."""
+def put_rows_back(ran: Any, rows: SelectedRows) -> Any:
+    """Return an attention's output tuple for all rows, zero in those that did not run."""
+    # The second is None or the attention's weights, which are rows' too.
+    total = len(rows.mask)
+    return tuple(
+        put_back(item, rows.index, total) if isinstance(item, Tensor) else item for item in ran
+    )
+
+
+def _selected(kwargs: Kwargs, rows: SelectedRows, select: Select | None) -> Kwargs:
+    batch, select = len(rows.mask), select or rows.select
+    return {name: _rows_of(value, select, batch) for name, value in kwargs.items()}
+
+
+def _rows_of(value: Any, select: Select, batch: int) -> Any:
+    """Return an argument's kept rows; tensors that broadcast over the batch stay whole."""
     if isinstance(value, Tensor):
         # One-dimensional ones run over tokens, however many rows there are.
-        per_row = value.dim() > 1 and value.shape[0] == batch
-        return value.index_select(0, index) if per_row else value
+        return select(value) if value.dim() > 1 and value.shape[0] == batch else value
     if isinstance(value, tuple):
-        return tuple(rows_of(item, index, batch) for item in value)
+        return tuple(_rows_of(item, select, batch) for item in value)
     return value

@@ -31,11 +31,11 @@ class DenseExecutor:
         """Run the MLP on all tokens."""
         return run(hidden_states)
 
-    def passes_by(
-        self, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
-    ) -> bool:
-        """Return False: everything runs."""
-        return False
+    def block(
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
+    ) -> Tensor | None:
+        """Return None: everything runs."""
+        return None
 
 
 class SparseExecutor:
@@ -61,8 +61,8 @@ class SparseExecutor:
         """Run the MLP on the rows, or the tokens, that are kept."""
         return run_units(run, hidden_states, decision, is_tuple=is_tuple)
 
-    def passes_by(
-        self, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
-    ) -> bool:
-        """Return False: the layer is entered, for its router to read."""
-        return False
+    def block(
+        self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
+    ) -> Tensor | None:
+        """Return None: the layer is entered, for its router to read."""
+        return None

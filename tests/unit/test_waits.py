@@ -201,17 +201,21 @@ def test_generation_waits_once_a_decision(
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence"])
-def test_decode_chooses_rows_only_in_layers_whose_rows_differ(granularity: str) -> None:
-    """Hidden states, cosines, sines, positions and back in an attention; hidden states and back in
-    an MLP. What was found at the prefill is not found again."""
+def test_decode_selects_rows_only_in_layers_whose_rows_differ(granularity: str) -> None:
+    """Hidden states, and back, in a layer; cosines, sines, positions and the mask once for all
+    layers. What was found at the prefill, or made for the first step, is not made again."""
     model = routed_model(granularity)
     mask = torch.ones_like(IDS)
     with torch.no_grad():
         cache = model(IDS, attention_mask=mask, use_cache=True).past_key_values
         kept = [decision.rows for decision in model.skip_routers.decisions().values()]
         mixed = sum(not (rows.all or rows.none) for rows in kept)
-        position = torch.full((6, 1), IDS.shape[1])
-        with IndexCalls() as calls:
-            model(IDS[:, -1:], position_ids=position, past_key_values=cache)
-    each = {"attn_sequence": 5, "mlp_sequence": 2, "block_sequence": 7}[granularity]
-    assert mixed > 0 and calls.count == each * mixed
+        for step in range(2):
+            position = torch.full((6, 1), IDS.shape[1] + step)
+            mask = torch.ones(6, IDS.shape[1] + step + 1).index_fill_(1, torch.tensor([3]), 0)
+            with IndexCalls() as calls:
+                model(IDS[:, -1:], mask, position_ids=position, past_key_values=cache)
+            own = [call for call in calls.take() if "transformers" not in call]
+            if step:  # the first one makes the index that serves a whole generation
+                assert len(own) == 2 * mixed + (0 if granularity == "mlp_sequence" else 4), own
+    assert mixed > 1
