@@ -188,7 +188,7 @@ def test_code_is_short_and_has_nothing_of_training() -> None:
     # 1,600 until decode was recorded on static caches: what a step is, and when it cannot be, is
     # 180 lines that an exported folder needs as much as an attached model. Rows that are selected
     # for all layers at once are another 95.
-    assert len(code.splitlines()) < 1900
+    assert len(code.splitlines()) < 1950
     assert len(bundled_code("dropped").splitlines()) < 600
     training = "Budget|Counts|Steering|DenseExecutor|straight_through|noise|carried_keep|observe"
     assert not re.findall(training, code)
