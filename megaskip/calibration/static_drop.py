@@ -112,7 +112,7 @@ def fit_static_drop(
         dense = engine.evaluate(held_out, routed=True).loss
         with engine.routers.override(dict.fromkeys(order, 0.0)):
             compensated = engine.evaluate(held_out, routed=True).loss
-            with _without_maps(engine.routers):
+            with without_maps(engine.routers):
                 dropped = engine.evaluate(held_out, routed=True).loss
     return Fitted(
         order=order,
@@ -159,7 +159,7 @@ def mean_similarity(engine: Engine, batches: Sequence[Any]) -> dict[int, float]:
 
 
 @contextlib.contextmanager
-def _without_maps(routers: RouterSet) -> Iterator[None]:
+def without_maps(routers: RouterSet) -> Iterator[None]:
     """Hold a context in which compensations are zero."""
     maps = (routers.router(layer).compensation for layer in routers.layers)
     written = [p for m in maps if m is not None for n, p in m.named_parameters() if n != "down"]

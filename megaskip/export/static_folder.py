@@ -50,7 +50,7 @@ _SUMMARY = (
 NO_MAPS_IN_DECILM = (
     "--format decilm cannot hold compensations: its one field for a map in the place of a "
     "sublayer, replace_with_linear, stands for a full matrix of hidden size x hidden size. Use "
-    "--format hf, or leave them out with --without_compensation, which costs what they won back"
+    "--format hf, or leave them out with --without_compensation, which measures what that costs"
 )
 
 

@@ -1,22 +1,20 @@
 """The job of `megaskip export-static`: measure the capacity of each layer, choose, export."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 from megaskip.arch.trainable import describe_layers
 from megaskip.checkpoint.adapters import has_adapter
 from megaskip.checkpoint.base import describe_folder
-from megaskip.checkpoint.routers import load_routers, read_router_config
+from megaskip.checkpoint.routers import read_router_config
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.config.commands.export_static import ExportStaticOptions
 from megaskip.errors import CheckpointError, ConfigError
-from megaskip.export.static import choose_dropped, describe_dropped, measure_capacity, sublayers
+from megaskip.export.static import choose_dropped, describe_dropped, sublayers
 from megaskip.export.static_folder import (
     NO_MAPS_IN_DECILM,
     StaticExport,
@@ -25,12 +23,11 @@ from megaskip.export.static_folder import (
     verify_static,
 )
 from megaskip.export.static_maps import StaticMaps, read_static_maps
+from megaskip.export.static_measure import TextMeasure
 from megaskip.export.verify import Verified
 from megaskip.log import get_logger, quiet_libraries
-from megaskip.parallel.loading.source import ModelSource, source_in
-from megaskip.parallel.loading.whole import load_whole
 from megaskip.reporting.summary import human_bytes, table
-from megaskip.runs.source import TrainedRouters, chosen_tokenizer, find_routers, open_text, read_as
+from megaskip.runs.source import chosen_tokenizer, find_routers
 
 logger = get_logger(__name__)
 
@@ -46,8 +43,8 @@ class StaticOutcome:
     """Layers, by attn or mlp."""
     capacity: Mapping[int, float]
     """Measured capacity by routed layer; not a number where it was not measured."""
-    text: str
-    """What it was measured on."""
+    facts: Mapping[str, str]
+    """Rows of the model card on what was measured and left out."""
     maps: StaticMaps | None = None
     """What stands in the place of what is dropped; None for nothing."""
     verified: Verified | None = None
@@ -99,9 +96,19 @@ def drop_and_export(
         options.tokenizer, options.source, base, template=options.chat_template
     )
     exportable = require_exportable(base, options.output, options.format)
-    layers, capacity, text = _choose(options, routers, config, routed, exportable.source)
+    has_maps = config.compensation != "none"
+    if has_maps and options.format == "decilm" and not options.without_compensation:
+        raise ConfigError(NO_MAPS_IN_DECILM)
+    measure = TextMeasure(options, routers, exportable.source)
+    depth = exportable.source.text_config.num_hidden_layers
+    layers, capacity, text = _choose(options, config, routed, measure, depth)
     dropped = sublayers(config.target, layers)
-    maps = _maps(options, routers, config, routed, layers)
+    facts, maps = {"capacity per layer": _capacity_text(capacity, ()), "measured on": text}, None
+    if has_maps and options.without_compensation:
+        facts["compensation"] = _left_out(measure, layers)
+    elif has_maps:
+        hidden_size = describe_folder(base).hidden_size
+        maps = read_static_maps(routers.folder, config, routed, hidden_size, layers)
     begun = time.monotonic()
     done = export_static(
         exportable,
@@ -110,7 +117,7 @@ def drop_and_export(
         maps=maps,
         name=described.name if described is not None else "",
         tokenizer=tokenizer,
-        facts={"capacity per layer": _capacity_text(capacity, ()), "measured on": text},
+        facts=facts,
         progress=progress,
     )
     seconds = time.monotonic() - begun
@@ -122,40 +129,18 @@ def drop_and_export(
         seconds=seconds,
         dropped=dropped,
         capacity=capacity,
-        text=text,
+        facts=facts,
         maps=maps,
         verified=verified,
     )
 
 
-def _maps(
-    options: ExportStaticOptions,
-    routers: TrainedRouters,
-    config: RouterConfig,
-    routed: tuple[int, ...],
-    dropped: tuple[int, ...],
-) -> StaticMaps | None:
-    """Return what is to stand in the place of the `dropped` layers; None for nothing."""
-    hidden_size = describe_folder(routers.base).hidden_size
-    maps = read_static_maps(routers.folder, config, routed, hidden_size, dropped)
-    if maps is not None and options.without_compensation:
-        logger.warning(
-            "--without_compensation leaves out what stands in the place of dropped sublayers (%s); "
-            "what that costs is not measured",
-            maps.describe(),
-        )
-        return None
-    if maps is not None and options.format == "decilm":
-        raise ConfigError(NO_MAPS_IN_DECILM)
-    return maps
-
-
 def _choose(
     options: ExportStaticOptions,
-    routers: TrainedRouters,
     config: RouterConfig,
     routed: tuple[int, ...],
-    source: ModelSource,
+    measure: TextMeasure,
+    depth: int,
 ) -> tuple[tuple[int, ...], dict[int, float], str]:
     """Return (layers to drop, capacity by routed layer, the text it was measured on)."""
     if config.budget == "static":
@@ -168,11 +153,12 @@ def _choose(
                 "ever runs, and all are dropped; leave it out"
             )
         return routed, dict.fromkeys(routed, 0.0), "not measured: --budget static runs none"
-    listed = _listed_layers(options.layers, source.text_config.num_hidden_layers)
+    listed = _listed_layers(options.layers, depth)
     unmeasured = dict.fromkeys(routed, math.nan)
     if listed is not None or options.below is options.count is None:
         choose_dropped(unmeasured, below=options.below, count=options.count, layers=listed)
-    capacity, text = _measured(options, routers, source) or (unmeasured, "not measured")
+    is_measured = listed is None or bool(options.text.data)
+    capacity, text = measure.capacity() if is_measured else (unmeasured, "not measured")
     layers = choose_dropped(capacity, below=options.below, count=options.count, layers=listed)
     return layers, capacity, text
 
@@ -185,39 +171,34 @@ def _listed_layers(text: str | None, depth: int) -> tuple[int, ...] | None:
     return resolve_layers(f"{text},", depth)
 
 
-def _measured(
-    options: ExportStaticOptions, routers: TrainedRouters, source: ModelSource
-) -> tuple[dict[int, float], str] | None:
-    """Return (capacity by routed layer, the text it was measured on), when it is asked for."""
-    if options.layers is not None and not options.text.data:
-        return None
-    base = routers.base
-    data, settings = read_as(options.source, options.text, base)
-    prompt_tokens = read_router_config(routers.folder)[0].prompt_tokens
-    as_in_the_run = source_in(source.folder, source.hf_config, settings)
-    source = dataclasses.replace(as_in_the_run, weights=source.weights)
-    loader = open_text(data, settings, source, prompt_tokens=prompt_tokens)
-    batches = [batch for batch in loader.calibration(options.rows) if batch is not None]
-    rows = sum(len(batch.input_ids) for batch in batches)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_whole(source, device).eval()
-    shares = measure_capacity(model, load_routers(model, routers.folder), batches)
-    return shares, f"{rows} rows of {', '.join(data.data)}"
+def _left_out(measure: TextMeasure, layers: Collection[int]) -> str:
+    """Warn that the compensations are left out, and return what that costs, measured where there is
+    a text."""
+    if not measure.has_text:
+        cost = "left out; what that costs is not measured (give --data)"
+    else:
+        compensated, plain, text = measure.losses(layers)
+        cost = (
+            f"left out: loss {plain:.4f}, with it {compensated:.4f} ({plain - compensated:+.4f} "
+            f"nats), {text}"
+        )
+    logger.warning("--without_compensation: what stands in the place of dropped sublayers %s", cost)
+    return cost
 
 
 def _summary(outcome: StaticOutcome) -> list[tuple[str, str]]:
     """Return the rows of the closing table."""
-    done = outcome.done
+    done, facts = outcome.done, dict(outcome.facts)
     gone = {layer for layers in outcome.dropped.values() for layer in layers}
     maps = outcome.maps
     instead = (
         [] if maps is None else [("in their place", f"a compensation each, {maps.describe()}")]
     )
+    facts["capacity per layer"] = _capacity_text(outcome.capacity, gone)
     return [
         ("dropped", describe_dropped(outcome.dropped)),
         *instead,
-        ("capacity per layer", _capacity_text(outcome.capacity, gone)),
-        ("measured on", outcome.text),
+        *facts.items(),
         ("dropped weights", human_bytes(done.removed)),
         ("written", f"{human_bytes(done.written)} in {outcome.seconds:.2f} s"),
         ("shared with the base", "; ".join([human_bytes(done.linked), *done.notes])),

@@ -21,12 +21,13 @@ from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import describe_base
 from megaskip.checkpoint.routers import read_router_config
 from megaskip.cli import export_static as command
-from megaskip.config import ModelConfig
+from megaskip.config import DataConfig, ModelConfig
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.static import sublayers
 from megaskip.export.static_folder import export_static, require_exportable, verify_static
 from megaskip.export.static_maps import StaticMaps, read_static_maps, update_factor
-from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
+from megaskip.runs.source import open_text
 
 KINDS = ("bias", "low_rank")
 LAYERS = (1, 3, 4)  # layer 1 is the first of gemma2's that attends to everything
@@ -370,6 +371,60 @@ def test_decilm_refuses_compensations(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot hold compensations: .*--without_compensation"):
         export(tmp_path, form="decilm")
     assert not (tmp_path / "out").exists()
+
+
+def test_leaving_the_maps_out_for_decilm_is_said_to_be_unmeasured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path, intermediate_size=256)
+    source = ["--routers", str(tmp_path / "routers"), "--base", str(tmp_path / "base")]
+    flags = [*source, "--format", "decilm", "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="cannot hold compensations"):
+        command.main(flags)
+    command.main([*flags, "--without_compensation"])
+    assert "left out; what that costs is not measured (give --data)" in caplog.text
+    assert "| compensation | left out; what" in (tmp_path / "out/README.md").read_text()
+    assert not {name for name in stored(tmp_path / "out") if ".up." in name}
+
+
+def test_what_leaving_the_maps_out_costs_is_measured_on_held_out_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where tokenised data are kept
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "backbone")
+    maps = {"compensation": "low_rank", "compensation_rank": 4, "budget": "static"}
+    routers = attach_routers(model, RouterConfig(layers=(4, 5), **maps))
+    randomise(routers)
+    save_routers(tmp_path / "routers", routers)
+    lines = [json.dumps({"text": f"{n} and {n * n} make {n + n * n}. "}) for n in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    base, text = DEMO_FOLDER / "backbone", str(tmp_path / "text.jsonl")
+    source = ["--routers", str(tmp_path / "routers"), "--base", str(base)]
+    flags = [*source, "--data", text, "--dtype", "float32", "--without_compensation"]
+    command.main([*flags, "--output", str(tmp_path / "plain")])
+    command.main([*source, "--output", str(tmp_path / "compensated")])
+    assert "compensation" not in read_json(tmp_path / "plain/config.json")
+    settings = ModelConfig(model=str(base), dtype="float32")
+    data = DataConfig(data=(text,))
+    loader = open_text(data, settings, resolve_source(settings), prompt_tokens=32)
+    batches = [batch for batch in loader.held_out() if batch is not None]
+    losses = [mean_loss(tmp_path / name, batches) for name in ("plain", "compensated")]
+    rows = sum(len(batch.input_ids) for batch in batches)
+    cost = f"loss {losses[0]:.4f}, with it {losses[1]:.4f} ({losses[0] - losses[1]:+.4f} nats)"
+    assert f"{cost}, {rows} rows of {text}, held out" in caplog.text
+    assert cost in (tmp_path / "plain/README.md").read_text(encoding="utf-8")
+
+
+@torch.no_grad()
+def mean_loss(folder: Path, batches: list[Any]) -> float:
+    model, total, tokens = load(folder, dtype=torch.float32), 0.0, 0
+    for batch in batches:
+        inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        logits = model(batch.input_ids, **inputs).logits[:, :-1].flatten(0, 1)
+        labels = batch.labels[:, 1:].flatten()
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        tokens += int((labels >= 0).sum())
+    return total / tokens
 
 
 def test_damaged_router_folders_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""What is measured before sublayers are dropped for good: on a text, with the routed model.
+
+Loads model and text when they are first asked for, and once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from megaskip.arch.task_loss import TaskLoss
+from megaskip.calibration.static_drop import without_maps
+from megaskip.checkpoint.routers import load_routers, read_router_config
+from megaskip.config import DataConfig, ModelConfig, ParallelConfig
+from megaskip.config.commands.export_static import ExportStaticOptions
+from megaskip.data.collate import Batch
+from megaskip.data.loader import DataLoader
+from megaskip.errors import DataError
+from megaskip.export.static import measure_capacity
+from megaskip.parallel.loading.source import ModelSource, source_in
+from megaskip.parallel.loading.whole import load_whole
+from megaskip.routing import RouterSet
+from megaskip.runs.source import TrainedRouters, open_text, read_as
+
+
+class TextMeasure:
+    """A model with its routers, and the text that the options or the run name."""
+
+    def __init__(
+        self, options: ExportStaticOptions, routers: TrainedRouters, source: ModelSource
+    ) -> None:
+        self._options, self._routers, self._source = options, routers, source
+
+    @property
+    def has_text(self) -> bool:
+        """Return whether a text is named, by --data or by the run."""
+        return bool(self._options.text.data) or self._options.source.run is not None
+
+    def capacity(self) -> tuple[dict[int, float], str]:
+        """Return (share of real units that run by routed layer, the text it was measured on)."""
+        batches = [b for b in self._loader.calibration(self._options.rows) if b is not None]
+        model, routers = self._model
+        return measure_capacity(model, routers, batches), self._about(batches)
+
+    def losses(self, dropped: Collection[int]) -> tuple[float, float, str]:
+        """Return (loss with, loss without the compensations of the `dropped` layers, the text): the
+        mean of a supervised token in nats, with those layers skipped and all others run.
+
+        On rows that are held out of the text; on calibration rows where none are. Raises DataError
+        for a text without tokens to predict.
+        """
+        held_out = [batch for batch in self._loader.held_out() if batch is not None]
+        found = held_out or self._loader.calibration(self._options.rows)
+        batches = _first(self._options.rows, [batch for batch in found if batch is not None])
+        model, routers = self._model
+        with routers.override({layer: float(layer not in dropped) for layer in routers.layers}):
+            compensated = _mean_loss(model, routers, batches)
+            with without_maps(routers):
+                plain = _mean_loss(model, routers, batches)
+        return compensated, plain, f"{self._about(batches)}{', held out' if held_out else ''}"
+
+    @functools.cached_property
+    def _model(self) -> tuple[Any, RouterSet]:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_whole(self._as_in_the_run, device).eval()
+        return model, load_routers(model, self._routers.folder)
+
+    @functools.cached_property
+    def _loader(self) -> DataLoader:
+        data, settings = self._settings
+        prompt_tokens = read_router_config(self._routers.folder)[0].prompt_tokens
+        return open_text(data, settings, self._as_in_the_run, prompt_tokens=prompt_tokens)
+
+    @functools.cached_property
+    def _as_in_the_run(self) -> ModelSource:
+        _, settings = self._settings
+        source = source_in(self._source.folder, self._source.hf_config, settings)
+        return dataclasses.replace(source, weights=self._source.weights)
+
+    @functools.cached_property
+    def _settings(self) -> tuple[DataConfig, ModelConfig]:
+        return read_as(self._options.source, self._options.text, self._routers.base)
+
+    def _about(self, batches: Sequence[Batch]) -> str:
+        data, _ = self._settings
+        return f"{sum(len(batch.input_ids) for batch in batches)} rows of {', '.join(data.data)}"
+
+
+def _first(rows: int, batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first batches, as many as hold `rows` rows."""
+    chosen: list[Batch] = []
+    for batch in batches:
+        if sum(len(other.input_ids) for other in chosen) >= rows:
+            break
+        chosen.append(batch)
+    return chosen
+
+
+@torch.no_grad()
+def _mean_loss(model: Any, routers: RouterSet, batches: Sequence[Batch]) -> float:
+    """Return the mean loss of the supervised tokens of `batches`, nats."""
+    task = TaskLoss(model, chunk_tokens=ParallelConfig().loss_chunk_tokens)
+    device = next(model.parameters()).device
+    tokens = sum(batch.counts.supervised for batch in batches)
+    if not tokens:
+        raise DataError("the text holds no tokens to predict; name another with --data")
+    total = 0.0
+    for batch in (batch.to(device) for batch in batches):
+        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        routers.set_batch(*masks, batch.counts.segments)
+        inputs = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels)
+        total += float(task(*inputs, predicting=batch.predicting))
+    return total / tokens
