@@ -21,6 +21,14 @@ class DecisionCache:
 
     _skip_decisions: dict[int, RoutingDecision]
 
+    @property
+    def batch_size(self) -> int:
+        """Return the number of rows, of which layers may hold some only; -1 before the first
+        pass."""
+        return next((len(d.keep) for d in self._skip_decisions.values()), -1)
+
+    max_batch_size = batch_size  # what transformers 5.5 calls it
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Re-order the rows, as beam search does; `beam_idx` int64 [B]."""
         self._skip_select("reorder_cache", beam_idx)

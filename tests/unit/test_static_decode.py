@@ -164,8 +164,10 @@ def test_a_static_cache_that_was_reset_is_as_good_as_new() -> None:
     for seed in (1, 2):
         ids = whole_ids(4, 9, seed)
         expected, _ = generated(model, GREEDY, ids, None)
-        found, _ = generated(model, GREEDY, ids, None, past_key_values=used)
-        assert torch.equal(found, expected)
+        for given in ({"past_key_values": used}, {"cache_implementation": "static"}):
+            found, _ = generated(model, GREEDY, ids, None, **given)
+            assert torch.equal(found, expected)
+        assert used.batch_size == len(ids)
         used.reset()
 
 
