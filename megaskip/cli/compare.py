@@ -42,6 +42,9 @@ methods:
              that skip (static_trained, where that alone is compared), of as many parameters,
              trained on the same text for as many steps (needs peft). How much a training gives by
              itself, and what fit and training cost beside it
+  dense_lora, static_lora, ours_lora
+             LoRA of rank --lora_rank on all linear layers (needs peft), trained with nothing
+             skipped, with the layers of static dropped, and together with routers, for every skip
   layerwise  separate, with the published hinge as its budget
   distill, noise, sharp, smooth, affine, mlp
              ours with one option more: --distill 0.5, --noise 0.5, --temperature 0.3 or 3,

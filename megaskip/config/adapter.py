@@ -70,7 +70,13 @@ TARGETS = ("all", "attn", "mlp")
 
 
 def adapter_problems(
-    adapter: AdapterConfig, *, budget: str, train: str, lr: float, max_steps: int | None
+    adapter: AdapterConfig,
+    *,
+    budget: str,
+    train: str,
+    lr: float,
+    max_steps: int | None,
+    cache_prefix: str | None,
 ) -> Iterator[str]:
     """Yield where adapters do not go together with the other settings of a run."""
     rank, start = adapter.lora_rank, adapter.lora_start
@@ -82,6 +88,11 @@ def adapter_problems(
         yield f"--lora_rank {rank} trains adapters of a frozen model; leave out --train full"
     if lr == 0:
         yield "--lr 0 keeps the adapters still, too: --lora_lr is scaled with it; take a tiny --lr"
+    if cache_prefix is not None:
+        yield (
+            f"--cache_prefix does not go with --lora_rank {rank}: adapters change the layers in "
+            "front of the first routed one; leave one of them out"
+        )
     if max_steps is not None and start >= max_steps:
         yield f"--lora_start {start} lies behind the last step (--max_steps {max_steps})"
     if start and budget in UNDECIDED:

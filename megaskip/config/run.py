@@ -273,6 +273,7 @@ class RunConfig(Checked):
             train=self.model.train,
             lr=self.optim.lr,
             max_steps=self.optim.max_steps,
+            cache_prefix=self.parallel.cache_prefix,
         )
         if nothing_learns and not self.adapter.lora_rank and self.model.init_routers is None:
             yield (

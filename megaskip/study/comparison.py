@@ -18,6 +18,7 @@ from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.capacities import reach_capacity
 from megaskip.calibration.static_drop import mean_similarity
 from megaskip.calibration.threshold import TOLERANCE
+from megaskip.checkpoint.adapters import load_adapter
 from megaskip.checkpoint.routers import fill_routers, read_router_config
 from megaskip.config import RouterConfig, RunConfig, resolve_layers
 from megaskip.data import Batch, build_dataset
@@ -228,7 +229,8 @@ class Comparison:
                 prompt_tokens=config.prompt_tokens,
                 compensation=config.compensation,
                 compensation_rank=config.compensation_rank,
-            )
+            ),
+            routers,
         )
         fill_routers(routers, self.routers)
         capacity = 1 - self.share(skip)
@@ -244,10 +246,14 @@ class Comparison:
             )
         return kept
 
-    def attach(self, config: RouterConfig) -> None:
-        """Put fresh routers on the model in place of those that are there."""
+    def attach(self, config: RouterConfig, folder: Path | None = None) -> None:
+        """Put fresh routers on the model in place of those that are there, and the adapter of a
+        router folder, if it has one."""
         detach_routers(self.model)
         routers = attach_routers(self.model, config, register=False, verify=False)
+        if folder is not None:
+            device = self._topology.device
+            routers.take_adapters(load_adapter(self.model, folder, device=device))
         self._engine = Engine(self._engine.module, routers, self._config, self._topology)
 
     @contextlib.contextmanager

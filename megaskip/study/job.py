@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig
-from megaskip.config.commands.compare import CompareOptions
+from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
 from megaskip.data.demo import with_demo
 from megaskip.errors import ConfigError
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
@@ -101,7 +101,7 @@ def _jobs(comparison: Comparison, options: CompareOptions) -> list[Job]:
     """Return all measurements, the dense model first."""
     jobs = [Job(method=DENSE, skip=0.0, seed=None, training=None)]
     for method in options.methods:
-        for skip in options.shares:
+        for skip in [0.0] if method == DENSE_LORA else options.shares:
             for seed in options.seeds:
                 training = training_of(method, skip, seed, comparison, options)
                 if training is None and method not in _DRAWN:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.checkpoint.routers import CONFIG
-from megaskip.config.commands.compare import CompareOptions
+from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.topology import LAUNCHER_VARIABLES
 from megaskip.study.comparison import Comparison
 from megaskip.study.dense_adapter import WEIGHTS
-from megaskip.study.static_drops import STATIC
+from megaskip.study.static_drops import LEARNT, STATIC
 from megaskip.study.training_costs import CONTROL
 
 logger = get_logger(__name__)
@@ -38,8 +38,10 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "affine": (*_OURS, "--router", "affine"),
     "mlp": (*_OURS, "--router", "mlp"),
     "compensated": (*_OURS, "--compensation", "low_rank", "--distill", "0.5"),
+    "ours_lora": _OURS,
+    DENSE_LORA: (*_OURS, "--budget", "dense"),
 }
-_FOR_ONE_SKIP = {"published", "separate", "layerwise", "compensated"}
+_FOR_ONE_SKIP = {"published", "separate", "layerwise", "compensated", "ours_lora"}
 _TRAINED_AS = {"allocated": "ours"}
 _ROWS_A_STEP = 16
 
@@ -107,17 +109,21 @@ def _run_for(
     what is not trained."""
     if method == CONTROL:
         return f"{method}-{skip:.4f}", ("--distill", "0.5", "--lr", f"{options.adapter_lr:g}"), None
-    if STATIC.get(method, ("", ""))[1] == "trained":
+    lora = ("--lora_rank", str(options.lora_rank)) if method.endswith("_lora") else ()
+    name = f"{method}-r{options.lora_rank}" if lora else method
+    if STATIC.get(method, ("", ""))[1] in LEARNT:
         start = options.output / "fitted" / f"{method}-{skip:.4f}"
-        flags = ("--init_routers", str(start), "--distill", "0.5")
-        return f"{method}-{skip:.4f}", flags, start
+        learns = lora or ("--distill", "0.5")
+        return f"{name}-{skip:.4f}", ("--init_routers", str(start), *learns), start
     if method not in RECIPES:
         return "", (), None
-    layers = ("--granularity", options.granularity, "--layers", options.layers)
+    layers = ("--granularity", options.granularity, "--layers", options.layers, *lora)
+    if method == DENSE_LORA:
+        return name, (*layers, *RECIPES[method]), None
     if method in _FOR_ONE_SKIP:
         capacity = 1 - comparison.share(skip)
         asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
-        return f"{method}-{capacity:.4f}", (*layers, *RECIPES[method], *asked), None
+        return f"{name}-{capacity:.4f}", (*layers, *RECIPES[method], *asked), None
     low = 1 - comparison.share(max(options.shares))
     middle = 1 - comparison.share(statistics.mean(options.shares))
     asked = ("--capacity", f"{middle:.6f}", "--capacity_low", f"{low:.6f}")

@@ -34,8 +34,11 @@ STATIC = {
     "greedy_fitted": ("greedy", "fitted"),
     "static_trained": ("cosine", "trained"),
     "greedy_trained": ("greedy", "trained"),
+    "static_lora": ("cosine", "lora"),
 }
-"""Methods: (order of the layers, maps in their places)."""
+"""Methods: (order of the layers, maps in their places; or adapters of what stays)."""
+LEARNT = ("trained", "lora")
+"""What of these a run trains."""
 
 
 class StaticDrops:
@@ -71,6 +74,7 @@ class StaticDrops:
         key = (kind, with_maps and kind == "greedy")
         if key not in self._orders:
             if kind == "cosine":
+                self.put(with_maps=False)  # of the frozen model, without anyone's adapter
                 similarity = self._comparison.similarity()
                 ranked = sorted(self._comparison.layers, key=lambda layer: -similarity[layer])
                 self._orders[key] = ranked
@@ -131,18 +135,20 @@ class StaticDrops:
     def write_start(self, method: str, skip: float, folder: Path, base: BaseModel) -> Path:
         """Write the router folder from which a trained method starts, unless it is there."""
         if not (folder / CONFIG).is_file():
-            kind, _ = STATIC[method]
-            dropped = self.order(kind, with_maps=True)[: self.layers_for(skip)]
-            self.put(with_maps=True)
+            kind, learns = STATIC[method]
+            with_maps = learns == "trained"
+            dropped = self.order(kind, with_maps=with_maps)[: self.layers_for(skip)]
+            self.put(with_maps=with_maps)
             save_routers(folder, static_routers(self._comparison.routers, dropped), base=base)
         return folder
 
     def take(self, routers: Path) -> Policy:
-        """Put the trained maps of a router folder on the model; return the policy that drops its
-        layers."""
+        """Put the trained maps, or adapters, of a router folder on the model; return the policy
+        that drops its layers."""
         config, layers, _ = read_router_config(routers)
         stored = RouterSet(config, layers, self._comparison.routers.hidden_size)
-        self._comparison.attach(self._config)
+        has_maps = config.compensation != "none"
+        self._comparison.attach(self._config if has_maps else self._comparison.plain, routers)
         weights = load_router_tensors(routers, stored)
         self._comparison.routers.load_state_dict(weights, strict=False)
         return dropping(layers, self._comparison.layers)

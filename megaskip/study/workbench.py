@@ -9,12 +9,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megaskip._version import __version__
+from megaskip.arch.adapters import add_adapters
 from megaskip.calibration.allocation import UnreachedError
 from megaskip.checkpoint.atomic import write_json
 from megaskip.checkpoint.routers import read_router_config
 from megaskip.config import DataConfig, RunConfig
 from megaskip.config.cli import parse_run_config
-from megaskip.config.commands.compare import CompareOptions
+from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
 from megaskip.data import TokenizedData
 from megaskip.data.loader import DataLoader
 from megaskip.log import get_logger
@@ -123,6 +124,8 @@ class Workbench:
             stored, layers, _ = read_router_config(training.start)
             router = dataclasses.replace(stored, layers=layers)
         self._comparison.attach(router)
+        model, device = self._comparison.model, self._topology.device
+        add_adapters(model, self._comparison.routers, model, config, device=device)
         engine = self._comparison.engine_of(config)
         batches = next(self._loader(config).steps(0))
         flops = count_flops(lambda: engine.train_step(batches, 0.0, 0.0))
@@ -148,6 +151,9 @@ class Workbench:
             assert job.training is not None, "the control is trained"
             with merged(comparison.model, job.training.folder):
                 return comparison.measure(comparison.everything)
+        if job.method == DENSE_LORA and job.training is not None:
+            comparison.attach(comparison.plain, job.training.folder / "routers")
+            return comparison.measure(comparison.everything)
         if job.method in STATIC:
             if job.training is None:
                 return comparison.measure(self._drops.policy(job.method, job.skip))

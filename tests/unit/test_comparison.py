@@ -10,10 +10,11 @@ import pytest
 import transformers
 from routed_models import randomise
 
-from megaskip import RouterConfig, attach_routers, save_routers
+from megaskip import RouterConfig, attach_routers, load_routers, save_routers
+from megaskip.arch.adapters import add_adapters
 from megaskip.checkpoint.atomic import read_json, write_json
 from megaskip.cli.compare import parse
-from megaskip.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from megaskip.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.config.commands.compare import BASELINES
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
@@ -240,6 +241,27 @@ def test_routers_by_cost_are_fitted_once_and_put_at_the_skip(
     kept = comparison.take(run / "routers", 0.25)
     assert kept == pytest.approx(1 - comparison.share(0.25), abs=0.01)
     assert comparison.routers.config.compensation == "low_rank"
+
+
+def test_adapters_are_measured_with_their_run_and_with_no_other(
+    comparison: Comparison, drops: StaticDrops, tmp_path: Path
+) -> None:
+    base = resolve_source(ModelConfig(model="demo")).describe()
+    start = drops.write_start("static_lora", 0.25, tmp_path / "start", base)
+    static = comparison.measure(drops.policy("static", 0.25)).text
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "backbone")
+    routers = load_routers(model, start)
+    add_adapters(model, routers, model, RunConfig(adapter=AdapterConfig(lora_rank=2)))
+    for weight, equal in ((0.0, True), (0.01, False)):
+        for name, tensor in routers.adapters.tensors().items():
+            if "lora_B" in name:
+                tensor.data.fill_(weight)
+        save_routers(tmp_path / "run", routers, base=base)
+        taken = comparison.measure(drops.take(tmp_path / "run")).text
+        assert np.allclose(taken.nll, static.nll, rtol=1e-5) == equal
+        np.testing.assert_array_equal(taken.kept, static.kept)
+    again = comparison.measure(drops.policy("static", 0.25)).text
+    np.testing.assert_array_equal(again.nll, static.nll)
 
 
 def test_what_was_measured_stays_with_what_it_depends_on(

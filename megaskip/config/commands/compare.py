@@ -9,8 +9,13 @@ from megaskip.config.options import Checked, option
 from megaskip.config.routing import GRANULARITIES
 
 BASELINES = ("static", "random", "uniform")
-DROPS = ("greedy", "static_fitted", "greedy_fitted", "static_trained", "greedy_trained")
 BY_COST = ("by_cost", "by_cost_fitted")
+DROPS = (
+    *("greedy", "static_fitted", "greedy_fitted", "static_trained", "greedy_trained"),
+    "static_lora",
+)
+DENSE_LORA = "dense_lora"
+"""Skips nothing: what adapters alone are worth."""
 TRAINED = (
     "published",
     "separate",
@@ -24,6 +29,8 @@ TRAINED = (
     "affine",
     "mlp",
     "compensated",
+    "ours_lora",
+    DENSE_LORA,
 )
 CONTROLS = ("dense_adapted",)
 METHODS = (*BASELINES, *DROPS, *BY_COST, *TRAINED, *CONTROLS)
@@ -75,6 +82,8 @@ class CompareOptions(Checked):
     """Rank of the maps in dropped layers' places."""
     adapter_lr: float = 1e-3
     """Peak learning rate of dense_adapted."""
+    lora_rank: int = 16
+    """Rank of the adapters of dense_lora (nothing is skipped), static_lora and ours_lora."""
     order_rows: int = 128
     """Calibration rows on which a greedy order is measured."""
     cost_rows: int = 256
@@ -94,7 +103,7 @@ class CompareOptions(Checked):
 
     def _problems(self) -> Iterator[str]:
         counts = ("documents", "pairs", "choice_questions", "steps", "calibration_rows")
-        for name in (*counts, "order_rows", "cost_rows", "parallel"):
+        for name in (*counts, "order_rows", "cost_rows", "parallel", "lora_rank"):
             yield from at_least(name, getattr(self, name), 1)
         for name in ("continuations", "prefill_runs", "adapter_lr"):
             yield from at_least(name, getattr(self, name), 0)
