@@ -30,6 +30,8 @@ _STEP = "step"
 """Steps that AdamW has taken; stored for parameters that began to learn later than the run."""
 _MOVED = {"layers", "threshold", "calibrated"}
 """Router settings that a run itself changes or resolves."""
+OptimizerStates = Mapping[str, Mapping[str, Tensor]]
+"""AdamW's state by parameter: exp_avg, exp_avg_sq and step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,21 +58,20 @@ def save_checkpoint(
     path: Path,
     state: TrainerState,
     write_weights: Callable[[Path], None],
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    moments_of: OptimizerStates,
 ) -> None:
     """Write a checkpoint folder, whole or not at all; `write_weights` adds the files of what
-    trains."""
+    trains, `moments_of` has AdamW's state of each parameter."""
     with new_folder(path) as folder:
         write_weights(folder)
-        moments = {
-            f"{kind}/{name}": optimizer.state[parameter][kind]
-            for name, parameter in parameters.items()
+        stored = {
+            f"{kind}/{name}": moments[kind]
+            for name, moments in moments_of.items()
             for kind in _MOMENTS
         }
-        taken = {name: optimizer.state[p][_STEP] for name, p in parameters.items()}
+        taken = {name: moments[_STEP] for name, moments in moments_of.items()}
         late = {name: step for name, step in taken.items() if float(step) != state.optimizer_steps}
-        write_tensors(folder / OPTIMIZER, moments | {f"{_STEP}/{n}": s for n, s in late.items()})
+        write_tensors(folder / OPTIMIZER, stored | {f"{_STEP}/{n}": s for n, s in late.items()})
         write_json(folder / STATE, {"format": FORMAT, **dataclasses.asdict(state)})
         (folder / COMPLETE).write_text("\n", encoding="utf-8")
 
@@ -175,7 +176,9 @@ def restore(
         for name, parameter in parameters.items():
             file, key = stored_as(name)
             _copy(parameter, files[file], key, path / file)
-            state = optimizer.state[parameter]
+            state = optimizer.state.get(parameter)
+            if state is None:  # another rank updates it
+                continue
             own = moments.get(f"{_STEP}/{name}")
             state["step"].fill_(steps if own is None else float(own))
             for kind in _MOMENTS:

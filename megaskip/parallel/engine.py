@@ -6,7 +6,7 @@ batch, so that what micro-batches and ranks add up to does not depend on how the
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,12 @@ from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.labels import IGNORED
 from megaskip.parallel.cached_prefix import CachedPrefix
-from megaskip.parallel.optimizer import make_adamw, reduce_gradients, set_learning_rate
+from megaskip.parallel.optimizer import (
+    clear_gradients,
+    make_adamw,
+    reduce_gradients,
+    set_learning_rate,
+)
 from megaskip.parallel.results import (
     EvalResult,
     EvalSums,
@@ -25,6 +30,7 @@ from megaskip.parallel.results import (
     StepResult,
     StepSums,
 )
+from megaskip.parallel.shared_moments import SharedMoments
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Counts, Measured, Pooling, RouterSet, RoutingDecision
 
@@ -54,7 +60,8 @@ class Engine:
         self._has_penalty = True
         routers.steering.temperature = config.optim.temperature
         self.parameters = routers.trained_parameters()
-        self.optimizer = make_adamw(self.parameters, config.optim, config.adapter)
+        self._moments = SharedMoments(self.parameters, topology)
+        self.optimizer = make_adamw(self._moments.mine(), config.optim, config.adapter)
 
     def train_step(
         self, batches: Sequence[Batch], lr: float, progress: float | None = None
@@ -72,7 +79,7 @@ class Engine:
         """
         whole = self._global_batch(batches)
         batches = [batch.to(self._topology.device) for batch in batches]
-        self.optimizer.zero_grad(set_to_none=False)
+        clear_gradients(self.parameters)
         with self._noisy():
             sums = self._micro_steps(batches, whole)
         learning = {name: p for name, p in self.parameters.items() if p.requires_grad}
@@ -81,9 +88,16 @@ class Engine:
         )
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
+        if self.routers.adapters is not None and self.routers.adapters.learns:
+            self._moments.spread()
         sums = sums.over_ranks()
         self.routers.steer(Measured.of(sums.counts), progress=progress)
         return sums.pending(whole, grad_norm)
+
+    def optimizer_states(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return the optimizer's state by parameter, of all of them on the first rank.
+        Collective."""
+        return self._moments.states(self.optimizer)
 
     @torch.no_grad()
     def evaluate(
@@ -147,7 +161,7 @@ class Engine:
                 yield real, {layer: _gradient(gates[layer]) for layer in own}
         finally:
             self._distill, self._has_penalty = before, True
-            self.optimizer.zero_grad(set_to_none=False)
+            clear_gradients(self.parameters)
 
     def scores(self) -> dict[int, Tensor]:
         """Return the router scores of this rank's last micro-batch, by layer; for histograms.

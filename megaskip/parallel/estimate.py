@@ -20,9 +20,10 @@ from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.loading.skeleton import build_uninitialised
 from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.shared_moments import moment_numel
 
-TRAINED_BYTES = 16
-"""float32 weight, gradient and two moments of a trained parameter."""
+WEIGHT_AND_GRADIENT = MOMENTS = 8
+"""Bytes of a trained parameter: float32 weight and gradient, and AdamW's two moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +42,8 @@ class Estimate:
     """Logits of a chunk and other temporaries, at the worst moment."""
     parameters: int
     trainable: tuple[tuple[str, tuple[int, ...]], ...]
-
-    @property
-    def moments(self) -> int:
-        """Return the bytes of the optimizer's two moments of what trains."""
-        return 8 * sum(torch.Size(shape).numel() for _, shape in self.trainable)
+    moments: int
+    """Of `trained`, what the optimizer's two moments take."""
 
     @property
     def total(self) -> int:
@@ -71,15 +69,20 @@ def estimate(
     weights, gathers = sum(n * s for n, s in parameters), 0
     if ds_content is not None:
         weights, gathers = _zero3_bytes(parameters, layer_numel, world_size, ds_content)
-    trained = sum(torch.Size(shape).numel() for _, shape in trainable)
+    sizes = {name: torch.Size(shape).numel() for name, shape in trainable}
+    full = config.model.train == "full"
+    moments = MOMENTS * moment_numel(sizes, world_size)
+    # Weights that train are counted with the backbone where they are the backbone.
+    others = (WEIGHT_AND_GRADIENT - 4 * full) * sum(sizes.values())
     return Estimate(
         weights=weights,
         gathers=gathers,
-        trained=trained * (TRAINED_BYTES if config.model.train == "routers" else TRAINED_BYTES - 4),
+        trained=others + moments,
         activations=activations,
         workspace=workspace,
         parameters=sum(n for n, _ in parameters),
         trainable=tuple(trainable),
+        moments=moments,
     )
 
 

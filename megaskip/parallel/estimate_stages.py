@@ -10,17 +10,21 @@ from megaskip.arch.adapters import add_adapters
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.stage import DecoderStage, LayerRange
 from megaskip.config import RunConfig
-from megaskip.parallel.estimate import TRAINED_BYTES, Estimate
+from megaskip.parallel.estimate import MOMENTS, WEIGHT_AND_GRADIENT, Estimate
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.loading.skeleton import build_uninitialised, skeleton
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.stage_cuts import cuts_for_training
+from megaskip.parallel.shared_moments import moment_numel
 from megaskip.routing import RouterSet
 from megaskip.routing.handover import carried_keep, receive_keep
 
 
-def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
-    """Return what a rank of each stage will need, first stage first. Touches no weights."""
+def estimate_stages(
+    config: RunConfig, source: ModelSource, world_size: int | None = None
+) -> list[Estimate]:
+    """Return what a rank of each stage will need, first stage first, where `world_size` ranks run
+    (without it one replica). Touches no weights."""
     shape = skeleton(source)
     cuts = cuts_for_training(shape, config)
     parameters = sum(p.numel() for p in shape.parameters())
@@ -37,15 +41,18 @@ def estimate_stages(config: RunConfig, source: ModelSource) -> list[Estimate]:
             activations, workspace = _micro_step(stage, routers, config, source.dtype)
         trained = routers.trained_parameters()
         trainable = [(name, tuple(p.shape)) for name, p in trained.items()]
+        sizes = {name: p.numel() for name, p in trained.items()}
+        moments = MOMENTS * moment_numel(sizes, world_size or len(cuts))
         estimates.append(
             Estimate(
                 weights=sum(p.numel() * p.element_size() for p in stage.parameters()),
                 gathers=0,
-                trained=TRAINED_BYTES * sum(p.numel() for p in trained.values()),
+                trained=WEIGHT_AND_GRADIENT * sum(sizes.values()) + moments,
                 activations=in_flight * activations,
                 workspace=workspace,
                 parameters=parameters,
                 trainable=tuple(trainable),
+                moments=moments,
             )
         )
     return estimates

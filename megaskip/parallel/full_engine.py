@@ -3,7 +3,7 @@
 Makes small backbones. Knows no routers: the engine that trains those is in engine.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -60,6 +60,10 @@ class FullEngine:
         return PendingStep(
             torch.stack([loss, grad_norm.to(loss)]), int(whole.tokens), _meaning(whole)
         )
+
+    def optimizer_states(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Return the optimizer's state by parameter."""
+        return {name: self.optimizer.state[p] for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def evaluate(

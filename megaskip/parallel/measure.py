@@ -11,7 +11,7 @@ def bytes_by_kind(engine: StepEngine) -> dict[str, int]:
     trained = list(engine.parameters.values())
     trained_ids = {id(p) for p in trained}
     frozen = [p for p in engine.module.parameters() if id(p) not in trained_ids]
-    states = [engine.optimizer.state[p] for p in trained]
+    states = [engine.optimizer.state.get(p, {}) for p in trained]
     return {
         "backbone": sum(_resident_bytes(p) for p in frozen)
         + sum(b.nbytes for b in engine.module.buffers()),

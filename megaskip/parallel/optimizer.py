@@ -54,6 +54,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_ratio"]
 
 
+def clear_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Set the gradients of all parameters to zero, those included that another rank updates."""
+    for parameter in parameters.values():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
+
 def reduce_gradients(
     parameters: Mapping[str, nn.Parameter], *, world_size: int, max_norm: float
 ) -> Tensor:

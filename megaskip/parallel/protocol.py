@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megaskip.data import Batch
 from megaskip.parallel.results import PendingStep, StepResult
@@ -25,7 +25,12 @@ class StepEngine(Protocol):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Return AdamW over `parameters`; its state exists from the start."""
+        """Return AdamW over the `parameters` that this rank updates; its state exists from the
+        start."""
+        ...
+
+    def optimizer_states(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return AdamW's state by parameter, of all of them on the first rank. Collective."""
         ...
 
     def train_step(

@@ -10,6 +10,7 @@ from typing import Protocol
 from megaskip.checkpoint import BaseModel
 from megaskip.checkpoint.resume import (
     STATE,
+    OptimizerStates,
     TrainerState,
     checkpoints,
     prune,
@@ -88,10 +89,11 @@ class Checkpointer:
     def save(self, step: int, tokens: int) -> Path:
         """Write the checkpoint of a run after `step` steps and `tokens` real tokens, remove old
         ones, and return its folder. Collective."""
+        states = self.engine.optimizer_states()
 
         def write() -> Path:
             path = self.path(step)
-            self._write(path, step, tokens)
+            self._write(path, step, tokens, states)
             prune(self.output_dir, self.keep_last)
             return path
 
@@ -103,9 +105,10 @@ class Checkpointer:
         Older ones stay while a checkpoint is there from which the run could go on with them:
         `best_of` is the best step up to that of a checkpoint.
         """
+        states = self.engine.optimizer_states()
 
         def write() -> None:
-            self._write(self.best_path(step), step, tokens)
+            self._write(self.best_path(step), step, tokens, states)
             steps = [read_state(path).step for path in checkpoints(self.output_dir)]
             needed = {self.best_path(best) for s in steps if (best := best_of(s)) is not None}
             for path in self.output_dir.glob(f"{_BEST}*"):
@@ -114,9 +117,8 @@ class Checkpointer:
 
         on_first_rank(self.topology, write)
 
-    def _write(self, path: Path, step: int, tokens: int) -> None:
-        engine, state = self.engine, self.state(step, tokens)
-        save_checkpoint(path, state, self.weights.write, engine.parameters, engine.optimizer)
+    def _write(self, path: Path, step: int, tokens: int, states: OptimizerStates) -> None:
+        save_checkpoint(path, self.state(step, tokens), self.weights.write, states)
 
     def resume(self, path: Path) -> TrainerState:
         """Fill parameters, optimizer and steering from a checkpoint, and return where the run

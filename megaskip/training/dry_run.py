@@ -11,6 +11,7 @@ from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.estimate import Estimate, estimate
 from megaskip.parallel.estimate_stages import estimate_stages
 from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.shared_moments import describe_sharing
 from megaskip.reporting.summary import human_bytes, table
 from megaskip.routing.adapters import describe_adapters, is_adapter
 from megaskip.routing.compensation import describe_compensation, is_compensation
@@ -29,7 +30,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
             f"--world_size {world_size} is not a multiple of --pipeline_stages {num_stages}"
         )
     if num_stages > 1:
-        stages = estimate_stages(config, source)
+        stages = estimate_stages(config, source, world_size)
         needs = max(stages, key=lambda stage: stage.total)
     else:
         stages = []
@@ -39,7 +40,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
     size_text = f"{needs.parameters:,} parameters, {source.dtype}"
     rows = [
         ("model", f"{source.folder} ({source.hf_config.model_type}), {size_text}"),
-        *_trainable(config, source, needs),
+        *_trainable(config, source, needs, world_size),
         ("ranks", f"{world_size}, {_engine_name(num_stages, ds_content is not None)}"),
         *((f"bytes on stage {n}", human_bytes(stage.total)) for n, stage in enumerate(stages)),
         ("bytes on a rank", human_bytes(needs.total)),
@@ -63,7 +64,7 @@ def _engine_name(num_stages: int, sharded: bool) -> str:
 
 
 def _trainable(
-    config: RunConfig, source: ModelSource, needs: Estimate
+    config: RunConfig, source: ModelSource, needs: Estimate, world_size: int
 ) -> Iterator[tuple[str, str]]:
     if config.model.train == "full":
         yield "trains", f"every weight, {needs.parameters:,} parameters"
@@ -79,7 +80,8 @@ def _trainable(
         text = describe_compensation(kind, rank, layers=len(layers), parameters=sum(maps))
         yield "compensation", text
     if config.adapter.lora_rank:
-        yield "adapters", f"{describe_adapters(config.adapter, trained)}, whole on every rank"
+        where = describe_sharing(world_size)
+        yield "adapters", f"{describe_adapters(config.adapter, trained)}; {where}"
 
 
 def _trained_bytes(config: RunConfig, needs: Estimate) -> str:
@@ -88,10 +90,13 @@ def _trained_bytes(config: RunConfig, needs: Estimate) -> str:
     size, share = human_bytes(needs.trained), needs.moments / needs.total
     if config.model.train == "full" or share <= _MUCH_OPTIMIZER_STATE:
         return size
+    held = "every rank holds all of it"
+    if config.adapter.lora_rank:
+        held = "the adapters' is shared out over the ranks"
     return (
         f"{size}; the optimizer state in it, {human_bytes(needs.moments)}, is {100 * share:.1f} % "
-        "of what a rank needs, and every rank holds all of it: a lower --lora_rank or "
-        "--compensation_rank, or fewer --layers, make it smaller"
+        f"of what a rank needs, and {held}: a lower --lora_rank or --compensation_rank, or fewer "
+        "--layers, make it smaller"
     )
 
 

@@ -8,6 +8,7 @@ from megaskip.log import get_logger
 from megaskip.parallel.loading.source import uses_tf32
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.protocol import StepEngine
+from megaskip.parallel.shared_moments import describe_sharing
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.summary import human_bytes, table, versions
 from megaskip.training.loop import Trainer
@@ -28,6 +29,7 @@ def header_rows(trainer: Trainer, folder: Path) -> list[tuple[str, str]]:
     return [
         ("model", f"{folder} ({base.model_type}, {base.num_layers} layers)"),
         *checkpointer.weights.describe(),
+        *_sharing(trainer),
         ("engine", _engine_text(trainer.config, trainer.topology, trainer.engine)),
         ("bytes on rank 0", _bytes_text(trainer.engine)),
         ("batch", f"{_batch_text(trainer.loader)}, {trainer.total_steps} steps"),
@@ -35,6 +37,13 @@ def header_rows(trainer: Trainer, folder: Path) -> list[tuple[str, str]]:
         ("run folder", str(checkpointer.output_dir)),
         ("versions", "  ".join(f"{name} {number}" for name, number in versions().items())),
     ]
+
+
+def _sharing(trainer: Trainer) -> list[tuple[str, str]]:
+    """Return where the adapters and their moments are; nothing without adapters."""
+    if not trainer.config.adapter.lora_rank:
+        return []
+    return [("adapters are", describe_sharing(trainer.topology.world_size))]
 
 
 def _engine_text(config: RunConfig, topology: Topology, engine: StepEngine) -> str:

@@ -162,6 +162,6 @@ class RouterWeights:
         return [
             ("trains", describe_trainable(routers) or "adapters alone"),
             *([] if maps is None else [("compensation", maps)]),
-            *([] if lora is None else [("adapters", f"{lora.describe()}, whole on every rank")]),
+            *([] if lora is None else [("adapters", lora.describe())]),
             ("capacity asked", f"{asked}, budget {config.budget}"),
         ]

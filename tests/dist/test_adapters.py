@@ -27,6 +27,7 @@ def test_adapters_and_routers_learn_alike_on_every_engine(tmp_path: Path) -> Non
         for engine, mine in zip(ENGINES, results, strict=True):
             assert mine["loss_task"] == pytest.approx(alone["loss_task"], rel=1e-6), engine
             assert mine["gathered"] == 0, engine
+            assert mine["moments"] == pytest.approx(alone["moments"] / 2, rel=0.05), engine
             for kind in ("gradients", "weights"):
                 for name, tensor in mine[kind].items():
                     torch.testing.assert_close(

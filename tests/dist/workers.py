@@ -100,6 +100,7 @@ def _adapt(model: str, case: dict[str, Any]) -> dict[str, Any]:
             "gradients": gradients,
             "weights": {n: p.detach().clone() for n, p in engine.parameters.items()},
             "gathered": _gathered_numel(engine),
+            "moments": bytes_by_kind(engine)["moments"],
         }
 
 
