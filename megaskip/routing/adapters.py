@@ -64,6 +64,10 @@ class AdapterSet(nn.Module):
         self.learns = True
         """Whether they have a gradient; see `learn`."""
         self._tree = tree
+        # Found once: a name is looked up for microseconds, in every layer of every pass.
+        self._of_peft: dict[AdaptedLayer, Any] = {
+            layer: tree.get_submodule(self.name_of(layer)) for layer in self.layers
+        }
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers:
             down, up = self._matrices(layer)
@@ -127,7 +131,7 @@ class AdapterSet(nn.Module):
 
     def scaling(self, layer: AdaptedLayer) -> float:
         """Return what the update of a layer is multiplied by: alpha / r."""
-        return float(self._of(layer).scaling[PEFT_NAME])
+        return float(self._of_peft[layer].scaling[PEFT_NAME])
 
     @torch.no_grad()
     def delta(self, layer: AdaptedLayer) -> Tensor:
@@ -149,11 +153,8 @@ class AdapterSet(nn.Module):
         shapes = {name: tuple(p.shape) for name, p in self.trained_parameters().items()}
         return describe_adapters(self.config(), shapes)
 
-    def _of(self, layer: AdaptedLayer) -> Any:
-        return self._tree.get_submodule(self.name_of(layer))
-
     def _matrices(self, layer: AdaptedLayer) -> tuple[Any, Any]:
-        of_peft = self._of(layer)
+        of_peft = self._of_peft[layer]
         return of_peft.lora_A[PEFT_NAME], of_peft.lora_B[PEFT_NAME]
 
 

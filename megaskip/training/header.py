@@ -43,7 +43,7 @@ def _sharing(trainer: Trainer) -> list[tuple[str, str]]:
     """Return where the adapters and their moments are; nothing without adapters."""
     if not trainer.config.adapter.lora_rank:
         return []
-    return [("adapters are", describe_sharing(trainer.topology.world_size))]
+    return [("adapters held", describe_sharing(trainer.topology.world_size))]
 
 
 def _engine_text(config: RunConfig, topology: Topology, engine: StepEngine) -> str:
