@@ -26,6 +26,7 @@ STAND_INS = {
     r"(.*/)?held_?out(_text)?\.jsonl": "{held_out}",
     r"BLIMP(_DIR)?|blimp(/data)?": "{blimp}",
     r"RUN": "runs/first",
+    r"path/to/runs": "runs",
     r"PUBLISHED": "{published}",
     r"1-LAST|1-28|1-11": "1-6",
     r"llama3-1b": "demo-110m",

@@ -11,6 +11,7 @@ class RunsOptions(Checked):
     """Which run folders are listed, and how."""
 
     folder: Path = option(Path("runs"), metavar="FOLDER")
-    """Folder that holds run folders, or a run folder; `megaskip runs FOLDER` is the same."""
+    """Folder that holds run folders, or a run folder; it may stand behind the command without the
+    flag."""
     json: bool = False
     """Print JSON, for programs."""
