@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, D hidden.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,10 +37,14 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def states(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        lengths: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Return the hidden states [B, T, D] in front of layer `first`; only in `alone`. Under
-        ZeRO-3 collective."""
+        """Return the hidden states [B, T, D] in front of layer `first`; only in `alone`. Arguments
+        as in TaskLoss. Under ZeRO-3 collective."""
         entering: list[Tensor] = []
 
         def note(hidden_states: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ class FrozenPrefix:
 
         layer: Any = self._parts.layers[self.first]
         layer.pass_on = note
-        self._loss.hidden_states(input_ids, attention_mask, position_ids)
+        self._loss.hidden_states(input_ids, attention_mask, position_ids, lengths=lengths)
         layer.pass_on = None
         (states,) = entering
         return states

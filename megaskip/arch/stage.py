@@ -5,7 +5,7 @@ passes its input on and stores keys of width one, so that layer numbers, masks, 
 are those of the whole model. Knows modules, not ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,8 @@ class DecoderStage(nn.Module):
         self.layer_range = layers
         self.needs_mask = True
         """As in TaskLoss."""
+        self.takes_lengths = False
+        """As in TaskLoss."""
         self.head = head_loss(model, chunk_tokens) if layers.is_last else None
         cut(model, layers)
         parts = find_decoder(model)
@@ -133,14 +135,21 @@ class DecoderStage(nn.Module):
         return self.decoder
 
     def forward(
-        self, inputs: Tensor, attention_mask: Tensor | None, position_ids: Tensor
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        lengths: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Return hidden states [B, T, D], after the final norm on the last stage.
 
-        `inputs` are token ids [B, T] on the first stage, hidden states [B, T, D] on the others.
+        `inputs` are token ids [B, T] on the first stage, hidden states [B, T, D] on the others;
+        the others as in TaskLoss.
         """
         mask = attention_mask if self.needs_mask else None
-        call = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        call: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
+        call |= {"use_cache": False}
+        call |= lengths or {} if self.takes_lengths else {}
         if self.layer_range.is_first:
             return self.decoder(input_ids=inputs, **call)[0]
         return run_from(self.decoder, self.layer_range.first, inputs, **call)

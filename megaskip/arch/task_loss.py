@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, D hidden, N supervised tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class TaskLoss(nn.Module):
         """Whether padding must be masked for the real tokens to stay what they are (padding.py)."""
         self.first_layer = 0
         """The lowest layer that runs; those below are left out (prefix.py)."""
+        self.takes_lengths = False
+        """Whether attention tells samples of packed rows apart by their lengths (packing.py)."""
 
     def forward(
         self,
@@ -37,6 +39,7 @@ class TaskLoss(nn.Module):
         *,
         entering: Tensor | None = None,
         predicting: Tensor | None = None,
+        lengths: Mapping[str, Any] | None = None,
         teacher: Tensor | None = None,
         share: float = 0.0,
         states_only: bool = False,
@@ -46,13 +49,16 @@ class TaskLoss(nn.Module):
         has no loss. Rows are padded on the right; `attention_mask` [B, T] marks the real tokens.
         `predicting` int64 [N] are the places in [B * T] whose states predict a label; without it
         they are looked for, which waits for the device. `entering` [B, T, D] are the hidden states
-        in front of the lowest layer that runs, where that is not the first one.
+        in front of the lowest layer that runs, where that is not the first one. `lengths` are
+        those of packed rows (Batch.lengths).
 
         With `states_only` return the hidden states [N, D] that predict them instead. Given back as
         `teacher`, they predict `share` of each label. With `each` return the loss of each of them,
         float32 [N], in the order of `labels[:, 1:]`; without gradient.
         """
-        hidden_states = self.hidden_states(input_ids, attention_mask, position_ids, entering)
+        hidden_states = self.hidden_states(
+            input_ids, attention_mask, position_ids, entering, lengths
+        )
         if states_only:
             return predicting_states(hidden_states, labels, predicting)
         return self.head.of_batch(
@@ -65,12 +71,15 @@ class TaskLoss(nn.Module):
         attention_mask: Tensor | None,
         position_ids: Tensor,
         entering: Tensor | None = None,
+        lengths: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Return the decoder's hidden states [B, T, D] after its final norm; arguments as in
         `forward`."""
         decoder = find_decoder(self.model).decoder
         mask = attention_mask if self.needs_mask else None
-        call = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        call: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
+        call |= {"use_cache": False}
+        call |= lengths or {} if self.takes_lengths else {}
         assert (entering is None) == (self.first_layer == 0), "left-out layers need their states"
         if entering is not None:
             return run_from(decoder, self.first_layer, entering, **call)

@@ -265,6 +265,22 @@ class RunConfig(Checked):
     dry_run: bool = False
     """Print what the job would do and need, without loading weights or starting ranks."""
 
+    @property
+    def leaves_out_skipped(self) -> bool:
+        """Return whether what is skipped is not computed while training."""
+        return self.parallel.train_execution == "sparse" or self.router.budget == "static"
+
+    def _attention_problems(self) -> Iterator[str]:
+        attention = self.model.attn_implementation
+        by_lengths = "flash" in attention and self.data.packing
+        if self.leaves_out_skipped and (by_lengths or attention == "flex_attention"):
+            packing = "--packing and " if by_lengths else ""
+            yield (
+                f"{packing}--attn_implementation {attention} does not go with --train_execution "
+                "sparse or --budget static: it is told of all rows of a batch, of which they leave "
+                "some out; take sdpa"
+            )
+
     def _problems(self) -> Iterator[str]:
         nothing_learns = self.router.budget == "static" and self.router.compensation == "none"
         yield from adapter_problems(
@@ -292,13 +308,7 @@ class RunConfig(Checked):
                 f"--early_stop {self.log.early_stop} needs held-out rows: add --eval_data, or "
                 "--held_out above 0"
             )
-        attention = self.model.attn_implementation
-        if self.data.packing and "flash" in attention:
-            yield (
-                f"--packing does not go with --attn_implementation {attention}: in batches of "
-                "several rows it would let samples of a row see each other; take sdpa, or leave "
-                "--packing out"
-            )
+        yield from self._attention_problems()
         if self.parallel.cache_prefix is not None and self.model.train == "full":
             yield "--cache_prefix does not go with --train full, which changes every layer"
         if self.parallel.cache_prefix is not None and self.data.streaming:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ class BatchCounts:
     """Real ones."""
     supervised: int
     """Labels that are predicted; the first of a row never is."""
+    longest: int
+    """Tokens of the longest stretch of rising positions: a sample of packed rows, their padding, or
+    a whole row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -53,22 +57,32 @@ class Batch:
     """Of each row in the loader's data; () of what stands for no row, None where it is unknown."""
     predicting: torch.Tensor = field(init=False)
     """int64 [supervised]: the tokens, numbered through all rows, that predict a label."""
+    bounds: torch.Tensor | None = field(init=False)
+    """int32 [n + 1]: where samples and padding of packed rows begin, numbered through all rows, and
+    the number of tokens; None when no row is packed."""
     counts: BatchCounts = field(init=False)
 
     def __post_init__(self) -> None:
         supervised = torch.nn.functional.pad(self.labels[:, 1:] != IGNORED, (0, 1))
         object.__setattr__(self, "predicting", supervised.flatten().nonzero().squeeze(1))
+        object.__setattr__(self, "bounds", None if self.segment_ids is None else self._bounds())
         object.__setattr__(self, "counts", self._count())
+
+    def _bounds(self) -> torch.Tensor:
+        begins = (self.position_ids.flatten() == 0).nonzero().squeeze(1)
+        return torch.nn.functional.pad(begins, (0, 1), value=self.input_ids.numel()).int()
 
     def _count(self) -> BatchCounts:
         rows = int(self.token_mask.any(dim=1).sum())
         packed = None if self.segment_ids is None else self.segment_ids.amax(dim=1) + 1
+        longest = self.input_ids.shape[1] if self.bounds is None else int(self.bounds.diff().max())
         return BatchCounts(
             rows=rows,
             samples=rows if packed is None else int(packed.sum()),
             segments=1 if packed is None else max(int(packed.max()), 1),
             tokens=int(self.token_mask.sum()),
             supervised=len(self.predicting),
+            longest=longest,
         )
 
     @property
@@ -80,6 +94,22 @@ class Batch:
         # HF 5.23 reads segments off position_ids only while attention_mask is None
         # (masking_utils._preprocess_mask_arguments; transformers#46634).
         return None if self.segment_ids is not None else self.token_mask.long()
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """What flash attention is told of packed rows, as transformers names it; empty for others.
+
+        With it samples of all rows are attended to one by one, without a mask
+        (FlashAttentionKwargs in transformers' modeling_flash_attention_utils.py)."""
+        if self.bounds is None:
+            return {}
+        bounds, longest = self.bounds, self.counts.longest
+        return {
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on another device; a GPU is not waited for."""

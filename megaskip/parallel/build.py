@@ -8,9 +8,10 @@ from torch import nn
 from megaskip.arch import attach_routers, find_decoder, freeze
 from megaskip.arch.adapters import add_adapters
 from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.arch.packing import choose_packed_attention, require_apart, takes_lengths
 from megaskip.arch.padding import needs_mask
 from megaskip.arch.stage import DecoderStage
-from megaskip.arch.stage_proof import verify_stages
+from megaskip.arch.stage_proof import tiny_config, verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
 from megaskip.log import get_logger
@@ -40,12 +41,13 @@ def build_full_engine(config: RunConfig, topology: Topology, source: ModelSource
     choose_arithmetic(source.dtype, topology.device)
     checked = with_checked_weights(source, topology)
     model = on_every_rank(topology, lambda: load_whole(checked, topology.device)).eval()
+    _prepare_packing(model, config)
     masked = _needs_mask(model)
     model.train()
     if config.parallel.activation_checkpointing:
         checkpoint_activations(model, 0)
     loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
-    loss.needs_mask = masked
+    loss.needs_mask, loss.takes_lengths = masked, takes_lengths(model)
     return FullEngine(loss, config, topology)
 
 
@@ -70,8 +72,9 @@ def build_engine(
     else:
         chunk_tokens = config.parallel.loss_chunk_tokens
         loss, handle = shard_backbone(source, ds_content, chunk_tokens, topology)
+    _prepare_packing(loss.model, config)
     verify_task_loss(loss)
-    loss.needs_mask = _needs_mask(loss.model)
+    loss.needs_mask, loss.takes_lengths = _needs_mask(loss.model), takes_lengths(loss.model)
     routers = attach_routers(loss.model, config.router, register=False)
     add_adapters(loss.model, routers, skeleton(source), config, device=topology.device)
     _choose_executor(routers, config)
@@ -87,6 +90,8 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
 
     masked = verify_stages(source.hf_config, functools.partial(build_tiny, source))
     _log_mask(masked)
+    if config.data.packing and "flash" not in config.model.attn_implementation:
+        require_apart(build_tiny(source, tiny_config(source.hf_config)).float().eval())
     whole = skeleton(source)
     cuts = cuts_for_training(whole, config)
     layers = cuts[topology.stage]
@@ -97,13 +102,25 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
 
     device = topology.device
     stage = on_every_rank(topology, lambda: load_stage(source, layers, take_apart, device))
-    stage.needs_mask = masked
+    stage.needs_mask, stage.takes_lengths = masked, takes_lengths(stage.decoder)
     routers = attach_routers(stage, config.router, register=False)
     add_adapters(stage, routers, whole, config, device=device)
     _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(stage.decoder, routers.lowest_learning_layer)
     return PipelineEngine(stage, routers, config, topology)
+
+
+def _prepare_packing(model: nn.Module, config: RunConfig) -> None:
+    """Choose the attention of packed rows, unless --attn_implementation does, and prove it. Under
+    ZeRO-3 collective."""
+    if not config.data.packing:
+        return
+    # What is told of all rows of a batch (lengths, flex attention's mask) cannot serve some.
+    if config.model.attn_implementation != "auto" or config.leaves_out_skipped:
+        require_apart(model)
+    else:
+        choose_packed_attention(model)
 
 
 def _needs_mask(model: nn.Module) -> bool:
@@ -120,7 +137,7 @@ def _log_mask(needed: bool) -> None:
 
 def _choose_executor(routers: RouterSet, config: RunConfig) -> None:
     """Leave out what is skipped where it is asked for, or where it has nothing to teach."""
-    if config.parallel.train_execution == "sparse" or config.router.budget == "static":
+    if config.leaves_out_skipped:
         routers.executor = SparseExecutor()
 
 

@@ -83,7 +83,8 @@ def compute_states(
             for numbers in rows:
                 check()
                 batch = placeholder if numbers is None else make_batch(numbers).to(device)
-                computed = prefix.states(batch.input_ids, batch.attention_mask, batch.position_ids)
+                told = (batch.attention_mask, batch.position_ids, batch.lengths)
+                computed = prefix.states(batch.input_ids, *told)
                 _keep(states, batch, computed, present)
     finally:
         states.flush()

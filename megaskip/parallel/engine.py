@@ -288,6 +288,7 @@ class Engine:
             batch.position_ids,
             batch.labels,
             predicting=batch.predicting,
+            lengths=batch.lengths,
             **how,
         )
         return loss

@@ -92,6 +92,7 @@ class FullEngine:
             batch.position_ids,
             batch.labels,
             predicting=batch.predicting,
+            lengths=batch.lengths,
         )
         return loss
 

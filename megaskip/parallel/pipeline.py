@@ -190,7 +190,8 @@ class PipelineEngine(Engine):
         hidden_states, *keep = inputs or [batch.input_ids]
         if keep:
             receive_keep(routers, keep[0])
-        hidden_states = stage(hidden_states, batch.attention_mask, batch.position_ids)
+        told = (batch.attention_mask, batch.position_ids, batch.lengths)
+        hidden_states = stage(hidden_states, *told)
         self._logits = {k: d.logit.detach() for k, d in self.own_decisions().items()}
         if stage.head is not None and states_only:
             return [predicting_states(hidden_states, batch.labels, batch.predicting)]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megaskip.arch.packing import describe_attention
 from megaskip.config import RunConfig
 from megaskip.data.loader import DataLoader
 from megaskip.log import get_logger
@@ -31,6 +32,7 @@ def header_rows(trainer: Trainer, folder: Path) -> list[tuple[str, str]]:
         *checkpointer.weights.describe(),
         *_sharing(trainer),
         ("engine", _engine_text(trainer.config, trainer.topology, trainer.engine)),
+        ("attention", _attention_text(trainer.config, trainer.engine)),
         ("bytes on rank 0", _bytes_text(trainer.engine)),
         ("batch", f"{_batch_text(trainer.loader)}, {trainer.total_steps} steps"),
         *(("data", line) for line in trainer.loader.data.stats.lines()),
@@ -54,6 +56,12 @@ def _engine_text(config: RunConfig, topology: Topology, engine: StepEngine) -> s
     dtype = next(engine.module.parameters()).dtype
     precision = f"{dtype}, TF32" if uses_tf32(dtype, topology.device) else f"{dtype}"
     return f"{name} on {topology.world_size} rank(s), {topology.device.type}, {precision}"
+
+
+def _attention_text(config: RunConfig, engine: StepEngine) -> str:
+    modules = dict(engine.module.named_children())
+    model = modules.get("model") or modules["decoder"]
+    return describe_attention(model, packing=config.data.packing)
 
 
 def _bytes_text(engine: StepEngine) -> str:

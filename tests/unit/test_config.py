@@ -106,11 +106,16 @@ def test_every_flag_is_explained() -> None:
     assert all(flag.doc for flag in flags)
 
 
-def test_packed_rows_are_refused_where_attention_would_mix_them() -> None:
-    packed = ["--packing", "--attn_implementation"]
-    with pytest.raises(ConfigError, match="--packing does not go with .* flash_attention_2"):
-        parse_run_config([*packed, "flash_attention_2"])
-    assert parse_run_config([*packed, "sdpa"]).data.packing
+def test_attention_that_is_told_of_all_rows_goes_with_dense_training_alone() -> None:
+    flash, flex = (
+        ["--attn_implementation", f"{n}"] for n in ("flash_attention_2", "flex_attention")
+    )
+    sparse = ["--train_execution", "sparse"]
+    assert parse_run_config([*flash, *sparse]).leaves_out_skipped
+    assert parse_run_config(["--packing", *flash]).data.packing
+    for flags, named in ((["--packing", *flash], "--packing and "), (flex, "")):
+        with pytest.raises(ConfigError, match=f"{named}--attn_implementation .* does not go with"):
+            parse_run_config([*flags, *sparse])
 
 
 def test_seed_and_prompt_length_have_one_owner() -> None:
