@@ -75,6 +75,10 @@ def build_engine(
     _prepare_packing(loss.model, config)
     verify_task_loss(loss)
     loss.needs_mask, loss.takes_lengths = _needs_mask(loss.model), takes_lengths(loss.model)
+    if handle is not None:
+        from megaskip.parallel.zero3 import forget_order
+
+        forget_order(handle)
     routers = attach_routers(loss.model, config.router, register=False)
     add_adapters(loss.model, routers, skeleton(source), config, device=topology.device)
     _choose_executor(routers, config)

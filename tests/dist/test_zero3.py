@@ -121,6 +121,23 @@ def test_forced_divergence_runs_and_releases_every_weight(tmp_path: Path) -> Non
             assert mine["gathered"] == 0, granularity
 
 
+def test_no_weight_stays_gathered_inside_of_a_backward_pass(tmp_path: Path) -> None:
+    """Also not after a checkpoint was recomputed whose input needs no gradient, that of the first
+    routed layer: DeepSpeed 0.19.3 to 0.19.5 kept frozen weights there (its #8130, #8148)."""
+    tiny_model("llama", num_hidden_layers=10).save_pretrained(tmp_path)
+    small = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": small}))
+    flags = ["--ds_config", str(tmp_path / "ds.json"), "--layers", "2-9"]
+    checkpointed, sparse = ["--activation_checkpointing"], ["--train_execution", "sparse"]
+    cases = [flags, [*flags, *checkpointed], [*flags, *checkpointed, *sparse]]
+    for results in run_worker("gathered_in_a_step", 2, model=str(tmp_path), cases=cases):
+        for case, most in zip(cases, results, strict=True):
+            assert most["after"] == 0, case
+            # A layer is used, another comes, one goes; eight would be there if none were let go.
+            bound = 3 * most["layer"] + most["head"]
+            assert 0 < most["backward"] <= bound, (case, most)
+
+
 @pytest.mark.parametrize(
     ("file", "changes"),
     [("zero3_offload.json", {}), ("zero3_multinode.json", {"zero_hpz_partition_size": 2})],

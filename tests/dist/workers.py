@@ -209,6 +209,42 @@ def _gathered_numel(engine: Engine) -> int:
     )
 
 
+def gathered_in_a_step(model: str, cases: list[list[str]]) -> list[dict[str, int]]:
+    """Return the most bytes of weights that a rank held gathered while it went forward, while it
+    went back, and after a step; beside them those of the largest layer and of the head."""
+    return [_gathered_in_a_step(model, flags) for flags in cases]
+
+
+def _gathered_in_a_step(model: str, flags: list[str]) -> dict[str, int]:
+    with built(model, flags) as (engine, topology):
+        _randomise(engine.routers)
+        layers = engine.model.model.layers
+        most, phase = {"forward": 0, "backward": 0}, ["forward"]
+
+        def look(*_: Any) -> None:
+            gathered = 4 * _gathered_numel(engine)
+            most[phase[0]] = max(most[phase[0]], gathered)
+
+        def turn(*_: Any) -> None:
+            phase[0] = "backward"
+
+        # A sublayer is called again when a checkpoint is recomputed; gradients that come into a
+        # layer and into its attention are seen besides.
+        for layer in layers:
+            for module in (layer, layer.self_attn, layer.mlp):
+                module.register_forward_pre_hook(look)
+                module.register_forward_hook(look)
+            layer.register_full_backward_pre_hook(look)
+            layer.self_attn.register_full_backward_pre_hook(look)
+        engine.module.head.register_forward_hook(turn)
+        for seed in range(4):  # DeepSpeed learns the order in the first steps
+            phase[0] = "forward"
+            engine.train_step([_batch(topology.rank + seed, packed=False)], 0.0)
+        sizes = [sum(4 * p.ds_numel for p in layer.parameters()) for layer in layers]
+        head = 4 * engine.module.head.linear.weight.ds_numel
+        return most | {"after": _gathered_numel(engine), "layer": max(sizes), "head": head}
+
+
 def evaluations(cases: list[list[str]]) -> list[Any]:
     """Return the tasks of launch/evaluate.py's reports with the flags of each case; None on other
     ranks than the first."""
