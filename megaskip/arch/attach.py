@@ -38,6 +38,11 @@ def attach_routers(
         raise ConfigError("this model has routers already; call detach_routers(model) first")
     layers = resolve_layers(config.layers, len(parts.layers))
     _require_routable(layers, config)
+    if config.router_input == "first" and any(isinstance(x, LayerElsewhere) for x in parts.layers):
+        raise ConfigError(
+            "--router_input first does not go with stages of a pipeline: what the first routed "
+            "layer reads is on one of them; take ZeRO-3 (--ds_config ds_configs/zero3.json)"
+        )
     elsewhere = [layer for layer in layers if isinstance(parts.layers[layer], LayerElsewhere)]
     here = [layer for layer in layers if layer not in elsewhere]
     device = next(iter((parts.layers[here[0]] if here else model).parameters())).device

@@ -23,11 +23,19 @@ UNDECIDED = ("static", "dense")
 """Budgets under which nothing is decided, so that no router learns."""
 COMPENSATIONS = ("none", "bias", "low_rank")
 ROUTERS = ("linear", "affine", "mlp")
+ROUTER_INPUTS = ("own", "first")
 KV_CHOICES = ("keep", "drop")
 """Whether tokens that skip an attention are attended to by later ones, in inference."""
 
 
-_ADDED = {"capacity_low", "calibrated", "router", "compensation", "compensation_rank"}
+_ADDED = {
+    "capacity_low",
+    "calibrated",
+    "router",
+    "router_input",
+    "compensation",
+    "compensation_rank",
+}
 """Settings that files from before them lack; their defaults are what those files meant."""
 
 
@@ -51,6 +59,10 @@ class RoutingConfig:
     router: str = field(default="linear", metadata={"choices": ROUTERS})
     """What scores a unit: "linear" (as published), "affine" (with a bias, so that a layer can be
     worth little for all), or "mlp" (one hidden layer of 16)."""
+    router_input: str = field(default="own", metadata={"choices": ROUTER_INPUTS})
+    """What the router of a layer reads: what its own layer reads ("own", as published), or what the
+    first routed layer reads ("first": everything is decided there, and a GPU is waited for once in
+    a prefill)."""
     layers: int | str | Sequence[int] = field(default="half", metadata={"metavar": "SPEC"})
     """Routed layers: "half" (the deepest half except the last, as published), a count of deepest
     layers (the last excluded), or a list such as 8-14,16 (one layer alone is written 12-12)."""

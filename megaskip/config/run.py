@@ -322,6 +322,12 @@ class RunConfig(Checked):
                 "how many ranks run"
             )
         stages = self.parallel.pipeline_stages
+        if stages > 1 and self.router.router_input == "first":
+            yield (
+                f"--router_input first does not go with --pipeline_stages {stages}: what the first "
+                "routed layer reads is on one stage; take --router_input own, or ZeRO-3 "
+                "(--ds_config ds_configs/zero3.json)"
+            )
         if stages > 1 and self.model.train == "full":
             yield (
                 f"--train full does not run in stages (--pipeline_stages {stages}): they hold a "

@@ -52,9 +52,10 @@ def routing_rows(
     config: RouterConfig, layers: tuple[int, ...], kv: str, *, map_parameters: int = 0
 ) -> dict[str, str]:
     """Return the rows of a card about routers; `map_parameters` are those of all compensations."""
+    reads = {"own": "", "first": f", all of which read what layer {layers[0]} reads"}
     paper = "Router-Tuning / MindSkip (arXiv 2410.13184)"
     rows = {
-        "method": f"{paper}, one {config.router} router a layer",
+        "method": f"{paper}, one {config.router} router a layer{reads[config.router_input]}",
         "skips": f"{config.granularity} of layers {describe_layers(layers)}",
         "asked capacity": f"{config.capacity:g} of the routed units run",
         "threshold": f"{config.describe_threshold()} (scores are sigmoids), pool `{config.pool}`",

@@ -18,6 +18,7 @@ class CopyToHost:
 
     def __init__(self, tensor: Tensor) -> None:
         self._arrival: Any = None
+        self._read: Tensor | None = None
         self._copy = tensor.detach()
         if tensor.is_cuda:
             pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -31,7 +32,9 @@ class CopyToHost:
         return self._arrival is None or bool(self._arrival.query())
 
     def read(self) -> Tensor:
-        """Return the copy, on the CPU; waits until it is there."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return self._copy.cpu()
+        """Return the copy, on the CPU; waits until it is there, once."""
+        if self._read is None:
+            if self._arrival is not None:
+                self._arrival.synchronize()
+            self._read, self._arrival = self._copy.cpu(), None
+        return self._read

@@ -6,6 +6,7 @@ or T tokens).
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ class SelectedRows:
     """Where the rows are."""
 
     @classmethod
-    def of(cls, mask: Tensor, copy: CopyToHost | None = None) -> "SelectedRows":
+    def of(cls, mask: Tensor, copy: "CopyToHost | LineOfCopy | None" = None) -> "SelectedRows":
         """Return what `mask` bool [total] selects; its device is waited for, once: for all that it
         has to do, or for the `copy` of the mask that is under way."""
         return cls(mask=mask.cpu() if copy is None else copy.read(), device=mask.device)
@@ -80,7 +81,7 @@ class RoutingDecision:
     """bool [B, U], False for units that are padding."""
     unit_of_token: Tensor | None
     """int64 [B, T], the unit each token belongs to; None where U is 1 or T."""
-    _copy: ClassVar[CopyToHost | None] = None
+    _copy: "ClassVar[CopyToHost | LineOfCopy | None]" = None
     """Of what runs, under way to the host."""
 
     def per_token(self) -> Tensor:
@@ -103,14 +104,27 @@ class RoutingDecision:
     def send_to_host(self) -> None:
         """Begin to copy what runs to the host, for a sublayer that will ask for it later: it then
         does not wait for what the device is told to do in between."""
-        if not self.__dict__.keys() & {"rows", "tokens"}:
-            mask = self._running_rows() if self.is_per_row else self._running_tokens()
-            self.__dict__["_copy"] = CopyToHost(mask)
+        if not self.__dict__.keys() & {"rows", "tokens", "_copy"}:
+            self.__dict__["_copy"] = CopyToHost(self._running())
 
     def take_over(self, earlier: "RoutingDecision") -> None:
         """Know what runs from `earlier`, the decision that this one computes again."""
         known = {k: v for k, v in earlier.__dict__.items() if k in ("rows", "tokens")}
         self.__dict__.update(known)
+
+    def on(self, device: torch.device) -> "RoutingDecision":
+        """Return the decision on the device of its layer: it may have been made elsewhere."""
+        if self.keep.device == device:
+            return self
+        names = ("logit", "keep", "unit_mask", "unit_of_token")
+        tensors = {name: value for name in names if (value := getattr(self, name)) is not None}
+        moved = dataclasses.replace(self, **{k: copy_to(v, device) for k, v in tensors.items()})
+        if "_copy" in self.__dict__:
+            moved.__dict__["_copy"] = self._copy
+        return moved
+
+    def _running(self) -> Tensor:
+        return self._running_rows() if self.is_per_row else self._running_tokens()
 
     def _running_rows(self) -> Tensor:
         return (self.keep.detach() > 0).any(dim=1)
@@ -141,3 +155,23 @@ class RoutingDecision:
     def units(self) -> Tensor:
         """Return the number of real units, as a float32 scalar."""
         return self.unit_mask.sum(dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class LineOfCopy:
+    """One line of a copy that is under way to the host."""
+
+    copy: CopyToHost
+    number: int
+
+    def read(self) -> Tensor:
+        """Return the line, on the CPU; waits until the copy is there."""
+        return self.copy.read()[self.number]
+
+
+def send_together(decisions: Sequence[RoutingDecision]) -> None:
+    """Begin to copy what runs to the host, in one copy: who reads the first decision waits for all
+    of them."""
+    copy = CopyToHost(torch.stack([decision._running() for decision in decisions]))
+    for number, decision in enumerate(decisions):
+        decision.__dict__["_copy"] = LineOfCopy(copy, number)

@@ -3,13 +3,16 @@
 Shapes: B rows, T tokens, D hidden, U units of decision in a row.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.decision import RoutingDecision, send_together
 from megaskip.routing.executor import Kwargs, Run
 from megaskip.routing.kept_units import put_rows_back
+from megaskip.routing.pooling import Pooling
 from megaskip.routing.router import Router
 from megaskip.routing.state import RoutingState
 from megaskip.routing.thresholds import Thresholds
@@ -30,6 +33,10 @@ class Gate:
         self.writes = frozenset({target})
         self._router, self._thresholds, self._state = router, thresholds, state
         self._compensation_input: Tensor | None = None
+        self.followers: Sequence[Gate] = ()
+        """Of the layers above, for which this one's input is read, too."""
+        self.follows = False
+        """Whether another gate decides for this one."""
         self._rows_are_selected = False
         """Whether the layer has been given the rows that run, and no others."""
 
@@ -39,8 +46,8 @@ class Gate:
     def decide(self, hidden_states: Tensor) -> None:
         """Decide from the layer's normalised input [B, T, D], for the update sites that follow in
         it."""
-        cached = self._state.cached.get(self.layer)
-        self.decision = cached or self._decide(hidden_states)
+        known = self._state.cached.get(self.layer) or self._state.ahead.get(self.layer)
+        self.decision = known.on(hidden_states.device) if known else self._decide(hidden_states)
         earlier = self._state.decisions.get(self.layer)
         if earlier is not None:  # of the pass that the backward pass computes again
             self.decision.take_over(earlier)
@@ -129,9 +136,26 @@ class Gate:
     # -- decisions
 
     def _decide(self, hidden_states: Tensor) -> RoutingDecision:
-        pooling = self._state.pooling_for(hidden_states)
+        assert not self.follows, "the first routed layer decides for this one, and did not run"
+        pooling, device = self._state.pooling_for(hidden_states), hidden_states.device
+        features = pooling.features(hidden_states)
+        if not self.followers:
+            return self._decision(pooling, features, device)
+        # What is read is not moved by the layers that it is read for.
+        features = features.detach()
+        own, *others = [g._decision(pooling, features, device) for g in (self, *self.followers)]
+        # Where the backward pass computes this again, the host knows already.
+        if self._state.executor.reads_decisions and self.layer not in self._state.decisions:
+            send_together([own, *others])
+        self._state.ahead = {g.layer: d for g, d in zip(self.followers, others, strict=True)}
+        return own
+
+    def _decision(
+        self, pooling: Pooling, features: Tensor, device: torch.device
+    ) -> RoutingDecision:
+        """Return what this layer's router decides about `features` float32 [B, U, D]."""
         # Under a device_map the routers may be on another device than the layer.
-        logit = self._router(pooling.features(hidden_states)).to(hidden_states.device)
+        logit = self._router(features).to(device)
         keep = self._thresholds.keep(logit, self.layer)
         segments = pooling.unit_of_token
         return RoutingDecision(

@@ -50,6 +50,10 @@ class Routers(nn.Module):
             self.add_module(str(layer), nn.ModuleDict({config.target: router}))
             gates[layer] = gate(layer, config.target, router, self.thresholds, self.state)
         self.gates: Mapping[int, Gate] = gates
+        if config.router_input == "first":
+            first, *first.followers = gates.values()
+            for follower in first.followers:
+                follower.follows = True
 
     @property
     def executor(self) -> Executor:

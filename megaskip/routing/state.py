@@ -52,6 +52,8 @@ class RoutingState:
         self.pooling = pooling
         self.cached = cached or {}
         self.decisions: dict[int, RoutingDecision] = {}
+        self.ahead: dict[int, RoutingDecision] = {}
+        """Of layers that are still to come, where the first one decides for all."""
         self._described = described
 
     def take_description(self) -> bool:

@@ -198,6 +198,7 @@ def test_layers_without_a_backward_pass_cost_less() -> None:
         (PIPELINE, "say of how many with --pipeline_stages"),
         (["--ds_config", "ds_configs/zero3.json", "--pipeline_stages", "2"], "wants 0"),
         (["--train", "full", "--pipeline_stages", "2"], "--train full does not run in stages"),
+        (["--router_input", "first", "--pipeline_stages", "2"], "is on one stage"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: list[str], message: str) -> None:

@@ -106,16 +106,17 @@ def steps_of(model: Any, ids: Any, mask: Any, count: int) -> Any:
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + count)
     steps = DecodeSteps(model)
     inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    first = {"is_first_iteration": True, "position_ids": position, **inputs}
+    # Not around the yield: generators that take turns would leave it on for other tests.
     with torch.no_grad():
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        first = {"is_first_iteration": True, "position_ids": position, **inputs}
         model(**model.prepare_inputs_for_generation(ids, **first))
-        for step in range(count):
-            inputs["attention_mask"] = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            prepared = model.prepare_inputs_for_generation(
-                ids[:, :1], position_ids=position[:, -1:] + step + 1, **inputs
-            )
-            yield steps, cache, lambda prepared=prepared: steps(**prepared)
+    for step in range(count):
+        inputs["attention_mask"] = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        prepared = model.prepare_inputs_for_generation(
+            ids[:, :1], position_ids=position[:, -1:] + step + 1, **inputs
+        )
+        yield steps, cache, torch.no_grad()(lambda prepared=prepared: steps(**prepared))
 
 
 @pytest.mark.parametrize("granularity", SEQUENCE)

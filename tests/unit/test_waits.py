@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
+from routed_models import as_exported
 from tensor_calls import IndexCalls, Waits
 from tiny_run import (
     alone,
@@ -19,12 +20,13 @@ from tiny_run import (
 )
 
 from megaskip import RouterConfig, attach_routers
+from megaskip.arch import find_decoder
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.config import RunConfig
 from megaskip.data import Batch, PackedRow, collate
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.parallel.results import PendingStep
-from megaskip.routing import SparseExecutor
+from megaskip.routing import DenseExecutor, SparseExecutor
 from megaskip.routing.copies import CopyToHost
 from megaskip.routing.decision import SelectedRows
 
@@ -151,9 +153,10 @@ def test_the_count_can_fail() -> None:
         assert not waits.take()
 
 
-def routed_model(granularity: str, kv: str = "keep") -> Any:
+def routed_model(granularity: str, kv: str = "keep", **settings: Any) -> Any:
     model = tiny_model()
-    routers = attach_routers(model, RouterConfig(layers="1-4", granularity=granularity))
+    config = RouterConfig(layers="1-4", granularity=granularity, **settings)
+    routers = attach_routers(model, config)
     for number, router in enumerate(routers.parameters()):
         torch.nn.init.normal_(router, generator=torch.Generator().manual_seed(number))
     routers.executor = InferenceExecutor(unit=routers.config.unit, kv=kv)
@@ -198,6 +201,56 @@ def test_generation_waits_once_a_decision(
     if granularity.endswith("sequence"):
         assert len(waits.take()) == 1, "beams are re-ordered by one index, read once"
         assert waits_of(IDS[:, -1:], cache)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "granularity", ["attn_sequence", "mlp_sequence", "block_sequence", "mlp_token"]
+)
+def test_a_prefill_waits_once_where_the_first_routed_layer_decides_for_all(
+    granularity: str,
+) -> None:
+    model = routed_model(granularity, router_input="first")
+    routers, read = model.skip_routers, []
+    hook = (
+        find_decoder(model)
+        .layers[1]
+        .self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: read.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+    )
+    with torch.no_grad(), Waits() as waits:
+        out = model(IDS, use_cache=True)
+    hook.remove()
+    assert len([call for call in waits.take() if "transformers" not in call]) == 1
+    assert 0 < routers.capacity() < 1
+    features = read[0] if granularity == "mlp_token" else read[0].mean(1, keepdim=True)
+    for layer, decision in routers.decisions().items():
+        torch.testing.assert_close(decision.logit, routers.router(layer)(features))
+    with torch.no_grad(), Waits() as waits:
+        model(IDS[:, -1:], past_key_values=out.past_key_values)
+    own = [call for call in waits.take() if "transformers" not in call]
+    assert len(own) == (granularity == "mlp_token")
+    assert torch.equal(as_exported(model, routers)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
+def test_routers_of_the_first_layers_input_learn_alike_however_they_run(granularity: str) -> None:
+    gradients = []
+    for executor in (DenseExecutor(), SparseExecutor()):
+        for checkpointed in (False, True):
+            model = routed_model(granularity, router_input="first", threshold=0.4)
+            routers = model.skip_routers
+            routers.executor = executor
+            model.requires_grad_(False)
+            routers.requires_grad_(True)
+            if checkpointed:
+                checkpoint_activations(model.train(), 1)
+            (model(IDS, labels=IDS).loss + routers.penalty()).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in routers.parameters()]))
+    assert all(line.abs().max() > 0 for line in gradients[0].view(LAYERS, -1))
+    assert torch.equal(gradients[0], gradients[1])
+    if granularity == "attn_sequence":  # the penalty alone reaches what did not run
+        assert torch.equal(gradients[2], gradients[3])
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence"])
