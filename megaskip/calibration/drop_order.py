@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megaskip.calibration.fit_progress import FitProgress
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine
@@ -32,12 +33,14 @@ def greedy_drop_order(
     count: int,
     *,
     progress: Callable[[], object] = lambda: None,
+    kept: FitProgress | None = None,
 ) -> tuple[float, list[Dropped]]:
     """Return (loss with everything running, the order in which to drop `count` routed layers).
 
     Lazy greedy: a layer's cost beside those that are dropped is taken to be no lower than when it
     was last measured, so only layers that could be next are measured again. Each measurement is a
-    forward pass over `batches` of all ranks; `progress` is called after each. Collective.
+    forward pass over `batches` of all ranks; `progress` is called after each. What `kept` has is
+    not measured again, and what is measured is kept there. Collective.
     Raises ConfigError when there are fewer routed layers than `count`.
     """
     routers = engine.routers
@@ -48,10 +51,14 @@ def greedy_drop_order(
         )
 
     def loss_without(layers: Sequence[int]) -> float:
-        with routers.disabled(), routers.override(dict.fromkeys(layers, 0.0)):
-            loss = engine.evaluate(batches, routed=True).loss
+        known = None if kept is None else kept.losses.get(tuple(layers))
+        if known is None:
+            with routers.disabled(), routers.override(dict.fromkeys(layers, 0.0)):
+                known = engine.evaluate(batches, routed=True).loss
+            if kept is not None:
+                kept.keep_loss(tuple(layers), known)
         progress()
-        return loss
+        return known
 
     dense = before = loss_without(())
     dropped: list[Dropped] = []

@@ -4,12 +4,14 @@ One forward pass over calibration text with everything running, for all layers a
 start for training, or a result of its own where nothing can be trained.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaskip.calibration.fit_progress import MAPS, SAVED_EVERY, FitProgress
 from megaskip.calibration.low_rank_fit import LowRankFit
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
@@ -18,6 +20,7 @@ from megaskip.routing import RouterSet
 
 _SKETCHED = 4
 """One in so many batches chooses the features, the others are regressed on them."""
+_FIRST, _SECOND = "features", "regression"
 
 
 @torch.no_grad()
@@ -27,12 +30,14 @@ def fit_compensation(
     *,
     ridge: float = 1e-3,
     check: Callable[[], object] = lambda: None,
+    progress: FitProgress | None = None,
 ) -> dict[int, float]:
     """Fill the compensations of all routed layers from `batches` of all ranks, as many on each.
 
     Returns by layer which share of the update's variance its map explains on these rows. Every map
     is fitted as if all other layers ran. Reduced-rank ridge regression for "low_rank", the mean
-    update for "bias". `check` as in Engine.forwards. Collective.
+    update for "bias". `check` as in Engine.forwards. With `progress` it goes on from where that
+    stands, and keeps it up. Collective.
     Raises ConfigError when the routers have no compensation or there is no text.
     """
     routers = engine.routers
@@ -41,12 +46,37 @@ def fit_compensation(
     if not batches:
         raise ConfigError("there is no text to fit compensations on; give more --data")
     fits = _Fits(routers, ridge, engine.device)
+    if progress is not None and progress.stage == MAPS:
+        progress.restore(_maps_of(routers), everywhere=True)
+        return progress.explained
+    done = 0 if progress is None else fits.go_on(progress)
     first = max(len(batches) // _SKETCHED, 1)
-    with routers.disabled():
-        fits.observe(engine, batches[:first], check)
-        fits.begin_second_phase()
-        fits.observe(engine, batches[first:] or batches, check)
-    return fits.finish()
+    with routers.disabled(), fits.listening():
+        for number, batch in enumerate(batches, start=1):
+            if number == first + 1:
+                fits.begin_second_phase()
+            if number <= done:
+                continue
+            fits.observe(engine, batch, check)
+            if progress is not None and number % SAVED_EVERY == 0:
+                fits.keep(progress, number)
+        if len(batches) == first:  # one batch for both phases
+            fits.begin_second_phase()
+            fits.observe(engine, batches[0], check)
+    explained = fits.finish()
+    if progress is not None:
+        progress.keep_maps(_maps_of(routers), explained)
+    return explained
+
+
+def _maps_of(routers: RouterSet) -> dict[str, Tensor]:
+    """Return the parameters of all compensations by name."""
+    return {
+        f"{layer}.{name}": parameter.data
+        for layer in routers.layers
+        if (compensation := routers.router(layer).compensation) is not None
+        for name, parameter in compensation.named_parameters()
+    }
 
 
 class _Fits:
@@ -56,26 +86,68 @@ class _Fits:
     def __init__(self, routers: RouterSet, ridge: float, device: torch.device) -> None:
         config = routers.config
         rank = config.compensation_rank if config.compensation == "low_rank" else 0
-        self._routers = routers
+        self._routers, self._is_counted = routers, True
         self._by_layer = {
             layer: LowRankFit(routers.hidden_size, rank, ridge=ridge, seed=layer, device=device)
             for layer in routers.layers
         }
 
-    def observe(
-        self, engine: Engine, batches: Sequence[Batch | None], check: Callable[[], object]
-    ) -> None:
-        """Take in the real tokens of batches, from the gates of the layers that are here."""
+    def observe(self, engine: Engine, batch: Batch | None, check: Callable[[], object]) -> None:
+        """Take in the real tokens of a batch, from the gates of the layers that are here."""
+        # A batch that counts for nothing still runs, for the other ranks' collectives.
+        self._is_counted = batch is not None
+        for _ in engine.forwards([batch], check):
+            pass
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Let the gates tell what they read and return in here."""
+        for layer, gate in self._routers.gates.items():
+            gate.observe = self._observer(layer)
         try:
-            for batch in batches:
-                # A batch that counts for nothing still runs, for the other ranks' collectives.
-                self._listen(batch is not None)
-                for _ in engine.forwards([batch], check):
-                    pass
+            yield
         finally:
-            self._listen(False)
+            for gate in self._routers.gates.values():
+                gate.observe = None
+
+    def keep(self, progress: FitProgress, batches: int) -> None:
+        """Add the sums of all ranks up on the first one, and keep them. Collective."""
+        for fit in self._by_layer.values():
+            for total in fit.sums.values():
+                _sum_over_ranks(total)
+                if not progress.is_first:
+                    total.zero_()
+        progress.keep(self._phase, batches, self._sums() | self._features())
+
+    def go_on(self, progress: FitProgress) -> int:
+        """Take up the sums that were kept; return how many batches are in them. Collective."""
+        if not progress.stage:
+            return 0
+        if progress.stage == _SECOND:
+            for fit in self._by_layer.values():
+                fit.skip_first_phase()
+            progress.restore(self._features(), everywhere=True)
+        progress.restore(self._sums(), everywhere=False)
+        return progress.batches
+
+    @property
+    def _phase(self) -> str:
+        return _SECOND if self._features() else _FIRST
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {
+            f"{layer}.{name}": total
+            for layer, fit in self._by_layer.items()
+            for name, total in fit.sums.items()
+        }
+
+    def _features(self) -> dict[str, Tensor]:
+        found = {f"{layer}.features": fit.features for layer, fit in self._by_layer.items()}
+        return {name: features for name, features in found.items() if features is not None}
 
     def begin_second_phase(self) -> None:
+        if self._phase == _SECOND:  # it goes on behind there
+            return
         for fit in self._by_layer.values():
             fit.begin_second_phase(_sum_over_ranks)
 
@@ -90,15 +162,12 @@ class _Fits:
             explained[layer] = fitted.explained
         return explained
 
-    def _listen(self, on: bool) -> None:
-        for layer, gate in self._routers.gates.items():
-            gate.observe = self._observer(layer) if on else None
-
     def _observer(self, layer: int) -> Callable[[Tensor, Tensor], None]:
         def observe(read: Tensor, update: Tensor) -> None:
             pooling = self._routers.state.pooling
             assert pooling is not None, "engines describe every batch"
-            self._by_layer[layer].observe(read[pooling.token_mask], update[pooling.token_mask])
+            if self._is_counted:
+                self._by_layer[layer].observe(read[pooling.token_mask], update[pooling.token_mask])
 
         return observe
 

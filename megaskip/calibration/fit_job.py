@@ -1,10 +1,13 @@
 """The job of `megaskip fit`: layers to drop for every text, and maps in their places, in closed
 form."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 
-from megaskip.calibration.opened import opened, source_of, topology_of
+from megaskip._version import __version__
+from megaskip.calibration.fit_progress import FitProgress
+from megaskip.calibration.opened import Opened, opened, source_of, topology_of
 from megaskip.calibration.static_drop import (
     Fitted,
     candidate_layers,
@@ -43,12 +46,30 @@ def fit(options: FitOptions) -> None:
     )
     with opened(base, router, topology, source) as job:
         hidden = None if topology.is_first else True
-        fitted = fit_static_drop(job.engine, job.loader, plan, count, hidden=hidden)
+        progress = _progress(options, job)
+        fitted = fit_static_drop(
+            job.engine, job.loader, plan, count, hidden=hidden, progress=progress
+        )
         static = static_routers(job.engine.routers, fitted.order)
         on_first_rank(topology, lambda: _write(options.output, static, job.source, fitted))
+        progress.remove()
     if topology.is_first:
         title = f"fitted: {options.output} ({count} of {depth} {plan.target} dropped)"
         print("\n".join(table([*fitted.rows(), ("next", _next(options))], title=title)))
+
+
+def _progress(options: FitOptions, job: Opened) -> FitProgress:
+    """Return what an earlier start of this fit has done. Collective."""
+    settings = {
+        **dataclasses.asdict(options.base),
+        **dataclasses.asdict(options.plan),
+        "base": job.source.describe().to_json(),
+        "text": job.loader.data.fingerprint,
+        "ranks": job.topology.world_size,
+        "version": __version__,
+    }
+    path = options.output.with_name(f"{options.output.name}.partial.safetensors")
+    return FitProgress(path, settings, job.topology)
 
 
 def _next(options: FitOptions) -> str:

@@ -10,6 +10,7 @@ Shapes: N tokens, D hidden, k width of the sketch, r rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,22 @@ class LowRankFit:
         self._diagonal = torch.zeros(hidden_size, device=device)
         self._features: Tensor | None = None
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Return what is added up in the present phase, to be changed in place."""
+        if self._features is None:
+            return {"spread": self._spread, "cross": self._cross, "diagonal": self._diagonal}
+        return {"moments": self._moments, "outputs": self._outputs, "square": self._square}
+
+    @property
+    def features(self) -> Tensor | None:
+        """Return the features of the second phase, float32 [D, k]; None in the first."""
+        return self._features
+
+    def skip_first_phase(self) -> None:
+        """Begin the second phase with features and sums of zero, to be filled with stored ones."""
+        self._enter_second_phase(torch.zeros_like(self._probe))
+
     def observe(self, inputs: Tensor, updates: Tensor) -> None:
         """Take in rows: what was read and what was returned, [N, D] each, of any dtype."""
         x, y = inputs.float(), updates.float()
@@ -76,10 +93,14 @@ class LowRankFit:
         where `sum_over_ranks` is."""
         for total in (self._spread, self._cross, self._diagonal):
             sum_over_ranks(total)
-        features = torch.linalg.qr(self._solve_sketched(self._cross.double())).Q.float()
+        self._enter_second_phase(
+            torch.linalg.qr(self._solve_sketched(self._cross.double())).Q.float()
+        )
+
+    def _enter_second_phase(self, features: Tensor) -> None:
         del self._probe, self._targets, self._spread, self._cross, self._diagonal
         hidden_size, width = features.shape
-        in_double = {"dtype": torch.float64, "device": features.device}
+        in_double: dict[str, Any] = {"dtype": torch.float64, "device": features.device}
         self._features = features
         self._moments = torch.zeros(width + 1, width + 1, **in_double)
         self._outputs = torch.zeros(width + 1, hidden_size, **in_double)

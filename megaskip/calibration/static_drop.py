@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from megaskip.calibration.drop_order import Dropped, greedy_drop_order
 from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.fit_progress import FitProgress
 from megaskip.calibration.similarity import UpdateSimilarity
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.config.commands.fit import DropPlan
@@ -98,15 +99,22 @@ def _fields(config: RouterConfig) -> dict[str, Any]:
 
 
 def fit_static_drop(
-    engine: Engine, loader: DataLoader, plan: DropPlan, count: int, *, hidden: bool | None
+    engine: Engine,
+    loader: DataLoader,
+    plan: DropPlan,
+    count: int,
+    *,
+    hidden: bool | None,
+    progress: FitProgress | None = None,
 ) -> Fitted:
     """Fit the maps of all candidates, choose `count` layers, and measure what is lost without them
-    on held-out text. `hidden` is tqdm's: None draws bars on a terminal. Collective."""
+    on held-out text. `hidden` is tqdm's: None draws bars on a terminal. With `progress` it goes on
+    from where that stands. Collective."""
     explained: dict[int, float] = {}
     if plan.compensation != "none":
         rows = ProgressBatches(loader.calibration(plan.rows), "fitting", disable=hidden)
-        explained = fit_compensation(engine, rows)
-    order, steps = _order(engine, loader, plan, count, hidden)
+        explained = fit_compensation(engine, rows, progress=progress)
+    order, steps = _order(engine, loader, plan, count, hidden, progress)
     held_out = loader.held_out()
     with engine.routers.disabled():
         dense = engine.evaluate(held_out, routed=True).loss
@@ -125,7 +133,12 @@ def fit_static_drop(
 
 
 def _order(
-    engine: Engine, loader: DataLoader, plan: DropPlan, count: int, hidden: bool | None
+    engine: Engine,
+    loader: DataLoader,
+    plan: DropPlan,
+    count: int,
+    hidden: bool | None,
+    kept: FitProgress | None,
 ) -> tuple[list[int], list[Dropped]]:
     """Return (layers to drop, the first to go first; what was measured for a greedy order)."""
     layers = engine.routers.layers
@@ -136,7 +149,7 @@ def _order(
         similarity = mean_similarity(engine, batches)
         return sorted(layers, key=lambda layer: -similarity[layer])[:count], []
     with tqdm(desc="choosing layers", unit="pass", disable=hidden) as bar:
-        _, steps = greedy_drop_order(engine, batches, count, progress=bar.update)
+        _, steps = greedy_drop_order(engine, batches, count, progress=bar.update, kept=kept)
     return [step.layer for step in steps], steps
 
 

@@ -9,6 +9,9 @@ One forward pass fits a map from what a sublayer reads to what it adds, for ever
 router folder: `megaskip train --init_routers OUTPUT --distill 0.5` trains the maps together, which
 halves what is lost, and `megaskip export-static --routers OUTPUT` writes a Hugging Face folder.
 `megaskip drop` does all three.
+
+What is done so far is kept in OUTPUT.partial.safetensors: the same command on as many ranks goes on
+after a stop, and ends with the same numbers.
 """
 
 from collections.abc import Sequence

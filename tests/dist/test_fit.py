@@ -38,6 +38,7 @@ def test_ranks_find_what_one_process_finds(ranks: int, tmp_path: Path) -> None:
         for number, (name, flags) in enumerate(CASES.items()):
             target = flags[flags.index("--granularity") + 1].split("_")[0]
             mine, truth = results[rank][number], alone[target == "block"]
+            assert mine["goes_on"] == [True, True], name
             assert mine["dense"] == pytest.approx(truth["dense"], abs=1e-5), name
             assert [layer for layer, _ in mine["order"]] == [layer for layer, _ in truth["order"]]
             for (_, loss), (_, expected) in zip(mine["order"], truth["order"], strict=True):

@@ -18,7 +18,9 @@ from megaskip.config import parse_run_config
 from megaskip.data import Batch
 from megaskip.calibration.allocation import allocate, skip_costs
 from megaskip.calibration.drop_order import greedy_drop_order
+from megaskip.calibration import fit
 from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.fit_progress import FitProgress
 from megaskip.calibration.router_fit import fit_routers
 from megaskip.errors import MegaskipError
 from megaskip.parallel import pipeline
@@ -159,7 +161,34 @@ def _fit(model: str, flags: list[str]) -> dict[str, Any]:
             "dense": dense,
             "order": [(step.layer, step.loss) for step in order],
             "costs": fit_routers(engine, mine, groups=2, distill=0.5),
+            "goes_on": _fit_that_is_killed(engine, topology, mine, Path(f"{model}.progress")),
         }
+
+
+def _fit_that_is_killed(
+    engine: Engine, topology: Topology, mine: list[Batch | None], path: Path
+) -> list[bool]:
+    """Return for kills in both phases whether the fit that goes on has the bits of one that was not
+    killed."""
+    fit.SAVED_EVERY = 1
+
+    def maps_after(*kills: int) -> dict[str, torch.Tensor]:
+        for kill in (*kills, len(mine) + 1):
+            left = iter(range(kill))
+
+            def check() -> None:
+                if next(left, None) is None:
+                    raise InterruptedError
+
+            with contextlib.suppress(InterruptedError):
+                progress = FitProgress(path, {"batches": len(mine)}, topology)
+                fit_compensation(engine, mine, check=check, progress=progress)
+        progress.remove()
+        return {n: p.clone() for n, p in engine.routers.named_parameters()}
+
+    whole = maps_after()
+    again = [maps_after(kill) for kill in (1, len(mine) - 1)]
+    return [all(torch.equal(found[name], whole[name]) for name in whole) for found in again]
 
 
 def trainings(cases: list[list[str]], watched: str) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from megaskip import RouterConfig, attach_routers
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.drop_order import greedy_drop_order
 from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.fit_progress import FitProgress
 from megaskip.config import GRANULARITIES, RunConfig
 from megaskip.data import Batch
-from megaskip.errors import ConfigError
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
 
@@ -212,3 +214,83 @@ def test_a_rank_above_the_hidden_size_is_filled_as_far_as_it_goes(make_engine: A
         assert wide is not None
         assert exact is not None
         assert torch.allclose(wide(read), exact(read), atol=1e-3)
+
+
+class Killed(Exception):
+    """Ends a fit as a signal would."""
+
+
+def killed_after(calls: int) -> Any:
+    left = iter(range(calls))
+
+    def check() -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    return check
+
+
+@pytest.fixture
+def progress_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("megaskip.calibration.fit.SAVED_EVERY", 2)
+
+    def make(**settings: Any) -> FitProgress:
+        return FitProgress(tmp_path / "out.partial.safetensors", settings, read_topology({}))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["bias", "low_rank"])
+def test_a_fit_that_was_killed_goes_on_and_ends_with_the_same_bits(
+    make_engine: Any, progress_in: Any, kind: str
+) -> None:
+    text, whole, said = batches(), make_engine(compensation=kind), []
+    explained = fit_compensation(whole, text)
+    for calls in (1, 2, 1, 1, 2, 3, 99):  # rows 2 ends the first of the two phases
+        engine, progress = make_engine(compensation=kind), progress_in(rows=8)
+        said.append(progress.batches)
+        try:
+            found = fit_compensation(engine, text, check=killed_after(calls), progress=progress)
+        except Killed:
+            continue
+    assert said == [0, 0, 2, 2, 2, 4, 6]
+    assert found == explained
+    again, progress = make_engine(compensation=kind), progress_in(rows=8)
+    assert progress.stage == "maps"
+    assert fit_compensation(again, [None], check=killed_after(0), progress=progress) == explained
+    for fitted in (engine, again):
+        for name, tensor in whole.routers.state_dict().items():
+            assert torch.equal(fitted.routers.state_dict()[name], tensor), name
+
+
+def test_an_order_that_was_killed_measures_nothing_twice(
+    make_engine: Any, progress_in: Any
+) -> None:
+    engine, text = make_engine(compensation="none"), batches(2)
+    expected = greedy_drop_order(engine, text, 3)
+    measured = []
+
+    def killed() -> None:
+        measured.append(None)
+        if len(measured) == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        greedy_drop_order(engine, text, 3, progress=killed, kept=progress_in(rows=8))
+    progress = progress_in(rows=8)
+    assert list(progress.losses) == [(), (1,), (2,)]
+    assert greedy_drop_order(engine, text, 3, kept=progress) == expected
+    assert len(progress_in(rows=8).losses) > 3
+    progress.remove()
+    assert not progress_in(rows=8).losses
+
+
+def test_progress_of_another_fit_and_damaged_progress_are_refused(
+    progress_in: Any, tmp_path: Path
+) -> None:
+    progress_in(rows=8).keep_loss((1,), 2.5)
+    with pytest.raises(CheckpointError, match="of a fit with other flags, ranks, model or text"):
+        progress_in(rows=9)
+    (tmp_path / "out.partial.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="is damaged: .*remove it"):
+        progress_in(rows=8)
