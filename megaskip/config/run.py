@@ -171,6 +171,9 @@ class ParallelConfig(Checked):
     train_execution: str = option("dense", choices=("dense", "sparse"))
     """"dense": every unit runs and the decision multiplies it (the published objective; skipped
     units keep their gradient). "sparse": skipped units are really not computed."""
+    compile: bool = False
+    """Compile the decoder layers that have no router with torch.compile; where that fails they run
+    as they are, and the log says why. Not with --ds_config."""
     activation_checkpointing: bool = False
     """Keep only the inputs of routed layers and compute them again in the backward pass: less
     memory."""
@@ -202,6 +205,11 @@ class ParallelConfig(Checked):
                 "ZeRO-3"
             )
         yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
+        if self.compile and self.ds_config is not None:
+            yield (
+                "--compile does not go with --ds_config, whose weights come and go: leave one of "
+                "them out"
+            )
         yield from at_least("dist_timeout", self.dist_timeout, 30)
         yield from at_least("heartbeat_timeout", self.heartbeat_timeout, 5)
         if self.world_size is not None:

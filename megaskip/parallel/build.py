@@ -8,6 +8,7 @@ from torch import nn
 from megaskip.arch import attach_routers, find_decoder, freeze
 from megaskip.arch.adapters import add_adapters
 from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.arch.compiled import compile_layers
 from megaskip.arch.packing import choose_packed_attention, require_apart, takes_lengths
 from megaskip.arch.padding import needs_mask
 from megaskip.arch.stage import DecoderStage
@@ -84,6 +85,8 @@ def build_engine(
     _choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(loss.model, routers.lowest_learning_layer)
+    if config.parallel.compile:
+        logger.info("%s", compile_layers(loss.model, routers))
     return Engine(loss, routers, config, topology, handle)
 
 
