@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
 from megaskip.checkpoint.adapters import has_adapter
+from megaskip.checkpoint.hub import push_to_hub, require_hub
 from megaskip.config.commands.convert import ConvertOptions
+from megaskip.config.commands.hub import HubTarget
 from megaskip.config.commands.import_routers import ImportOptions
 from megaskip.export.folder import Exported, export_folder
 from megaskip.export.published import import_published
@@ -21,6 +24,7 @@ def convert(options: ConvertOptions) -> None:
     finds other logits."""
     quiet_libraries()
     routers = find_routers(options.source)
+    require_hub(options.hub)
     begun = time.monotonic()
     with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
         done = write_converted(options, routers, progress=bar.update)
@@ -33,6 +37,13 @@ def convert(options: ConvertOptions) -> None:
     print("\n".join(table(rows, title=f"exported: {done.folder}")))
     if verified is not None:
         verified.require(done.folder)
+    print_pushed(done.folder, options.hub)
+
+
+def print_pushed(folder: Path, target: HubTarget) -> None:
+    """Send a folder to --push_to_hub, where it is given, and print its address there."""
+    if (address := push_to_hub(folder, target)) is not None:
+        print(f"on the hub: {address}")
 
 
 def write_converted(

@@ -10,10 +10,12 @@ from tqdm import tqdm
 from megaskip.arch.trainable import describe_layers
 from megaskip.checkpoint.adapters import has_adapter
 from megaskip.checkpoint.base import describe_folder
+from megaskip.checkpoint.hub import require_hub
 from megaskip.checkpoint.routers import read_router_config
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.config.commands.export_static import ExportStaticOptions
 from megaskip.errors import CheckpointError, ConfigError
+from megaskip.export.job import print_pushed
 from megaskip.export.static import choose_dropped, describe_dropped, sublayers
 from megaskip.export.static_folder import (
     NO_MAPS_IN_DECILM,
@@ -64,6 +66,7 @@ def export_without_dropped(options: ExportStaticOptions) -> None:
     """Measure, choose, export and print what was done; raises CheckpointError when --verify finds
     other logits."""
     quiet_libraries()
+    require_hub(options.hub)
     with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
         outcome = drop_and_export(options, progress=bar.update)
     rows = _summary(outcome)
@@ -72,6 +75,7 @@ def export_without_dropped(options: ExportStaticOptions) -> None:
         rows.append(("verified", f"fresh process, fp32, against the forced base: {difference}"))
     print("\n".join(table(rows, title=f"exported: {outcome.done.folder}")))
     outcome.require_verified()
+    print_pushed(outcome.done.folder, options.hub)
 
 
 def drop_and_export(

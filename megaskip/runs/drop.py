@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megaskip.checkpoint.atomic import read_json, write_json
+from megaskip.checkpoint.hub import require_hub
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config.commands.fit import DropOptions
+from megaskip.config.commands.hub import HubTarget
 from megaskip.config.paths import require_new
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.log import get_logger, set_up_logging
@@ -26,6 +28,7 @@ def drop(options: DropOptions) -> None:
     one fails."""
     set_up_logging(rank=0)
     require_new(options.output)
+    require_hub(options.hub)
     work = options.work_dir or options.output.with_name(f"{options.output.name}.work")
     _begin(work, options)
     fitted, run = work / "fitted", work / "run"
@@ -34,7 +37,8 @@ def drop(options: DropOptions) -> None:
     if options.steps and not (run / "report.json").is_file():
         _run(options, ["train", *_train_flags(options, fitted), "--output_dir", str(run)])
     command = [sys.executable, "-m", "megaskip", "export-static", *_export_flags(options, work)]
-    _start([*command, "--output", str(options.output), "--verify"])
+    where = ["--output", str(options.output), *_hub_flags(options.hub)]
+    _start([*command, *where, "--verify"])
 
 
 def _begin(work: Path, options: DropOptions) -> None:
@@ -110,6 +114,11 @@ def _export_flags(options: DropOptions, work: Path) -> list[str]:
         return ["--run", str(work / "run"), *trusted]
     values = {"tokenizer": base.tokenizer, "chat_template": base.chat_template}
     return ["--routers", str(work / "fitted"), *_flags(values), *trusted]
+
+
+def _hub_flags(target: HubTarget) -> list[str]:
+    public = ["--hub_public"] if target.hub_public else []
+    return [*_flags({"push_to_hub": target.push_to_hub}), *public]
 
 
 def _base_flags(options: DropOptions) -> list[str]:

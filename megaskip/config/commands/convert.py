@@ -1,9 +1,10 @@
 """Options of `megaskip convert`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from megaskip.config.commands.hub import HubTarget
 from megaskip.config.commands.source import RouterSource
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import KV_CHOICES
@@ -31,6 +32,7 @@ class ConvertOptions(Checked):
     are then written anew; without it the folder has adapter/, which peft loads on the model."""
     verify: bool = False
     """Load it in a fresh process and compare logits."""
+    hub: HubTarget = field(default_factory=HubTarget)
 
     def _problems(self) -> Iterator[str]:
         if self.verify and self.mode == "adapter":

@@ -1,10 +1,11 @@
 """Options of `megaskip export-static`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaskip.config.checks import at_least
+from megaskip.config.commands.hub import HubTarget
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.config.options import Checked, exactly_one, option
 
@@ -39,6 +40,7 @@ class ExportStaticOptions(Checked):
     """New folder to write."""
     verify: bool = False
     """Load it in a fresh process and compare logits (hf)."""
+    hub: HubTarget = field(default_factory=HubTarget)
 
     def _problems(self) -> Iterator[str]:
         ways = {"below": self.below, "count": self.count, "layers": self.layers}

@@ -1,10 +1,11 @@
 """Options of `megaskip fit` and `megaskip drop`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaskip.config.checks import at_least
+from megaskip.config.commands.hub import HubTarget
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import COMPENSATIONS
 from megaskip.config.run import DTYPES
@@ -117,6 +118,7 @@ class DropOptions(Checked):
     goes on there."""
     output: Path = option(metavar="FOLDER")
     """Hugging Face folder to write."""
+    hub: HubTarget = field(default_factory=HubTarget)
 
     def _problems(self) -> Iterator[str]:
         yield from _stage_problems(self.base, self.plan)
