@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megaskip.arch import attach_routers, detach_routers, find_decoder
+from megaskip.arch.adapters import add_adapters
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.capacities import reach_capacity
@@ -246,14 +247,19 @@ class Comparison:
             )
         return kept
 
-    def attach(self, config: RouterConfig, folder: Path | None = None) -> None:
+    def attach(
+        self, config: RouterConfig, folder: Path | None = None, *, run: RunConfig | None = None
+    ) -> None:
         """Put fresh routers on the model in place of those that are there, and the adapter of a
-        router folder, if it has one."""
+        router folder, if it has one, or fresh adapters as a `run` would have them."""
         detach_routers(self.model)
         routers = attach_routers(self.model, config, register=False, verify=False)
         if folder is not None:
             device = self._topology.device
             routers.take_adapters(load_adapter(self.model, folder, device=device))
+        if run is not None:
+            device = self._topology.device
+            add_adapters(self.model, routers, self.model, run, device=device)
         self._engine = Engine(self._engine.module, routers, self._config, self._topology)
 
     @contextlib.contextmanager

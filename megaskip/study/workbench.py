@@ -9,7 +9,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megaskip._version import __version__
-from megaskip.arch.adapters import add_adapters
 from megaskip.calibration.allocation import UnreachedError
 from megaskip.checkpoint.atomic import write_json
 from megaskip.checkpoint.routers import read_router_config
@@ -123,9 +122,7 @@ class Workbench:
         if training.start is not None:
             stored, layers, _ = read_router_config(training.start)
             router = dataclasses.replace(stored, layers=layers)
-        self._comparison.attach(router)
-        model, device = self._comparison.model, self._topology.device
-        add_adapters(model, self._comparison.routers, model, config, device=device)
+        self._comparison.attach(router, run=config)
         engine = self._comparison.engine_of(config)
         batches = next(self._loader(config).steps(0))
         flops = count_flops(lambda: engine.train_step(batches, 0.0, 0.0))

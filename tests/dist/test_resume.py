@@ -49,7 +49,7 @@ def flags(data: Path, output_dir: Path, *more: str) -> list[str]:
         *("--micro_batch_size", "1", "--gradient_accumulation_steps", "4", "--held_out", "8"),
         *("--calibration_rows", "16", "--lr", "1e-2"),
         *("--compensation", "low_rank", "--compensation_rank", "4", "--fit_rows", "16"),
-        *("--lora_rank", "2", "--lora_start", "2", "--lora_lr", "1e-2", *more),
+        *("--lora_rank", "2", "--lora_start", "2", "--lora_lr", "1e-3", *more),
     ]
 
 
