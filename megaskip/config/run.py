@@ -319,6 +319,11 @@ class RunConfig(Checked):
         yield from self._attention_problems()
         if self.parallel.cache_prefix is not None and self.model.train == "full":
             yield "--cache_prefix does not go with --train full, which changes every layer"
+        if self.parallel.cache_prefix is not None and self.adapter.lora_rank:
+            yield (
+                "--cache_prefix does not go with --lora_rank: adapters learn in the layers whose "
+                "output would be kept; leave one of them out"
+            )
         if self.parallel.cache_prefix is not None and self.data.streaming:
             yield (
                 "--cache_prefix does not go with --streaming: rows of a stream cannot be found "

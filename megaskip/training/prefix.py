@@ -91,6 +91,7 @@ class PrefixCache:
         Engine.forwards.
         """
         assert isinstance(engine.module, TaskLoss), "stages have no cached prefix"
+        assert engine.routers.lowest_learning_layer == self.first, "layers in front are frozen"
         prefix = FrozenPrefix(engine.module, self.first)
         prefix.verify(self.dtype)
         with self._locked(check):

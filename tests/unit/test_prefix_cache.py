@@ -163,6 +163,7 @@ def test_a_run_learns_the_same_from_states_that_are_read(
     [
         (["--streaming", "--max_steps", "3"], "--cache_prefix does not go with --streaming"),
         (["--train", "full"], "--cache_prefix does not go with --train full"),
+        (["--lora_rank", "4"], "--cache_prefix does not go with --lora_rank"),
         (["--pipeline_stages", "2"], "--cache_prefix does not go with --pipeline_stages 2"),
     ],
 )
