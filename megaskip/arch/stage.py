@@ -120,6 +120,8 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.config = model.config
         self.layer_range = layers
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+        """Of hidden states: the embedding's, for layers may hold packed weights."""
         self.needs_mask = True
         """As in TaskLoss."""
         self.takes_lengths = False

@@ -31,6 +31,10 @@ class ModelConfig(Checked):
     dtype: str = option("auto", choices=DTYPES)
     """Type of the backbone's weights: auto (as stored; float32 with --train full), float32 or
     bfloat16. Routers are always float32."""
+    base_dtype: str = option("dtype", choices=("dtype", "nf4"))
+    """How the frozen weights are held: in the type of --dtype, or the linear layers in 4 bit (nf4,
+    through bitsandbytes), each quantised as it is read; it computes in --dtype. Routers are those
+    of the 16-bit model's folder and are exported on top of it."""
     attn_implementation: str = option("auto", metavar="NAME")
     """Attention of the backbone as transformers names it: sdpa, eager, flash_attention_2, ...; auto
     takes what transformers prefers for the family."""
@@ -317,6 +321,7 @@ class RunConfig(Checked):
                 "--held_out above 0"
             )
         yield from self._attention_problems()
+        yield from self._nf4_problems()
         if self.parallel.cache_prefix is not None and self.model.train == "full":
             yield "--cache_prefix does not go with --train full, which changes every layer"
         if self.parallel.cache_prefix is not None and self.adapter.lora_rank:
@@ -345,4 +350,22 @@ class RunConfig(Checked):
             yield (
                 f"--train full does not run in stages (--pipeline_stages {stages}): they hold a "
                 "frozen backbone"
+            )
+
+    def _nf4_problems(self) -> Iterator[str]:
+        if self.model.base_dtype != "nf4":
+            return
+        if self.model.train == "full":
+            yield "--base_dtype nf4 is for a frozen base: --train full changes every weight"
+        file = self.parallel.ds_config
+        if file is not None and self.parallel.pipeline_stages == 1:
+            yield (
+                f"--base_dtype nf4 does not go with ZeRO-3 (--ds_config {file}): DeepSpeed shares "
+                "out a weight by its elements, and 4-bit ones are packed, with "
+                "scales beside them; use replicas, or --pipeline_stages 2 or more"
+            )
+        if self.adapter.lora_rank:
+            yield (
+                "--base_dtype nf4 does not go with --lora_rank: an adapter on 4-bit weights was "
+                "not tried; leave one of them out"
             )

@@ -11,12 +11,18 @@ from megaskip.checkpoint.hub import push_to_hub, require_hub
 from megaskip.config.commands.convert import ConvertOptions
 from megaskip.config.commands.hub import HubTarget
 from megaskip.config.commands.import_routers import ImportOptions
+from megaskip.export.decisions import compare_with_4_bit
 from megaskip.export.folder import Exported, export_folder
 from megaskip.export.published import import_published
 from megaskip.export.verify import verify_folder
 from megaskip.log import quiet_libraries
 from megaskip.reporting.summary import human_bytes, table
-from megaskip.runs.source import TrainedRouters, chosen_tokenizer, find_routers
+from megaskip.runs.source import (
+    TrainedRouters,
+    chosen_tokenizer,
+    find_routers,
+    trained_base_dtype,
+)
 
 
 def convert(options: ConvertOptions) -> None:
@@ -34,6 +40,8 @@ def convert(options: ConvertOptions) -> None:
         verified = verify_folder(done.folder, routers.base, routers.folder)
         difference = f"{verified.difference:.1e} over {verified.tokens} tokens"
         rows.append(("verified", f"fresh process, fp32: logits differ by at most {difference}"))
+        if options.source.run is not None and trained_base_dtype(options.source.run) == "nf4":
+            rows.append(("4 bit", str(compare_with_4_bit(routers.base, routers.folder))))
     print("\n".join(table(rows, title=f"exported: {done.folder}")))
     if verified is not None:
         verified.require(done.folder)

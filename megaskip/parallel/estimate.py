@@ -18,7 +18,8 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.live_bytes import LiveBytes
-from megaskip.parallel.loading.skeleton import build_uninitialised
+from megaskip.parallel.loading.quantised import planned
+from megaskip.parallel.loading.skeleton import build_uninitialised, quantised_skeleton
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.shared_moments import moment_numel
 
@@ -69,6 +70,9 @@ def estimate(
     weights, gathers = sum(n * s for n, s in parameters), 0
     if ds_content is not None:
         weights, gathers = _zero3_bytes(parameters, layer_numel, world_size, ds_content)
+    if source.base_dtype == "nf4":
+        weights, largest = planned(quantised_skeleton(source))
+        workspace += largest * source.dtype.itemsize
     sizes = {name: torch.Size(shape).numel() for name, shape in trainable}
     full = config.model.train == "full"
     moments = MOMENTS * moment_numel(sizes, world_size)

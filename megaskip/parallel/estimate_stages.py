@@ -12,7 +12,8 @@ from megaskip.arch.stage import DecoderStage, LayerRange
 from megaskip.config import RunConfig
 from megaskip.parallel.estimate import MOMENTS, WEIGHT_AND_GRADIENT, Estimate
 from megaskip.parallel.live_bytes import LiveBytes
-from megaskip.parallel.loading.skeleton import build_uninitialised, skeleton
+from megaskip.parallel.loading.quantised import planned
+from megaskip.parallel.loading.skeleton import build_uninitialised, quantised_skeleton, skeleton
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.stage_cuts import cuts_for_training
 from megaskip.parallel.shared_moments import moment_numel
@@ -39,13 +40,18 @@ def estimate_stages(
             routers = attach_routers(stage, config.router, register=False, verify=False)
             add_adapters(stage, routers, shape, config)
             activations, workspace = _micro_step(stage, routers, config, source.dtype)
+        weights = sum(p.numel() * p.element_size() for p in stage.parameters())
+        if source.base_dtype == "nf4":
+            packed = DecoderStage(quantised_skeleton(source), layers, chunk_tokens=chunk)
+            weights, largest = planned(packed)
+            workspace += largest * source.dtype.itemsize
         trained = routers.trained_parameters()
         trainable = [(name, tuple(p.shape)) for name, p in trained.items()]
         sizes = {name: p.numel() for name, p in trained.items()}
         moments = MOMENTS * moment_numel(sizes, world_size or len(cuts))
         estimates.append(
             Estimate(
-                weights=sum(p.numel() * p.element_size() for p in stage.parameters()),
+                weights=weights,
                 gathers=0,
                 trained=WEIGHT_AND_GRADIENT * sum(sizes.values()) + moments,
                 activations=in_flight * activations,

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from megaskip.parallel.loading.quantised import bytes_of_packed
 from megaskip.parallel.protocol import StepEngine
 
 
@@ -26,6 +27,7 @@ def bytes_by_kind(engine: StepEngine) -> dict[str, int]:
 def _resident_bytes(parameter: nn.Parameter) -> int:
     """Return the bytes of a parameter in memory: whole, or this rank's ZeRO-3 partition of it."""
     whole = parameter.data.untyped_storage().nbytes() if parameter.data.numel() else 0
+    whole += bytes_of_packed(parameter)
     partition = getattr(parameter, "ds_tensor", None)
     if not isinstance(partition, Tensor):
         return whole

@@ -48,7 +48,7 @@ class PipelineEngine(Engine):
         self._own = stage.layer_range.owned(routers.layers)
         self._below = sum(layer < stage.layer_range.first for layer in routers.layers)
         """Routed layers of the stages before this one."""
-        self._dtype = next(stage.parameters()).dtype
+        self._dtype = stage.dtype
         self._previous, self._next = P2PChannel(topology.rank - 1), P2PChannel(topology.rank + 1)
         self._logits: dict[int, Tensor] = {}
 

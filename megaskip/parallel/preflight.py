@@ -24,7 +24,8 @@ from megaskip.checkpoint.resume import checkpoints
 from megaskip.checkpoint.weight_index import INDEX, SINGLE, read_weight_map
 from megaskip.config import RunConfig, resolve_layers
 from megaskip.errors import RankError
-from megaskip.parallel.loading.skeleton import skeleton
+from megaskip.parallel.loading.quantised import planned
+from megaskip.parallel.loading.skeleton import quantised_skeleton, skeleton
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet
@@ -93,6 +94,8 @@ def preflight(
     everyone: list[Any] = [None] * topology.world_size
     dist.all_gather_object(everyone, mine)
     weights = _weight_bytes(source.folder)
+    if source.base_dtype == "nf4":
+        weights, _ = planned(quantised_skeleton(source))
     shares = topology.num_stages
     if shares == 1 and config.parallel.ds_config is not None:
         shares = topology.world_size

@@ -99,6 +99,12 @@ def read_report(run: Path) -> dict[str, Any]:
         raise ConfigError(f"--run {run}: {error}; give a finished run") from None
 
 
+def trained_base_dtype(run: Path) -> str:
+    """Return the --base_dtype of a run; that of runs from before there was one is "dtype"."""
+    model = read_report(run).get("config", {}).get("model", {})
+    return str(model.get("base_dtype", "dtype"))
+
+
 # -- the text
 
 

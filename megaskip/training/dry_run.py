@@ -38,6 +38,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
     size = config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
     size *= world_size // num_stages
     size_text = f"{needs.parameters:,} parameters, {source.dtype}"
+    size_text += ", linear layers in 4 bit (nf4)" if source.base_dtype == "nf4" else ""
     rows = [
         ("model", f"{source.folder} ({source.hf_config.model_type}), {size_text}"),
         *_trainable(config, source, needs, world_size),

@@ -55,6 +55,8 @@ def _engine_text(config: RunConfig, topology: Topology, engine: StepEngine) -> s
         name = "ZeRO-3" if config.parallel.ds_config else "replicas"
     dtype = next(engine.module.parameters()).dtype
     precision = f"{dtype}, TF32" if uses_tf32(dtype, topology.device) else f"{dtype}"
+    if config.model.base_dtype == "nf4":
+        precision = f"linear layers in 4 bit (nf4), computing in {precision}"
     return f"{name} on {topology.world_size} rank(s), {topology.device.type}, {precision}"
 
 

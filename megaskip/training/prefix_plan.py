@@ -158,6 +158,7 @@ def describe_states(
         ).hexdigest()[:16],
         "layer": first_routed_layer(config, source),
         "dtype": str(source.dtype),
+        "base_dtype": source.base_dtype,
         "stored_dtype": str(stored_dtype(config, source)),
         "attention": shape.config._attn_implementation,
         "device": device.type,

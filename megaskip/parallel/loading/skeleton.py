@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from megaskip.errors import ConfigError
+from megaskip.parallel.loading.quantised import quantise_linears
 from megaskip.parallel.loading.source import ModelSource, first_line
 
 _CANNOT_BUILD = (
@@ -45,6 +46,14 @@ def build_uninitialised(source: ModelSource, dtype: torch.dtype) -> nn.Module:
         model = build_model(source, dtype)
     # Construction without initialisation leaves tied embeddings apart.
     model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def quantised_skeleton(source: ModelSource) -> nn.Module:
+    """Return the model of --base_dtype nf4 without weights, on the meta device."""
+    with torch.device("meta"):
+        model = build_uninitialised(source, source.dtype)
+    quantise_linears(model, source.dtype)
     return model
 
 

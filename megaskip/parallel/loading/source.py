@@ -57,6 +57,8 @@ class ModelSource:
     """Attention as transformers names it; None takes what transformers prefers for the family."""
     trust_remote_code: bool
     """Whether code in the folder may run."""
+    base_dtype: str = "dtype"
+    """How weights are held: in `dtype`, or linear layers in 4 bit ("nf4"), computing in `dtype`."""
     weights: WeightPlan | None = None
     """Which stored tensor becomes which weight; None until its files are checked."""
 
@@ -106,6 +108,7 @@ def source_in(folder: Path, hf_config: Any, config: ModelConfig) -> ModelSource:
         dtype=_weight_dtype(config, hf_config),
         attn_implementation=None if attention == "auto" else attention,
         trust_remote_code=config.trust_remote_code,
+        base_dtype=config.base_dtype,
     )
 
 

@@ -12,10 +12,16 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megaskip.arch.stage import LayerRange
 from megaskip.checkpoint.stored_weights import StoredTensor
-from megaskip.errors import MegaskipError
+from megaskip.errors import MegaskipError, UnsupportedModelError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.converted import load_converted, makes_same_layers
 from megaskip.parallel.loading.loaded_values import require_same_weight
+from megaskip.parallel.loading.quantised import (
+    is_quantised,
+    quantise_linears,
+    quantised,
+    require_quantised,
+)
 from megaskip.parallel.loading.skeleton import build_uninitialised
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.weight_check import plan_of
@@ -44,9 +50,16 @@ def load_stage(
     model = _without_weights(source)
     stored_as_named = {name for name, _ in model.named_parameters()} <= plan.stored.keys()
     if not stored_as_named and not makes_same_layers(model, layers):
+        if source.base_dtype == "nf4":
+            raise UnsupportedModelError(
+                f"{source.hf_config.model_type}: --base_dtype nf4 reads weights one by one, and "
+                "this family's layers differ by their number; leave it out"
+            )
         logger.info("every rank reads the whole model (its layers differ by their number)")
         whole = load_whole(source, torch.device("cpu"))
         return take_apart(whole).eval().to(device)
+    if source.base_dtype == "nf4":
+        quantise_linears(model, source.dtype)
     names, exact = _stored_names(model), _kept_exact(model)
     stage = take_apart(model).eval()
     # Buffers count that are stored, such as the bias by which experts are chosen.
@@ -56,18 +69,24 @@ def load_stage(
         stored = _from_files(source.folder, {name: plan.stored[name] for name in wanted})
     else:
         stored = iter(load_converted(model, layers, set(wanted), plan, source).items())
-    filled = {
-        id(wanted[name]): _own(tensor, wanted[name], name, device, exact(name))
-        for name, tensor in stored
-        if name in wanted
-    }
+    filled: dict[int, Tensor] = {}
+    for name, tensor in stored:
+        if name not in wanted:
+            continue
+        if is_quantised(wanted[name]):
+            packed = quantised(tensor, wanted[name], device, source.dtype)
+            require_quantised(name, tensor, packed)
+            filled[id(wanted[name])] = packed
+        else:
+            filled[id(wanted[name])] = _own(tensor, wanted[name], name, device, exact(name))
     missing = [name for name, empty in wanted.items() if id(empty) not in filled]
     if missing:
         raise MegaskipError(
             f"{source.folder}: no stored tensor becomes {missing[0]}; is it complete?"
         )
     for name, empty in wanted.items():
-        require_same_weight(source.folder, plan, name, filled[id(empty)])
+        if not is_quantised(empty):
+            require_same_weight(source.folder, plan, name, filled[id(empty)])
     _replace(stage, filled)
     return stage.to(device)
 

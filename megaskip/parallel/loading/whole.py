@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_accelerate_available
 
+from megaskip.arch.stage import LayerRange
 from megaskip.errors import MegaskipError
 from megaskip.parallel.loading.loaded_values import require_loaded
 from megaskip.parallel.loading.source import ModelSource, first_line
@@ -20,6 +21,8 @@ def load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
     Every rank calls it by itself. Raises CheckpointError as `check_weights` does, and when the
     weights in memory are not those of the files.
     """
+    if source.base_dtype == "nf4":
+        return _load_quantised(source, device or torch.device("cpu"))
     plan = plan_of(source)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -37,6 +40,16 @@ def load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
         model = model.to(device)
         require_loaded(source.folder, plan, model)
     return model
+
+
+def _load_quantised(source: ModelSource, device: torch.device) -> nn.Module:
+    """Return the model as a single stage, whose weights are quantised one by one as they are
+    read."""
+    from megaskip.parallel.loading.stage_weights import load_stage  # which needs load_whole
+
+    depth = source.text_config.num_hidden_layers
+    layers = LayerRange(first=0, stop=depth, depth=depth)
+    return load_stage(source, layers, lambda model: model, device)
 
 
 def read_onto(device: torch.device | None) -> dict[str, Any]:
