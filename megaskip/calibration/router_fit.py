@@ -67,6 +67,18 @@ def fit_routers(
     return fitted
 
 
+def split_off(
+    batches: Sequence[Batch | None], share: float
+) -> tuple[list[Batch | None], list[Batch | None]]:
+    """Return (about `share` of `batches`, the others), both from all over them: what routers are
+    fitted to, they predict too well for thresholds to be found on it."""
+    first, others = [], []
+    for number, batch in enumerate(batches):
+        taken = int((number + 1) * share) > int(number * share)
+        (first if taken else others).append(batch)
+    return first, others
+
+
 @torch.no_grad()
 def _choose_features(
     engine: Engine, batches: Sequence[Batch | None], fits: dict[int, CostRegression]

@@ -12,7 +12,7 @@ from megaskip.calibration.capacities import CalibrationResult, calibrate_all, wi
 from megaskip.calibration.cost_regression import LinearCost
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.opened import Opened, opened, source_of, topology_of
-from megaskip.calibration.router_fit import fit_routers
+from megaskip.calibration.router_fit import fit_routers, split_off
 from megaskip.checkpoint.atomic import write_json
 from megaskip.checkpoint.routers import save_routers
 from megaskip.config import RouterConfig, resolve_layers
@@ -115,13 +115,14 @@ def _router_config(options: FitRoutersOptions, depth: int) -> RouterConfig:
 def _fit(job: Opened, options: FitRoutersOptions) -> FittedRouters:
     """Fit maps and routers, and find the thresholds. Collective."""
     engine, hidden = job.engine, None if job.topology.is_first else True
-    rows = job.loader.calibration(options.rows)
+    text = job.loader.calibration(options.rows + options.cost_rows)
+    cost_rows, rows = split_off(text, options.cost_rows / (options.rows + options.cost_rows))
     explained: dict[int, float] = {}
     if options.compensation != "none":
         explained = fit_compensation(engine, ProgressBatches(rows, "maps", disable=hidden))
     costs = fit_routers(
         engine,
-        ProgressBatches(job.loader.calibration(options.cost_rows), "costs", disable=hidden),
+        ProgressBatches(cost_rows, "costs", disable=hidden),
         groups=options.groups,
         distill=options.distill,
         seed=options.base.seed,

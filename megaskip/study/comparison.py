@@ -17,6 +17,7 @@ from megaskip.arch.adapters import add_adapters
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.capacities import reach_capacity
+from megaskip.calibration.router_fit import split_off
 from megaskip.calibration.static_drop import mean_similarity
 from megaskip.calibration.threshold import TOLERANCE
 from megaskip.checkpoint.adapters import load_adapter
@@ -68,9 +69,11 @@ class Comparison:
         source: ModelSource,
         *,
         prefill_runs: int = 0,
+        cost_rows: int = 0,
     ) -> None:
         """Load the model of `source`; `config.router.layers` are what all methods route and
-        `config.data.held_out` the documents to measure on; see `measure` for `prefill_runs`."""
+        `config.data.held_out` the documents to measure on; see `measure` for `prefill_runs`.
+        `cost_rows` are read beside the calibration text, for `cost_text`."""
         self._config, self._topology = config, topology
         self.skips = _NAMES[config.router.target]
         """What is skipped, as a plural noun."""
@@ -94,7 +97,11 @@ class Comparison:
             pad_token_id=padding_token(self._tokenizer, vocabulary),
             prompt_tokens=config.data.prompt_tokens,
         )
-        self._calibration = self._here(loader.calibration(config.optim.calibration_rows))
+        rows = config.optim.calibration_rows + cost_rows
+        cost_text, calibration = split_off(loader.calibration(rows), cost_rows / rows)
+        self.cost_text = self._here(cost_text)
+        """Text on which costs are measured; none of the calibration text."""
+        self._calibration = self._here(calibration)
         self._held_out = self._here(loader.held_out())
         if not self._held_out:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")

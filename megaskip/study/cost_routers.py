@@ -25,13 +25,12 @@ class CostRouters:
         folder: Path,
         *,
         rank: int,
-        rows: int,
         shares: Sequence[float],
     ) -> None:
-        """`folder` keeps what is fitted; `rank` is that of the maps, `rows` the calibration rows on
-        which costs are measured, `shares` those of all units that will be skipped."""
+        """`folder` keeps what is fitted; `rank` is that of the maps, `shares` those of all units
+        that will be skipped."""
         self._comparison, self._base, self._folder = comparison, base, folder
-        self._rank, self._rows = rank, rows
+        self._rank = rank
         self._groups = max(round(1 / statistics.mean(shares)), 1)
 
     def run(self, method: str, seed: int) -> Path:
@@ -45,7 +44,6 @@ class CostRouters:
             comparison.attach(config)
             if kind != "none":
                 fit_compensation(comparison.engine, comparison.calibration)
-            rows = comparison.some_calibration(self._rows)
-            fit_routers(comparison.engine, rows, groups=self._groups, seed=seed)
+            fit_routers(comparison.engine, comparison.cost_text, groups=self._groups, seed=seed)
             save_routers(run / "routers", comparison.routers, base=self._base)
         return run

@@ -85,7 +85,13 @@ def _open(
 ) -> Comparison:
     """Return the comparison with all that is to be measured; raises ConfigError for a skip that
     cannot be reached."""
-    comparison = Comparison(config, topology, source, prefill_runs=options.prefill_runs)
+    comparison = Comparison(
+        config,
+        topology,
+        source,
+        prefill_runs=options.prefill_runs,
+        cost_rows=options.cost_rows if set(BY_COST) & set(options.methods) else 0,
+    )
     for skip in options.shares:
         comparison.share(skip)
     if options.blimp:

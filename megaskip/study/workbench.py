@@ -69,7 +69,6 @@ class Workbench:
             self._base,
             options.output / "fitted",
             rank=options.compensation_rank,
-            rows=options.cost_rows,
             shares=options.shares,
         )
         self._data: dict[DataConfig, tuple[TokenizedData, int]] = {}

@@ -48,7 +48,7 @@ def comparison() -> Iterator[Comparison]:
     )
     topology = read_topology({})
     with process_group(topology, timeout=60):
-        yield Comparison(config, topology, resolve_source(config.model))
+        yield Comparison(config, topology, resolve_source(config.model), cost_rows=32)
 
 
 def test_baselines_skip_exactly_what_is_asked(comparison: Comparison) -> None:
@@ -232,8 +232,7 @@ def test_routers_by_cost_are_fitted_once_and_put_at_the_skip(
     comparison: Comparison, tmp_path: Path
 ) -> None:
     base = resolve_source(ModelConfig(model="demo", dtype="float32")).describe()
-    settings = {"rank": 4, "rows": 16, "shares": [0.25]}
-    fitted = CostRouters(comparison, base, tmp_path, **settings)  # type: ignore[arg-type]
+    fitted = CostRouters(comparison, base, tmp_path, rank=4, shares=[0.25])
     run = fitted.run("by_cost_fitted", 0)
     written = (run / "routers" / "routers.safetensors").stat().st_mtime_ns
     assert fitted.run("by_cost_fitted", 0) == run

@@ -14,7 +14,7 @@ from megaskip import RouterConfig, attach_routers
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration import cost_regression
 from megaskip.calibration.cost_regression import CostRegression
-from megaskip.calibration.router_fit import fit_routers
+from megaskip.calibration.router_fit import fit_routers, split_off
 from megaskip.calibration.threshold import calibrate_threshold
 from megaskip.calibration.unit_costs import deal_groups, measure_costs, points_on_the_way
 from megaskip.config import GRANULARITIES, RunConfig
@@ -150,6 +150,15 @@ def test_a_rank_without_text_of_its_own_adds_nothing(make_engine: Any) -> None:
     fit_routers(beside, [*text, None, None], groups=2)
     for name, tensor in alone.routers.state_dict().items():
         assert torch.equal(tensor, beside.routers.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.25, 2), (0.5, 4), (0.0, 0), (0.99, 7)])
+def test_text_is_split_from_all_over_it(share: float, count: int) -> None:
+    text = batches(8)
+    first, others = split_off(text, share)
+    assert len(first) == count and len(others) == 8 - count
+    assert {id(batch) for batch in (*first, *others)} == {id(batch) for batch in text}
+    assert share != 0.25 or [id(batch) for batch in first] == [id(text[3]), id(text[7])]
 
 
 def test_routers_that_cannot_predict_costs_are_refused(make_engine: Any) -> None:

@@ -87,7 +87,7 @@ class CompareOptions(Checked):
     order_rows: int = 128
     """Calibration rows on which a greedy order is measured."""
     cost_rows: int = 256
-    """Calibration rows on which the costs of by_cost are measured."""
+    """Rows beside those of --calibration_rows, on which the costs of by_cost are measured."""
     continuations: int = 0
     """Prompts whose 64 greedy tokens are compared with the dense model's."""
     prefill_runs: int = 7

@@ -31,7 +31,8 @@ class FitRoutersOptions(Checked):
     rows: int = 512
     """Rows of the data on which maps are fitted and thresholds found."""
     cost_rows: int = 256
-    """Rows on which costs are measured: a forward and a backward pass for each of --groups."""
+    """Other rows, on which costs are measured: a forward and a backward pass for each of
+    --groups."""
     groups: int = 4
     """Into how many groups the layers are dealt, each of which skips together: about one over the
     share that will be skipped."""
