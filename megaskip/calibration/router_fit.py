@@ -72,7 +72,8 @@ def split_off(
 ) -> tuple[list[Batch | None], list[Batch | None]]:
     """Return (about `share` of `batches`, the others), both from all over them: what routers are
     fitted to, they predict too well for thresholds to be found on it."""
-    first, others = [], []
+    first: list[Batch | None] = []
+    others: list[Batch | None] = []
     for number, batch in enumerate(batches):
         taken = int((number + 1) * share) > int(number * share)
         (first if taken else others).append(batch)
