@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megaskip._version import __version__
 from megaskip.calibration.fit_progress import FitProgress
-from megaskip.calibration.opened import Opened, opened, source_of, topology_of
+from megaskip.calibration.opened import Opened, opened, topology_of
 from megaskip.calibration.static_drop import (
     Fitted,
     candidate_layers,
@@ -17,7 +17,7 @@ from megaskip.calibration.static_drop import (
 from megaskip.checkpoint.atomic import write_json
 from megaskip.checkpoint.routers import save_routers
 from megaskip.config import RouterConfig
-from megaskip.config.commands.fit import FitOptions
+from megaskip.config.commands.fit import DropPlan, FitOptions
 from megaskip.config.paths import require_new
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
@@ -35,16 +35,9 @@ def fit(options: FitOptions) -> None:
     set_up_logging(rank=topology.rank)
     quiet_libraries()
     require_new(options.output)
-    source = source_of(base)
-    depth = source.text_config.num_hidden_layers
-    candidates, count = candidate_layers(plan, depth)
-    router = RouterConfig(
-        granularity=f"{plan.target}_sequence",
-        layers=candidates,
-        compensation=plan.compensation,
-        compensation_rank=plan.compensation_rank,
-    )
-    with opened(base, router, topology, source) as job:
+    with opened(base, lambda depth: _router_config(plan, depth), topology) as job:
+        depth = job.source.text_config.num_hidden_layers
+        _, count = candidate_layers(plan, depth)
         hidden = None if topology.is_first else True
         progress = _progress(options, job)
         fitted = fit_static_drop(
@@ -56,6 +49,16 @@ def fit(options: FitOptions) -> None:
     if topology.is_first:
         title = f"fitted: {options.output} ({count} of {depth} {plan.target} dropped)"
         print("\n".join(table([*fitted.rows(), ("next", _next(options))], title=title)))
+
+
+def _router_config(plan: DropPlan, depth: int) -> RouterConfig:
+    candidates, _ = candidate_layers(plan, depth)
+    return RouterConfig(
+        granularity=f"{plan.target}_sequence",
+        layers=candidates,
+        compensation=plan.compensation,
+        compensation_rank=plan.compensation_rank,
+    )
 
 
 def _progress(options: FitOptions, job: Opened) -> FitProgress:

@@ -4,7 +4,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megaskip.config import (
@@ -43,36 +43,34 @@ def topology_of(base: TextAndModel) -> Topology:
     return read_topology(os.environ, num_stages=base.pipeline_stages)
 
 
-def source_of(base: TextAndModel) -> ModelSource:
-    """Return the base model, not loaded yet."""
-    return resolve_source(_model_of(base))
-
-
 @contextlib.contextmanager
 def opened(
     base: TextAndModel,
-    router: RouterConfig,
+    router_of: Callable[[int], RouterConfig],
     topology: Topology,
-    source: ModelSource,
     *,
     activation_checkpointing: bool = False,
 ) -> Iterator[Opened]:
-    """Load the model with fresh routers, and the text; hold the process group. Collective.
+    """Load the model with fresh routers, and the text; hold the process group. `router_of` is told
+    how many layers the model has. Collective.
 
-    What cannot work is found before any rank waits for another. Raises ConfigError when no text is
-    held out.
+    What cannot work is found before any rank waits for another: first what is wrong with the
+    weights, since a broken configuration has a wrong number of layers. Raises ConfigError when no
+    text is held out.
     """
-    config = _run_config(base, router, activation_checkpointing)
+    source = resolve_source(_model_of(base))
     weights = attempt_on_first_rank(topology, lambda: check_weights(source))
-    loader = _loader(config, source, topology) if weights.error is None else None
+    if weights.error is None:
+        router = router_of(source.text_config.num_hidden_layers)
+        config = _run_config(base, router, activation_checkpointing)
+        loader = _loader(config, source, topology)
     ds_content = read_ds_config(base.ds_config)
     if ds_content is not None and topology.num_stages == 1:
         from megaskip.parallel.zero3 import prepare_deepspeed
 
         prepare_deepspeed()
-    with process_group(topology, timeout=config.parallel.dist_timeout):
-        source = dataclasses.replace(source, weights=weights.shared())
-        assert loader is not None
+    with process_group(topology, timeout=ParallelConfig().dist_timeout):
+        source = dataclasses.replace(source, weights=weights.shared())  # raises where they are not
         engine = build_engine(config, topology, source, ds_content)
         yield Opened(engine=engine, loader=loader, source=source, topology=topology)
 

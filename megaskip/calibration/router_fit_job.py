@@ -11,7 +11,7 @@ from tqdm import tqdm
 from megaskip.calibration.capacities import CalibrationResult, calibrate_all, with_points
 from megaskip.calibration.cost_regression import LinearCost
 from megaskip.calibration.fit import fit_compensation
-from megaskip.calibration.opened import Opened, opened, source_of, topology_of
+from megaskip.calibration.opened import Opened, opened, topology_of
 from megaskip.calibration.router_fit import fit_routers, split_off
 from megaskip.checkpoint.atomic import write_json
 from megaskip.checkpoint.routers import save_routers
@@ -85,10 +85,13 @@ def fit_routers_job(options: FitRoutersOptions) -> None:
     set_up_logging(rank=topology.rank)
     quiet_libraries()
     require_new(options.output)
-    source = source_of(base)
-    router = _router_config(options, source.text_config.num_hidden_layers)
     recompute = options.activation_checkpointing
-    with opened(base, router, topology, source, activation_checkpointing=recompute) as job:
+    with opened(
+        base,
+        lambda depth: _router_config(options, depth),
+        topology,
+        activation_checkpointing=recompute,
+    ) as job:
         fitted = _fit(job, options)
         on_first_rank(topology, lambda: _write(options.output, job, fitted, options.capacity))
     if topology.is_first:

@@ -79,7 +79,8 @@ def run_facts(run: Path) -> tuple[dict[str, Any], str | None]:
 
     data = recorded("config.data.data", tuple[str, ...])
     facts: dict[str, Any] = {"data": ", ".join(data), "steps": recorded("steps", int)}
-    if "loss_routed" in (report.get("held_out") or {}):
+    held_out = recorded("held_out", dict[str, Any] | None) if "held_out" in report else None
+    if "loss_routed" in (held_out or {}):
         routed, dense, capacity = (
             recorded(f"held_out.{name}", float)
             for name in ("loss_routed", "loss_dense", "capacity")

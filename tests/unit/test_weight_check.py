@@ -19,12 +19,14 @@ from megaskip.arch import attach_routers
 from megaskip.arch.stage import LayerRange, cut
 from megaskip.calibration.fit_job import fit
 from megaskip.calibration.job import CalibrationJob
+from megaskip.calibration.router_fit_job import fit_routers_job
 from megaskip.checkpoint import save_routers
 from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.config import ModelConfig, RouterConfig, RunConfig
 from megaskip.config.commands.calibrate import CalibrateOptions
 from megaskip.config.commands.compare import CompareOptions
 from megaskip.config.commands.fit import DropPlan, FitOptions, TextAndModel
+from megaskip.config.commands.fit_routers import FitRoutersOptions
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.errors import CheckpointError
 from megaskip.export.folder import export_folder
@@ -98,6 +100,7 @@ def engines(folder: Path, routers: Path, output: Path) -> dict[str, Callable[[],
         "generate": lambda: load_for_inference(str(routers), Placement.on(CPU), base=str(folder)),
         "calibrate": lambda: CalibrationJob(calibrate, ALONE, shows_progress=False),
         "fit, drop": lambda: fit(FitOptions(base=text, plan=DropPlan(drop=1), output=output)),
+        "fit-routers": lambda: fit_routers_job(FitRoutersOptions(base=text, output=output)),
         "compare": lambda: compare(
             CompareOptions(model=str(folder), data=("no such text",), output=output)
         ),
