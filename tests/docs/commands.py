@@ -44,7 +44,7 @@ DEMOS = {"--model": "demo", "--data": "data"}
 _TRAIN = """--max_steps 2 --seq_length 64 --micro_batch_size 1 --max_samples 96 --held_out 8
 --calibration_rows 8 --dtype float32 --no-progress --no-tensorboard"""
 _COMPARE = """--steps 2 --documents 8 --pairs 2 --seq_length 32 --calibration_rows 16 --skip 25
---seeds 0 --methods static,ours,allocated --ours allocated --model {demo} --layers 1-6
+--seeds 0 --methods static,ours --ours ours --model {demo} --layers 1-6
 --eval_data {held_out} --blimp {blimp} --continuations 1"""
 _FIT = """--drop 25 --eval_data {held_out} --rows 8 --order_rows 8 --held_out 8 --seq_length 64
 --compensation_rank 4 --dtype float32 --micro_batch_size 1"""
