@@ -38,10 +38,10 @@ methods:
   compensated
              separate, with maps in the place of what is skipped, trained together
   dense_adapted
-             a control that skips nothing: LoRA in the sublayers that greedy_trained would drop at
-             that skip (static_trained, where that alone is compared), of as many parameters,
-             trained on the same text for as many steps (needs peft). How much a training gives by
-             itself, and what fit and training cost beside it
+             a control that skips nothing: LoRA of as many parameters as the maps at that skip have,
+             in all sublayers of the kind, trained as they are, on the same text for as many steps
+             (needs peft). How much a training gives by itself, and what fit and training cost
+             beside it
   dense_lora, static_lora, ours_lora
              LoRA of rank --lora_rank on all linear layers (needs peft), trained with nothing
              skipped, with the layers of static dropped, and together with routers, for every skip

@@ -3,10 +3,9 @@
 Knows a model and its texts, not how routers were trained.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 
 from megaskip.arch import attach_routers, detach_routers, find_decoder
 from megaskip.arch.adapters import add_adapters
-from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.capacities import reach_capacity
 from megaskip.calibration.router_fit import split_off
@@ -141,10 +139,10 @@ class Comparison:
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of all text that is measured on or searched with."""
+        """Return a hash of all text that is measured on, fitted to or searched with."""
         digest = hashlib.sha256()
         tasks = [batch for task in self._yardstick.questions for batch in task.batches]
-        for batch in (*self._calibration, *self._held_out, *tasks):
+        for batch in (*self.cost_text, *self._calibration, *self._held_out, *tasks):
             for tensor in (batch.input_ids, batch.labels, batch.prompt_mask):
                 digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -268,15 +266,6 @@ class Comparison:
             device = self._topology.device
             add_adapters(self.model, routers, self.model, run, device=device)
         self._engine = Engine(self._engine.module, routers, self._config, self._topology)
-
-    @contextlib.contextmanager
-    def detached(self) -> Iterator[TaskLoss]:
-        """Let the model have no routers in here; yield it with its loss, to be trained."""
-        detach_routers(self.model)
-        try:
-            yield self._engine.module  # type: ignore[misc]
-        finally:
-            self.attach(self.plain)
 
     def engine_of(self, config: RunConfig) -> Engine:
         """Return an engine of the routers that are attached now, which trains as `config` says."""

@@ -11,14 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaskip.arch.adapters import find_adapted_layers
 from megaskip.checkpoint.routers import CONFIG
+from megaskip.config import AdapterConfig
 from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.topology import LAUNCHER_VARIABLES
 from megaskip.study.comparison import Comparison
-from megaskip.study.dense_adapter import WEIGHTS
-from megaskip.study.static_drops import LEARNT, STATIC
+from megaskip.study.static_drops import LEARNT, STATIC, map_parameters
 from megaskip.study.training_costs import CONTROL
 
 logger = get_logger(__name__)
@@ -40,6 +41,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "compensated": (*_OURS, "--compensation", "low_rank", "--distill", "0.5"),
     "ours_lora": _OURS,
     DENSE_LORA: (*_OURS, "--budget", "dense"),
+    # The rate of the adapters follows the schedule of --lr.
+    CONTROL: (*_OURS, "--budget", "dense", "--distill", "0.5"),
 }
 _FOR_ONE_SKIP = {"published", "separate", "layerwise", "compensated", "ours_lora"}
 _TRAINED_AS = {"allocated": "ours"}
@@ -54,13 +57,11 @@ class Training:
     flags: tuple[str, ...]
     start: Path | None = None
     """Folder of the routers it starts from, which is written before."""
-    result: str = f"routers/{CONFIG}"
-    """What a finished run has in its folder, beside its report."""
 
     @property
     def is_done(self) -> bool:
         """Return whether the run is finished."""
-        return all((self.folder / name).is_file() for name in (self.result, "report.json"))
+        return all((self.folder / name).is_file() for name in (f"routers/{CONFIG}", "report.json"))
 
 
 def training_of(
@@ -75,7 +76,6 @@ def training_of(
         folder=options.output / "runs" / f"{name}-s{seed}",
         flags=(*flags, "--seed", str(seed)),
         start=start,
-        result=WEIGHTS if method == CONTROL else f"routers/{CONFIG}",
     )
 
 
@@ -108,7 +108,8 @@ def _run_for(
     """Return (name of the run, without its seed; its flags; the folder it starts from); no name for
     what is not trained."""
     if method == CONTROL:
-        return f"{method}-{skip:.4f}", ("--distill", "0.5", "--lr", f"{options.adapter_lr:g}"), None
+        flags = (*RECIPES[method], *_control_adapters(comparison, skip, options))
+        return f"{method}-{skip:.4f}", ("--layers", options.layers, *flags), None
     lora = ("--lora_rank", str(options.lora_rank)) if method.endswith("_lora") else ()
     name = f"{method}-r{options.lora_rank}" if lora else method
     if STATIC.get(method, ("", ""))[1] in LEARNT:
@@ -128,6 +129,21 @@ def _run_for(
     middle = 1 - comparison.share(statistics.mean(options.shares))
     asked = ("--capacity", f"{middle:.6f}", "--capacity_low", f"{low:.6f}")
     return _TRAINED_AS.get(method, method), (*layers, *RECIPES[method], *asked), None
+
+
+def _control_adapters(
+    comparison: Comparison, skip: float, options: CompareOptions
+) -> tuple[str, ...]:
+    """Return the flags of LoRA with nearly as many parameters as maps in the place of the share
+    `skip` have, on all sublayers of that kind."""
+    target = comparison.plain.target
+    kind = "all" if target == "block" else target
+    adapted = find_adapted_layers(comparison.model, AdapterConfig(lora_rank=1, lora_targets=kind))
+    of_a_rank = sum(layer.in_features + layer.out_features for layer in adapted)
+    rank = max(round(map_parameters(comparison, skip, options.compensation_rank) / of_a_rank), 1)
+    # alpha = rank: what is added is B A, at the scale of the maps.
+    sizes = ("--lora_rank", str(rank), "--lora_alpha", str(rank))
+    return (*sizes, "--lora_targets", kind, "--lora_lr", f"{options.adapter_lr:g}")
 
 
 def train_flags(options: CompareOptions, training: Training) -> list[str]:

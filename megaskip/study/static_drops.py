@@ -65,10 +65,6 @@ class StaticDrops:
         self._maps: dict[str, Tensor] | None = None
         self._orders: dict[tuple[str, bool], list[int]] = {}
 
-    def layers_for(self, skip: float) -> int:
-        """Return the whole number of layers nearest to the share `skip` of all."""
-        return max(int(skip * self._comparison.depth + 0.5), 1)
-
     def order(self, kind: str, *, with_maps: bool) -> list[int]:
         """Return layers, the first to go first, by cosine or by measured loss (greedy)."""
         key = (kind, with_maps and kind == "greedy")
@@ -114,14 +110,8 @@ class StaticDrops:
         is_fitted = STATIC.get(method, ("", "none"))[1] != "none"
         if not is_fitted or self._cost_file is None or not self._cost_file.is_file():
             return None
-        parameters = self.parameters(skip)
+        parameters = map_parameters(self._comparison, skip, self._config.compensation_rank)
         return read_json(self._cost_file) | {"parameters": parameters, "bytes": 4 * parameters}
-
-    def parameters(self, skip: float) -> int:
-        """Return how many parameters the maps in the place of the share `skip` of all layers have:
-        x A B + b."""
-        size = self._comparison.routers.hidden_size
-        return self.layers_for(skip) * size * (2 * self._config.compensation_rank + 1)
 
     def policy(self, method: str, skip: float) -> Policy:
         """Return a policy that drops for every text, with what it needs put on the model; not for
@@ -137,7 +127,8 @@ class StaticDrops:
         if not (folder / CONFIG).is_file():
             kind, learns = STATIC[method]
             with_maps = learns == "trained"
-            dropped = self.order(kind, with_maps=with_maps)[: self.layers_for(skip)]
+            dropped = self.order(kind, with_maps=with_maps)
+            dropped = dropped[: layers_for(self._comparison, skip)]
             self.put(with_maps=with_maps)
             save_routers(folder, static_routers(self._comparison.routers, dropped), base=base)
         return folder
@@ -152,6 +143,17 @@ class StaticDrops:
         weights = load_router_tensors(routers, stored)
         self._comparison.routers.load_state_dict(weights, strict=False)
         return dropping(layers, self._comparison.layers)
+
+
+def layers_for(comparison: Comparison, skip: float) -> int:
+    """Return the whole number of layers nearest to the share `skip` of all."""
+    return max(int(skip * comparison.depth + 0.5), 1)
+
+
+def map_parameters(comparison: Comparison, skip: float, rank: int) -> int:
+    """Return how many parameters maps of `rank` in the place of the share `skip` of all layers
+    have: x A B + b."""
+    return layers_for(comparison, skip) * comparison.routers.hidden_size * (2 * rank + 1)
 
 
 def dropping(dropped: tuple[int, ...], layers: tuple[int, ...]) -> Policy:

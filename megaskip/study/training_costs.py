@@ -113,7 +113,7 @@ def _has(run: Path) -> bool:
 
 def _bytes(run: Path) -> int:
     folder = run / "routers" if (run / "routers").is_dir() else run
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def _ratio(value: float | None, control: float | None) -> float | None:

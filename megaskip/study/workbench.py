@@ -22,7 +22,6 @@ from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import BY_COST, CostRouters
-from megaskip.study.dense_adapter import merged, projections, rank_for, train_adapter
 from megaskip.study.ledger import Job, Ledger
 from megaskip.study.measured import Measured
 from megaskip.study.over_seeds import contrasts
@@ -87,32 +86,12 @@ class Workbench:
         for job, training in needed.values():
             if training.start is not None and not training.is_done:
                 self._drops.write_start(job.method, job.skip, training.start, self._base)
-        in_processes = [t for job, t in needed.values() if job.method != CONTROL]
-        with tqdm(total=len(needed), desc="training", disable=None) as bar:
-            train_missing(in_processes, self._options, gpu=gpu, progress=bar.update)
-            for job, training in needed.values():
-                if job.method == CONTROL and not training.is_done:
-                    self._train_control(job, training)
-                    bar.update()
-        for job, training in needed.values():
-            if job.method != CONTROL and not (training.folder / COST).is_file():
+        trainings = [training for _, training in needed.values()]
+        with tqdm(total=len(trainings), desc="training", disable=None) as bar:
+            train_missing(trainings, self._options, gpu=gpu, progress=bar.update)
+        for training in trainings:
+            if not (training.folder / COST).is_file():
                 write_json(training.folder / COST, self._cost_of(training))
-
-    def _train_control(self, job: Job, training: Training) -> None:
-        """Train adapters where the layers would be dropped that static maps stand for."""
-        comparison, drops = self._comparison, self._drops
-        greedy = any(method.startswith("greedy") for method in self._options.methods)
-        by_cosine = not greedy and any(m.startswith("static_") for m in self._options.methods)
-        order = drops.order("cosine" if by_cosine else "greedy", with_maps=True)
-        modules_of = order[: drops.layers_for(job.skip)]
-        config = parse_run_config(train_flags(self._options, training))
-        parameters, target = drops.parameters(job.skip), comparison.routers.config.target
-        with comparison.detached() as loss:
-            modules = projections(comparison.model, modules_of, target)
-            rank = rank_for(modules, parameters)
-            steps = self._loader(config).steps(0)
-            logger.info("%s: LoRA of rank %d, layers %s", job.name, rank, sorted(modules_of))
-            train_adapter(loss, modules, rank, steps, config, self._topology, training.folder)
 
     def _cost_of(self, training: Training) -> dict[str, int]:
         """Return FLOPs and parameters of a run: of its first step, times their number."""
@@ -139,15 +118,10 @@ class Workbench:
     def measure(self, job: Job) -> Measured | str:
         """Return what is measured of a job, or why its run cannot reach the skip."""
         comparison = self._comparison
-        if job.method in (DENSE, CONTROL):
-            self._drops.put(with_maps=False)
         if job.method == DENSE:
+            self._drops.put(with_maps=False)
             return comparison.measure(comparison.everything)
-        if job.method == CONTROL:
-            assert job.training is not None, "the control is trained"
-            with merged(comparison.model, job.training.folder):
-                return comparison.measure(comparison.everything)
-        if job.method == DENSE_LORA and job.training is not None:
+        if job.method in (CONTROL, DENSE_LORA) and job.training is not None:
             comparison.attach(comparison.plain, job.training.folder / "routers")
             return comparison.measure(comparison.everything)
         if job.method in STATIC:

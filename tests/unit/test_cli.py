@@ -25,7 +25,6 @@ from megaskip.errors import ConfigError
 from megaskip.study.cost_routers import BY_COST
 from megaskip.study.recipes import RECIPES
 from megaskip.study.static_drops import STATIC
-from megaskip.study.training_costs import CONTROL
 
 ROOT = Path(__file__).parents[2]
 STUBS = {
@@ -201,7 +200,7 @@ def test_a_plan_is_a_training_that_is_not_run() -> None:
 
 
 def test_methods_that_can_be_named_are_those_that_there_are() -> None:
-    assert set(METHODS) == {*BASELINES, *STATIC, *BY_COST, *RECIPES, CONTROL}
+    assert set(METHODS) == {*BASELINES, *STATIC, *BY_COST, *RECIPES}
 
 
 # -- parse_options

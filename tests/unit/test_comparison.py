@@ -1,6 +1,6 @@
 """A comparison puts every method at the same skip and pairs it with the dense model by document."""
 
-import itertools
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,25 +11,25 @@ import transformers
 from routed_models import randomise
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
-from megaskip.arch.adapters import add_adapters
-from megaskip.checkpoint.atomic import read_json, write_json
+from megaskip.arch.adapters import add_adapters, make_adapters
+from megaskip.checkpoint.atomic import write_json
 from megaskip.cli.compare import parse
 from megaskip.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
+from megaskip.config.cli import parse_run_config
 from megaskip.config.commands.compare import BASELINES
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import CostRouters
-from megaskip.study.dense_adapter import merged, projections, rank_for, train_adapter
 from megaskip.study.ledger import Job, Ledger, share_of
 from megaskip.study.measured import Measured
 from megaskip.study.over_seeds import contrasts
 from megaskip.study.page import page
 from megaskip.study.pareto import HEADER, Contrast, draw, draw_layers, markdown, table_rows
-from megaskip.study.recipes import Training
+from megaskip.study.recipes import Training, train_flags, training_of
 from megaskip.study.scoring import spread_documents
-from megaskip.study.static_drops import StaticDrops
+from megaskip.study.static_drops import StaticDrops, map_parameters
 from megaskip.study.training_costs import COST, cost_of, over_control
 
 DOCUMENTS = 24
@@ -302,31 +302,32 @@ def test_ranks_share_out_runs_not_measurements() -> None:
     assert share_of(jobs, 0, 1) == jobs
 
 
-def test_the_dense_control_learns_and_leaves_the_model_as_it_was(
-    comparison: Comparison, tmp_path: Path
+@pytest.mark.parametrize(
+    ("granularity", "targets"), [("attn_sequence", "attn"), ("block_token", "all")]
+)
+def test_the_dense_control_trains_as_many_parameters_as_the_maps_have(
+    comparison: Comparison,
+    granularity: str,
+    targets: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    modules = projections(comparison.model, [2, 4], "attn")
-    assert len(modules) == 8 and all(".2." in name or ".4." in name for name in modules)
-    sizes = sum(module.in_features + module.out_features for module in modules.values())
-    rank = rank_for(modules, 3 * sizes + 5)
-    batch = comparison.calibration[0]
-    optim = OptimConfig(max_steps=3, lr=1e-2, distill=0.5, warmup_ratio=0.0)
-    dense = comparison.measure(comparison.everything).text.nll
-    with comparison.detached() as loss:
-        config, steps = RunConfig(optim=optim), itertools.repeat([batch])
-        train_adapter(loss, modules, rank, steps, config, read_topology({}), tmp_path / "run")
-    cost = read_json(tmp_path / "run" / COST)
-    assert (rank, cost["parameters"]) == (3, 3 * sizes)
-    assert cost["flops"] > 3 * 6 * batch.counts.tokens * 1e6
-    np.testing.assert_array_equal(comparison.measure(comparison.everything).text.nll, dense)
-
-    def on_batch() -> float:
-        return comparison.engine.evaluate([batch], routed=False).loss
-
-    before = on_batch()
-    with merged(comparison.model, tmp_path / "run"):
-        assert on_batch() < before - 1e-4
-    assert on_batch() == before
+    plain = dataclasses.replace(comparison.plain, granularity=granularity)
+    monkeypatch.setattr(Comparison, "plain", plain)
+    options = parse(
+        ["--model", "demo", "--data", "demo", "--output", str(tmp_path), "--layers", "1-7"]
+    )
+    training = training_of("dense_adapted", 0.25, 0, comparison, options)
+    assert training is not None
+    config = parse_run_config(train_flags(options, training))
+    assert (config.router.budget, config.optim.distill) == ("dense", 0.5)
+    assert config.adapter.lora_targets == targets
+    adapters = make_adapters(comparison.model, config.adapter)
+    assert adapters is not None
+    parameters = sum(parameter.numel() for parameter in adapters.tensors().values())
+    of_a_rank = parameters / config.adapter.lora_rank
+    assert abs(parameters - map_parameters(comparison, 0.25, 64)) <= of_a_rank / 2
+    assert config.adapter.alpha == config.adapter.lora_rank
 
 
 def test_costs_stand_beside_those_of_lora_at_the_same_skip(tmp_path: Path) -> None:

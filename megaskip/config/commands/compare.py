@@ -81,7 +81,7 @@ class CompareOptions(Checked):
     compensation_rank: int = 64
     """Rank of the maps in dropped layers' places."""
     adapter_lr: float = 1e-3
-    """Peak learning rate of dense_adapted."""
+    """Peak learning rate of the adapters of dense_adapted."""
     lora_rank: int = 16
     """Rank of the adapters of dense_lora (nothing is skipped), static_lora and ours_lora."""
     order_rows: int = 128
