@@ -8,13 +8,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megaskip.calibration.fit_progress import MAPS, SAVED_EVERY, FitProgress
 from megaskip.calibration.low_rank_fit import LowRankFit
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
+from megaskip.parallel.collectives import sum_over_ranks
 from megaskip.parallel.engine import Engine
 from megaskip.routing import RouterSet
 
@@ -114,7 +114,7 @@ class _Fits:
         """Add the sums of all ranks up on the first one, and keep them. Collective."""
         for fit in self._by_layer.values():
             for total in fit.sums.values():
-                _sum_over_ranks(total)
+                sum_over_ranks(total)
                 if not progress.is_first:
                     total.zero_()
         progress.keep(self._phase, batches, self._sums() | self._features())
@@ -142,19 +142,19 @@ class _Fits:
         }
 
     def _features(self) -> dict[str, Tensor]:
-        found = {f"{layer}.features": fit.features for layer, fit in self._by_layer.items()}
-        return {name: features for name, features in found.items() if features is not None}
+        by_name = {f"{layer}.features": fit.features for layer, fit in self._by_layer.items()}
+        return {name: features for name, features in by_name.items() if features is not None}
 
     def begin_second_phase(self) -> None:
         if self._phase == _SECOND:  # it goes on behind there
             return
         for fit in self._by_layer.values():
-            fit.begin_second_phase(_sum_over_ranks)
+            fit.begin_second_phase(sum_over_ranks)
 
     def finish(self) -> dict[int, float]:
         explained = {}
         for layer, fit in self._by_layer.items():
-            fitted = fit.solve(_sum_over_ranks)
+            fitted = fit.solve(sum_over_ranks)
             compensation = self._routers.router(layer).compensation
             assert compensation is not None
             for name, parameter in compensation.named_parameters():
@@ -170,8 +170,3 @@ class _Fits:
                 self._by_layer[layer].observe(read[pooling.token_mask], update[pooling.token_mask])
 
         return observe
-
-
-def _sum_over_ranks(total: Tensor) -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)

@@ -43,10 +43,11 @@ def fit_routers(
             f"--router {routers.config.router} cannot predict costs; take affine, whose bias says "
             "what a layer is worth"
         )
-    if len(batches) < 2:
+    everywhere = len(batches) * engine.num_replicas
+    if everywhere < 2:
         raise ConfigError(
-            f"{len(batches)} batch of text is too little to fit routers on: half of it judges what "
-            "is fitted to the other half; give more --data or --rows"
+            f"{everywhere} batch of text is too little to fit routers on: half of it judges what "
+            "is fitted to the other half; give more --data or --cost_rows"
         )
     fits = {
         layer: CostRegression(routers.hidden_size, seed=layer, device=engine.device)
@@ -89,7 +90,7 @@ def _choose_features(
         return
     with engine.routers.disabled():
         for batch in batches[: max(len(batches) // 4, 1)]:
-            with read_by_routers(engine.routers) as read:
+            with read_by_routers(engine.routers, engine.routers.layers) as read:
                 for _ in engine.forwards([batch]):
                     decisions = engine.own_decisions() if batch is not None else {}
                     for layer, decision in decisions.items():

@@ -44,9 +44,11 @@ def measure_costs(
     """
     rows = 1 if batch is None else len(batch.input_ids)
     at = points_on_the_way(rows, seed)
-    passes = engine.gate_gradients(batch, groups, at=at, distill=distill)
-    with read_by_routers(engine.routers) as read:
-        for real, gradients in passes:
+    with contextlib.closing(engine.gate_gradients(batch, groups, at=at, distill=distill)) as passes:
+        for group in groups:
+            # Of these layers alone: what all routers of a large model read is gigabytes.
+            with read_by_routers(engine.routers, group) as read:
+                real, gradients = next(passes)
             if batch is not None:
                 for layer, gradient in gradients.items():
                     observe(layer, read[layer][real], -gradient[real])
@@ -67,9 +69,9 @@ def deal_groups(layers: Sequence[int], count: int, seed: int) -> list[list[int]]
 
 
 @contextlib.contextmanager
-def read_by_routers(routers: RouterSet) -> Iterator[dict[int, Tensor]]:
-    """Hold a dict that gets what each router reads in a forward pass, float32 [B, U, D]; a
-    recomputation in the backward pass writes the same."""
+def read_by_routers(routers: RouterSet, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Hold a dict that gets what each router of `layers` reads in a forward pass, float32 [B, U,
+    D]; a recomputation in the backward pass writes the same."""
     read: dict[int, Tensor] = {}
 
     def listen(layer: int) -> RemovableHandle:
@@ -78,7 +80,7 @@ def read_by_routers(routers: RouterSet) -> Iterator[dict[int, Tensor]]:
 
         return routers.router(layer).register_forward_pre_hook(note)
 
-    handles = [listen(layer) for layer in routers.layers]
+    handles = [listen(layer) for layer in layers]
     try:
         yield read
     finally:

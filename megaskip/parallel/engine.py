@@ -6,7 +6,7 @@ batch, so that what micro-batches and ranks add up to does not depend on how the
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ class Engine:
         *,
         at: Tensor,
         distill: float,
-    ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    ) -> Generator[tuple[Tensor, dict[int, Tensor]], None, None]:
         """Yield, for each of `groups` of layers, (the real units, bool [B, U]; the gradients of the
         summed loss of `batch` with respect to the gates of these layers, float32 [B, U] by layer,
         of those on this rank): with these gates at `at`, float32 [B, 1] between 0, skipped, and 1,
@@ -323,10 +323,15 @@ class Engine:
         """Return the number of ranks."""
         return self._topology.world_size
 
+    @property
+    def num_replicas(self) -> int:
+        """Return how many copies of the model read text of their own."""
+        return self._topology.num_replicas
+
     def number_over_replicas(self, turn: int) -> int:
         """Return the number, among the batches of all replicas, of this one's batch `turn`, when
         they take turns."""
-        return turn * self._topology.num_replicas + self._topology.replica
+        return turn * self.num_replicas + self._topology.replica
 
     @property
     def _num_routed(self) -> int:

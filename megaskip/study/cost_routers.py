@@ -1,8 +1,6 @@
 """Routers that predict what skipping costs, compared like everything else."""
 
 import dataclasses
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 from megaskip.calibration.fit import fit_compensation
@@ -19,19 +17,12 @@ class CostRouters:
     """The routers in closed form of one comparison: fitted once for each seed, for all skips."""
 
     def __init__(
-        self,
-        comparison: Comparison,
-        base: BaseModel,
-        folder: Path,
-        *,
-        rank: int,
-        shares: Sequence[float],
+        self, comparison: Comparison, base: BaseModel, folder: Path, *, rank: int, groups: int
     ) -> None:
-        """`folder` keeps what is fitted; `rank` is that of the maps, `shares` those of all units
-        that will be skipped."""
+        """`folder` keeps what is fitted, to this text and with these settings alone; `rank` is that
+        of the maps, `groups` as in fit_routers."""
         self._comparison, self._base, self._folder = comparison, base, folder
-        self._rank = rank
-        self._groups = max(round(1 / statistics.mean(shares)), 1)
+        self._rank, self._groups = rank, groups
 
     def run(self, method: str, seed: int) -> Path:
         """Return the folder whose `routers` are those of a method, fitted unless they are there."""

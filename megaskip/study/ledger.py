@@ -62,6 +62,11 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._settings = folder, json.dumps(settings, sort_keys=True)
 
+    @property
+    def key(self) -> str:
+        """Return a hash of the settings."""
+        return hashlib.sha256(self._settings.encode()).hexdigest()[:16]
+
     def write(self, job: Job, outcome: Measured | str) -> None:
         """Keep what was measured, or why nothing could be; the file appears whole. Raises
         CheckpointError when it cannot be written."""

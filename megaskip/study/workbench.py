@@ -38,7 +38,7 @@ _ALLOCATION_ROUNDS = 2
 DENSE = "dense"
 _MEASURED_WITH = (
     *("granularity", "layers", "calibration_rows", "compensation_rank", "order_rows", "cost_rows"),
-    *("continuations", "prefill_runs"),
+    *("cost_groups", "continuations", "prefill_runs"),
 )
 """Options on which a measurement depends, beside the model, the text and its run."""
 
@@ -63,17 +63,17 @@ class Workbench:
             order_rows=options.order_rows,
             cost_file=options.output / "fitted" / "cost.json",
         )
-        self._cost_routers = CostRouters(
-            comparison,
-            self._base,
-            options.output / "fitted",
-            rank=options.compensation_rank,
-            shares=options.shares,
-        )
         self._data: dict[DataConfig, tuple[TokenizedData, int]] = {}
         settings = {name: getattr(options, name) for name in _MEASURED_WITH}
         settings |= {"version": __version__, "text": comparison.fingerprint()}
         self.ledger = Ledger(options.output / "measured", settings | {"base": self._base.to_json()})
+        self._cost_routers = CostRouters(
+            comparison,
+            self._base,
+            options.output / "fitted" / self.ledger.key,
+            rank=options.compensation_rank,
+            groups=options.cost_groups,
+        )
 
     # -- trainings
 

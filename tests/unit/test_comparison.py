@@ -232,7 +232,7 @@ def test_routers_by_cost_are_fitted_once_and_put_at_the_skip(
     comparison: Comparison, tmp_path: Path
 ) -> None:
     base = resolve_source(ModelConfig(model="demo", dtype="float32")).describe()
-    fitted = CostRouters(comparison, base, tmp_path, rank=4, shares=[0.25])
+    fitted = CostRouters(comparison, base, tmp_path, rank=4, groups=4)
     run = fitted.run("by_cost_fitted", 0)
     written = (run / "routers" / "routers.safetensors").stat().st_mtime_ns
     assert fitted.run("by_cost_fitted", 0) == run

@@ -88,6 +88,8 @@ class CompareOptions(Checked):
     """Calibration rows on which a greedy order is measured."""
     cost_rows: int = 256
     """Rows beside those of --calibration_rows, on which the costs of by_cost are measured."""
+    cost_groups: int = 4
+    """For by_cost, as --groups of `megaskip fit-routers`."""
     continuations: int = 0
     """Prompts whose 64 greedy tokens are compared with the dense model's."""
     prefill_runs: int = 7
@@ -103,7 +105,7 @@ class CompareOptions(Checked):
 
     def _problems(self) -> Iterator[str]:
         counts = ("documents", "pairs", "choice_questions", "steps", "calibration_rows")
-        for name in (*counts, "order_rows", "cost_rows", "parallel", "lora_rank"):
+        for name in (*counts, "order_rows", "cost_rows", "cost_groups", "parallel", "lora_rank"):
             yield from at_least(name, getattr(self, name), 1)
         for name in ("continuations", "prefill_runs", "adapter_lr"):
             yield from at_least(name, getattr(self, name), 0)
