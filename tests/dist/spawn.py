@@ -1,4 +1,4 @@
-"""Real ranks for tests: one process each, a free port, a hard timeout, and errors that name the rank."""
+"""Real ranks for tests: a process each, a free port, a hard timeout, errors that name the rank."""
 
 import functools
 import json
@@ -127,7 +127,7 @@ class Rank:
 def forkserver() -> Any:
     """Return the context whose processes are forks of one that has imported the workers."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["workers", "megaskip.training.job"])
+    context.set_forkserver_preload(["workers", "megaskip.training.job", "peft"])
     before = dict(os.environ)
     os.environ.update(ALIKE)
     try:

@@ -1,6 +1,5 @@
 """A run that is killed continues as if nothing had happened, also on another number of ranks."""
 
-import dataclasses
 import json
 import math
 import os
@@ -278,6 +277,8 @@ def test_a_rank_that_is_done_is_not_taken_for_dead_while_another_works() -> None
 
 def test_resume_never_drops_later_checkpoints(data: Path, uninterrupted: Path) -> None:
     earlier, later = sorted(uninterrupted.glob("step_*"))[-2:]
-    done = train_on_ranks(data / "log", *flags(data, uninterrupted, "--resume", str(earlier)), ranks=1)
+    done = train_on_ranks(
+        data / "log", *flags(data, uninterrupted, "--resume", str(earlier)), ranks=1
+    )
     assert done.processes[0].returncode == 2
     assert f"holds {later.name}, which would be lost" in done.text(0)

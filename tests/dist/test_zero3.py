@@ -1,4 +1,4 @@
-"""ZeRO-3 against replicas (bit for bit) and one process (to rounding), whatever the routers decide."""
+"""ZeRO-3 against replicas (bit for bit) and one process (to rounding), whatever routers decide."""
 
 import itertools
 import json
@@ -12,37 +12,46 @@ from spawn import ROOT, run_worker
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 
-CASES: list[dict[str, Any]] = [
-    {"granularity": granularity, "execution": execution, "accumulate": accumulate, "packed": packed}
-    for granularity, execution, accumulate, packed in [
-        ("attn_sequence", "dense", 1, False),
-        ("attn_sequence", "sparse", 4, False),
-        ("attn_sequence", "sparse", 1, True),
-        ("attn_sequence", "dense", 4, True),
-        ("attn_token", "dense", 1, False),
-        ("attn_token", "sparse", 1, False),
-        ("mlp_sequence", "sparse", 4, False),
-        ("mlp_token", "dense", 1, True),
-        ("mlp_token", "sparse", 1, False),
-        ("block_sequence", "dense", 1, False),
-        ("block_sequence", "sparse", 4, True),
-        ("block_token", "dense", 4, False),
-        ("block_token", "sparse", 1, False),
+CASES: list[dict[str, Any]] = (
+    [
+        {
+            "granularity": granularity,
+            "execution": execution,
+            "accumulate": accumulate,
+            "packed": packed,
+        }
+        for granularity, execution, accumulate, packed in [
+            ("attn_sequence", "dense", 1, False),
+            ("attn_sequence", "sparse", 4, False),
+            ("attn_sequence", "sparse", 1, True),
+            ("attn_sequence", "dense", 4, True),
+            ("attn_token", "dense", 1, False),
+            ("attn_token", "sparse", 1, False),
+            ("mlp_sequence", "sparse", 4, False),
+            ("mlp_token", "dense", 1, True),
+            ("mlp_token", "sparse", 1, False),
+            ("block_sequence", "dense", 1, False),
+            ("block_sequence", "sparse", 4, True),
+            ("block_token", "dense", 4, False),
+            ("block_token", "sparse", 1, False),
+        ]
     ]
-] + [
-    {"granularity": "attn_sequence", "execution": "dense", "accumulate": 2, "packed": False}
-    | {"extra": extra}
-    for extra in (["--budget", "layer"], ["--activation_checkpointing"], ["--pool", "all"])
-] + [
-    {"granularity": granularity, "execution": execution, "accumulate": 2, "packed": packed}
-    | {"extra": ["--compensation", "low_rank", "--compensation_rank", "4", *extra]}
-    for granularity, execution, packed, extra in [
-        ("attn_sequence", "dense", False, ["--distill", "0.5"]),
-        ("mlp_token", "sparse", True, []),
-        ("block_token", "dense", False, ["--activation_checkpointing"]),
-        ("attn_sequence", "dense", False, ["--budget", "static", "--distill", "0.5"]),
+    + [
+        {"granularity": "attn_sequence", "execution": "dense", "accumulate": 2, "packed": False}
+        | {"extra": extra}
+        for extra in (["--budget", "layer"], ["--activation_checkpointing"], ["--pool", "all"])
     ]
-]
+    + [
+        {"granularity": granularity, "execution": execution, "accumulate": 2, "packed": packed}
+        | {"extra": ["--compensation", "low_rank", "--compensation_rank", "4", *extra]}
+        for granularity, execution, packed, extra in [
+            ("attn_sequence", "dense", False, ["--distill", "0.5"]),
+            ("mlp_token", "sparse", True, []),
+            ("block_token", "dense", False, ["--activation_checkpointing"]),
+            ("attn_sequence", "dense", False, ["--budget", "static", "--distill", "0.5"]),
+        ]
+    ]
+)
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -174,7 +183,9 @@ def test_bfloat16_weights_leave_rope_its_float32_frequencies(family: str, tmp_pa
     """Of mixtral transformers loads the weights, of llama every rank its own."""
     tiny_model(family).save_pretrained(tmp_path)
     expected = dict(tiny_from(str(tmp_path)).named_buffers())
-    (found,) = run_worker("buffers", 1, model=str(tmp_path), cases=[[*ZERO3, "--dtype", "bfloat16"]])
+    (found,) = run_worker(
+        "buffers", 1, model=str(tmp_path), cases=[[*ZERO3, "--dtype", "bfloat16"]]
+    )
     assert any("inv_freq" in name for name in expected)
     for name, buffer in expected.items():
         assert torch.equal(found[0][name], buffer), name

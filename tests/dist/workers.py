@@ -6,34 +6,35 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensor_calls import AttentionMasks
 
+from megaskip.calibration import fit
+from megaskip.calibration.allocation import allocate, skip_costs
+from megaskip.calibration.drop_order import greedy_drop_order
+from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.fit_progress import FitProgress
+from megaskip.calibration.router_fit import fit_routers
+from megaskip.calibration.threshold import calibrate_threshold
 from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.cli.train import main as train
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
-from megaskip.calibration.allocation import allocate, skip_costs
-from megaskip.calibration.drop_order import greedy_drop_order
-from megaskip.calibration import fit
-from megaskip.calibration.fit import fit_compensation
-from megaskip.calibration.fit_progress import FitProgress
-from megaskip.calibration.router_fit import fit_routers
 from megaskip.errors import MegaskipError
 from megaskip.parallel import pipeline
 from megaskip.parallel.agree import attempt_on_first_rank, on_every_rank
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
-from megaskip.parallel.loading.source import resolve_source
-from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.topology import Topology, process_group, read_topology
-from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.zero3 import prepare_deepspeed
 from megaskip.training import job
 
@@ -176,7 +177,7 @@ def _fit_that_is_killed(
         for kill in (*kills, len(mine) + 1):
             left = iter(range(kill))
 
-            def check() -> None:
+            def check(left: Iterator[int] = left) -> None:
                 if next(left, None) is None:
                     raise InterruptedError
 
@@ -347,7 +348,7 @@ def memory_of_steps(model: str, flags: list[str], counts: list[int]) -> list[int
 def outcomes(models: list[str], cases: list[list[str]]) -> list[list[float | str]]:
     """Return the loss of a step on each model for each case's flags, or what it was refused with;
     last, what this rank says of a folder that one rank alone finds broken, each in turn."""
-    told = [[_or_refusal(lambda: _loss(model, case)) for case in cases] for model in models]
+    told = [[_or_refusal(partial(_loss, model, case)) for case in cases] for model in models]
     topology = read_topology(os.environ)
     nowhere = Path(models[0]).with_name("nowhere")
     attempt = attempt_on_first_rank(topology, lambda: read_stored_weights(nowhere))
