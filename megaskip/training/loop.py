@@ -1,10 +1,7 @@
 """The loop of a run. Owns the order of events, not the arithmetic of a step, nor any file."""
 
 import contextlib
-import math
-import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +14,17 @@ from torch import Tensor
 from megaskip.config import RunConfig
 from megaskip.data import Batch
 from megaskip.data.loader import DataLoader
-from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.preempt import Preemption
 from megaskip.parallel.protocol import StepEngine
-from megaskip.parallel.results import PendingStep, StepResult
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.summary import peak_memory_gib
 from megaskip.routing.compensation import is_compensation
 from megaskip.training.checkpointer import Checkpointer
 from megaskip.training.early_stop import EarlyStop
+from megaskip.training.launched import LaunchedSteps
 from megaskip.training.reporter import RunEnd, RunReporter
 from megaskip.training.schedule import learning_rate
 
@@ -61,15 +57,6 @@ class OneAhead:
         return batches
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchedStep:
-    """A step that was launched, and whose numbers are not recorded yet."""
-
-    step: int
-    lr: float
-    pending: PendingStep
-
-
 @dataclass(kw_only=True)
 class Trainer(ABC):
     """One run. Every rank makes one and calls `run`. What trains is a subclass's business."""
@@ -90,11 +77,10 @@ class Trainer(ABC):
     early_stop: EarlyStop = field(init=False)
     """The evaluations so far."""
     _preemption: Preemption = field(default_factory=Preemption)
-    _launched: deque[LaunchedStep] = field(default_factory=deque)
-    _recorded_at: float = 0.0
-    """When the numbers of the last recorded step were there, or its successor was launched."""
+    _launched: LaunchedSteps = field(init=False)
 
     def __post_init__(self) -> None:
+        self._launched = LaunchedSteps(self.reporter)
         self.early_stop = self._early_stop(())
 
     # -- what depends on what trains
@@ -154,61 +140,22 @@ class Trainer(ABC):
                 raise AskedToStop
             if self.step < self.total_steps:
                 self._between_steps()
-        self._record_all()
+        self._launched.record_all()
 
     def _step(self, batches: "OneAhead") -> None:
         """Launch one step, prepare the next one's batches, and record what is known by then."""
-        if not self._launched:
-            self._recorded_at = time.perf_counter()
+        self._launched.begin()
         lr = learning_rate(self.config.optim, self.step, self.total_steps)
         done = (self.step + 1) / self.total_steps
         pending = self.engine.launch_step(batches.take(), lr, done)
         self.step, self.tokens = self.step + 1, self.tokens + pending.tokens
-        self._launched.append(LaunchedStep(step=self.step, lr=lr, pending=pending))
+        self._launched.add(self.step, lr, pending)
         if self.step < self.total_steps:
             batches.prepare()
         if self._is_due(self.config.log.log_every):
-            self._record_all(self.scores())
+            self._launched.record_all(self.scores())
         elif self.topology.is_first:  # the progress bar moves on
-            self._record_what_arrived()
-
-    def _record_what_arrived(self) -> None:
-        """Record the numbers that can be read without a wait for the device, up to a gradient that
-        is not finite: ranks must not end at different steps."""
-        results = []
-        for launched in self._launched:
-            if not launched.pending.has_arrived or not _is_finite(launched.pending.result()):
-                break
-            results.append(launched.pending.result())
-        self._record(results, {})
-
-    def _record_all(self, scores: Mapping[int, Tensor] | None = None) -> None:
-        """Record every step so far, with the router `scores` of the last one. All ranks call it at
-        the same step; raises MegaskipError on all of them for a gradient that is not finite."""
-        results = [launched.pending.result() for launched in self._launched]
-        for launched, result in zip(self._launched, results, strict=True):
-            if not _is_finite(result):
-                raise MegaskipError(
-                    f"step {launched.step}: the gradient is {result.grad_norm} (loss "
-                    f"{result.loss_task:.4g}); a smaller --lr, float32, or other data. Checkpoints "
-                    "so far are untouched"
-                )
-        self._record(results, scores or {})
-
-    def _record(self, results: Sequence[StepResult], scores: Mapping[int, Tensor]) -> None:
-        """Record the oldest launched steps, whose `results` are there; `scores` are of the last."""
-        now = time.perf_counter()
-        if results:
-            seconds, self._recorded_at = (now - self._recorded_at) / len(results), now
-        for number, result in enumerate(results, start=1):
-            launched = self._launched.popleft()
-            self.reporter.record(
-                launched.step,
-                result,
-                lr=launched.lr,
-                seconds=seconds,
-                scores=scores if number == len(results) else {},
-            )
+            self._launched.record_what_arrived()
 
     def _between_steps(self) -> None:
         if self._is_due(self.config.checkpoint.save_every):
@@ -218,7 +165,7 @@ class Trainer(ABC):
     def _evaluate_if_due(self) -> None:
         is_between = 0 < self.step < self.total_steps and not self.early_stop.knows(self.step)
         if is_between and self._is_due(self.config.log.eval_every):
-            self._record_all()
+            self._launched.record_all()
             with contextlib.suppress(AskedToStop):  # the next step border saves and stops
                 self._evaluate_between()
 
@@ -266,7 +213,7 @@ class Trainer(ABC):
 
     def save(self) -> Path:
         """Write a checkpoint of this step. Collective."""
-        self._record_all()  # nothing is saved after a gradient that is not finite
+        self._launched.record_all()  # nothing is saved after a gradient that is not finite
         return self.checkpointer.save(self.step, self.tokens)
 
     def resume(self, path: Path) -> None:
@@ -317,7 +264,3 @@ class Trainer(ABC):
             return self.reporter.close(end)
 
         return on_first_rank(self.topology, report)
-
-
-def _is_finite(result: StepResult) -> bool:
-    return math.isfinite(result.grad_norm)  # the same on every rank
