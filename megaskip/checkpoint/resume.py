@@ -76,11 +76,12 @@ def save_checkpoint(
         (folder / COMPLETE).write_text("\n", encoding="utf-8")
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    complete = [path for path in output_dir.glob("step_*") if (path / COMPLETE).is_file()]
-    numbered = [path for path in complete if path.name.removeprefix("step_").isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
+def checkpoints(output_dir: Path, *, prefix: str = "step_") -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first; `prefix` stands before their steps'
+    numbers."""
+    complete = [path for path in output_dir.glob(f"{prefix}*") if (path / COMPLETE).is_file()]
+    numbered = [path for path in complete if path.name.removeprefix(prefix).isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def prune(output_dir: Path, keep_last: int) -> None:

@@ -86,6 +86,11 @@ class Checkpointer:
         """Return the folder of what --early_stop keeps of the state after `step` steps."""
         return self.output_dir / f"{_BEST}{step:06d}"
 
+    def best_steps(self) -> list[int]:
+        """Return the steps whose state --early_stop keeps."""
+        paths = checkpoints(self.output_dir, prefix=_BEST)
+        return [int(path.name.removeprefix(_BEST)) for path in paths]
+
     def save(self, step: int, tokens: int) -> Path:
         """Write the checkpoint of a run after `step` steps and `tokens` real tokens, remove old
         ones, and return its folder. Collective."""

@@ -1,7 +1,9 @@
 """When a run ends before its last step: after held-out evaluations in a row that were not better.
 Knows numbers, not models."""
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,18 @@ class EarlyStop:
         self._evaluations.append(evaluation)
         return self.best_of(step) == step
 
+    def forget_lost(self, kept: Collection[int]) -> list[int]:
+        """Let the best evaluations count no more to whose state the run cannot return, because
+        their steps are not among those `kept`; return these steps."""
+        lost = []
+        while (best := self.best) is not None and best.step not in kept:
+            lost.append(best.step)
+            self._evaluations = [
+                dataclasses.replace(e, counts=e.counts and e.step != best.step)
+                for e in self._evaluations
+            ]
+        return lost
+
     def knows(self, step: int) -> bool:
         """Return whether there was an evaluation after `step`."""
         return any(evaluation.step == step for evaluation in self._evaluations)
@@ -54,14 +68,13 @@ class EarlyStop:
     def best_of(self, step: int) -> int | None:
         """Return the step of the best evaluation up to `step`, the first of equal ones; None where
         none counts."""
-        counting = [e for e in self._evaluations if e.counts and e.step <= step]
-        return min(counting, key=lambda e: e.loss).step if counting else None
+        best = _best(e for e in self._evaluations if e.step <= step)
+        return None if best is None else best.step
 
     @property
     def best(self) -> Evaluation | None:
         """Return the best evaluation; None where none counts."""
-        counting = [e for e in self._evaluations if e.counts]
-        return min(counting, key=lambda e: e.loss) if counting else None
+        return _best(self._evaluations)
 
     @property
     def is_over(self) -> bool:
@@ -83,3 +96,10 @@ class EarlyStop:
             "best_step": None if best is None else best.step,
             "best_loss": None if best is None else best.loss,
         }
+
+
+def _best(evaluations: Iterable[Evaluation]) -> Evaluation | None:
+    """Return the best of those that count, the first of equal ones; a loss that is no number is
+    the worst."""
+    counting = [e for e in evaluations if e.counts]
+    return min(counting, key=lambda e: (math.isnan(e.loss), e.loss), default=None)

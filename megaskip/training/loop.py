@@ -1,6 +1,5 @@
 """The loop of a run. Owns the order of events, not the arithmetic of a step, nor any file."""
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,8 +113,7 @@ class Trainer(ABC):
         """
         on_first_rank(self.topology, lambda: self.reporter.start_trackers(self.step))
         with self.reporter.open(self.step), self._preemption:
-            evaluations = on_first_rank(self.topology, self.reporter.evaluations)
-            self.early_stop = self._early_stop(evaluations)
+            self._recall_evaluations()
             try:
                 self.prepare()
                 if self.step == 0:
@@ -166,8 +164,11 @@ class Trainer(ABC):
         is_between = 0 < self.step < self.total_steps and not self.early_stop.knows(self.step)
         if is_between and self._is_due(self.config.log.eval_every):
             self._launched.record_all()
-            with contextlib.suppress(AskedToStop):  # the next step border saves and stops
+            try:
                 self._evaluate_between()
+            except AskedToStop:
+                self.save()  # the run that goes on begins with this evaluation
+                raise
 
     def _evaluate_between(self) -> None:
         """Measure, and keep what is the best so far where --early_stop asks for it. Collective."""
@@ -175,13 +176,27 @@ class Trainer(ABC):
         if not numbers:
             return
         numbers = on_first_rank(self.topology, lambda: numbers)  # ranks must stop alike
-        self.reporter.held_out(self.step, numbers)
         if self.early_stop.add(self.step, numbers) and self.early_stop.patience:
             self.checkpointer.keep_best(self.step, self.tokens, self.early_stop.best_of)
+        self.reporter.held_out(self.step, numbers)  # last: a killed run evaluates again
 
     def _early_stop(self, evaluations: Sequence[Mapping[str, Any]]) -> EarlyStop:
         capacity = self.config.router.capacity
         return EarlyStop(self.config.log.early_stop, capacity, evaluations)
+
+    def _recall_evaluations(self) -> None:
+        """Take up the evaluations of a run that goes on. Collective."""
+        evaluations, kept = on_first_rank(
+            self.topology, lambda: (self.reporter.evaluations(), self.checkpointer.best_steps())
+        )
+        self.early_stop = self._early_stop(evaluations)
+        lost = self.early_stop.forget_lost(kept) if self.early_stop.patience else []
+        if lost:
+            logger.warning(
+                "--early_stop: what was trained at step %s was not kept, so what was evaluated "
+                "there does not count",
+                ", ".join(map(str, lost)),
+            )
 
     def _return_to_best(self) -> None:
         """Take up what was trained at the lowest held-out loss, with --early_stop. Collective."""

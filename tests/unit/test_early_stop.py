@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ def entries(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
         ([(1.0, 1.0), (1.2, 0.8), (1.4, 0.6)], None, False),
         ([(1.0, 1.0), (1.5, 0.5), (1.4, 0.5), (1.6, 0.4)], 3, False),
         ([(1.5, 0.5), (1.6, 0.5), (1.2, 0.9), (1.5, 0.505)], 1, True),
+        ([(math.nan, 0.5), (1.6, 0.5), (math.nan, 0.5), (1.7, 0.5)], 2, True),
     ],
-    ids=["nothing", "everything_runs", "goes_on", "over"],
+    ids=["nothing", "everything_runs", "goes_on", "over", "not_a_number"],
 )
 def test_only_evaluations_that_run_as_little_as_asked_count(
     pairs: list[tuple[float, float]], best: int | None, is_over: bool
@@ -59,6 +62,24 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best(tmp_path: Path) -> None:
     assert files(tmp_path / "run/model") == files(tmp_path / "whole/model")
     assert dict(closing_rows(report))["early stop"].startswith("after 2 evaluations without")
     assert has_stopped_early(tmp_path / "whole", 2) and not has_stopped_early(tmp_path / "whole", 3)
+
+
+def test_a_best_evaluation_whose_state_was_not_kept_counts_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that asks for --early_stop only when it goes on, or was killed before it was kept."""
+    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
+    config = diverging()
+    without = dataclasses.replace(config, log=dataclasses.replace(config.log, early_stop=0))
+    with alone() as topology:
+        first = full_trainer(tmp_path, topology, without)
+        stop_after(first, step=2)
+        assert first.run() == {}
+        again = full_trainer(tmp_path, topology, config)
+        again.resume(tmp_path / "step_000002")
+        ending = again.run()["early_stop"]
+    assert "--early_stop: what was trained at step 1 was not kept" in caplog.text
+    assert (ending["best_step"], ending["step"]) == (6, 6)  # step 1 had the lowest loss of all
 
 
 def diverging() -> RunConfig:

@@ -91,6 +91,27 @@ def test_a_signal_stops_a_pass_over_held_out_rows_on_the_next_batch(tmp_path: Pa
         assert not any(trainer.engine.routers.keep())
 
 
+def test_an_evaluation_that_a_signal_stops_is_made_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    def evaluations() -> list[int]:
+        lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+        return [json.loads(line)["step"] for line in lines]
+
+    with alone() as topology:
+        first = router_trainer(tmp_path, topology, tiny_config())
+        evaluate = first.evaluate
+
+        def signalled() -> dict[str, Any]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate()
+
+        first.evaluate = signalled  # type: ignore[method-assign]
+        assert first.run() == {}
+        again = router_trainer(tmp_path, topology, tiny_config())
+        again.resume(tmp_path / "step_000003")
+        again.run()
+    assert evaluations() == [3]
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_with_its_step(tmp_path: Path) -> None:
     with alone() as topology:
         trainer = router_trainer(tmp_path, topology, tiny_config())
