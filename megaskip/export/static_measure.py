@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megaskip.arch.padding import needs_mask
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.static_drop import without_maps
 from megaskip.checkpoint.routers import load_routers, read_router_config
@@ -52,13 +53,15 @@ class TextMeasure:
         for a text without tokens to predict.
         """
         held_out = [batch for batch in self._loader.held_out() if batch is not None]
-        found = held_out or self._loader.calibration(self._options.rows)
-        batches = _first(self._options.rows, [batch for batch in found if batch is not None])
+        chosen = held_out or self._loader.calibration(self._options.rows)
+        batches = _first(self._options.rows, [batch for batch in chosen if batch is not None])
         model, routers = self._model
+        task = TaskLoss(model, chunk_tokens=ParallelConfig().loss_chunk_tokens)
+        task.needs_mask = needs_mask(model, routers)
         with routers.override({layer: float(layer not in dropped) for layer in routers.layers}):
-            compensated = _mean_loss(model, routers, batches)
+            compensated = _mean_loss(task, routers, batches)
             with without_maps(routers):
-                plain = _mean_loss(model, routers, batches)
+                plain = _mean_loss(task, routers, batches)
         return compensated, plain, f"{self._about(batches)}{', held out' if held_out else ''}"
 
     @functools.cached_property
@@ -99,10 +102,9 @@ def _first(rows: int, batches: Sequence[Batch]) -> list[Batch]:
 
 
 @torch.no_grad()
-def _mean_loss(model: Any, routers: RouterSet, batches: Sequence[Batch]) -> float:
+def _mean_loss(task: TaskLoss, routers: RouterSet, batches: Sequence[Batch]) -> float:
     """Return the mean loss of the supervised tokens of `batches`, nats."""
-    task = TaskLoss(model, chunk_tokens=ParallelConfig().loss_chunk_tokens)
-    device = next(model.parameters()).device
+    device = next(task.parameters()).device
     tokens = sum(batch.counts.supervised for batch in batches)
     if not tokens:
         raise DataError("the text holds no tokens to predict; name another with --data")
