@@ -51,6 +51,10 @@ CASES: list[dict[str, Any]] = (
             ("attn_sequence", "dense", False, ["--budget", "static", "--distill", "0.5"]),
         ]
     ]
+    + [
+        {"granularity": "mlp_token", "execution": "sparse", "accumulate": 2, "packed": False}
+        | {"extra": ["--router_input", "first", "--activation_checkpointing"]}
+    ]
 )
 
 
