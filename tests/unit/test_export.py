@@ -188,7 +188,8 @@ def test_code_is_short_and_has_nothing_of_training() -> None:
     code = bundled_code("routed")
     # 1,600 until decode was recorded on static caches: what a step is, and when it cannot be, is
     # 180 lines that an exported folder needs as much as an attached model. Rows that are selected
-    # for all layers at once are another 95.
+    # for all layers at once are another 95, and --router_input first (decisions of all layers, read
+    # by the host in one copy) 60.
     assert len(code.splitlines()) < 1950
     assert len(bundled_code("dropped").splitlines()) < 600
     training = "Budget|Counts|Steering|DenseExecutor|straight_through|noise|carried_keep|observe"
