@@ -5,7 +5,7 @@ operations on tensors at the same addresses: what no row keeps is not among them
 differ are chosen by indices that the prefill made. One CUDA graph therefore holds a whole step, and
 a generation has one. Graphs by layer would be many launches a token, chosen among by decisions that
 do not change; a graph that is kept for the next generation would keep its keys and values, too, and
-be of use for the same decisions only. Recording takes about as long as a step without a graph.
+be of use for the same decisions only. Recording runs nothing: it takes the host's part of a step.
 Shapes: B rows, H key-value heads, L slots of the cache, D head size.
 """
 

@@ -41,7 +41,7 @@ class GenerateOptions(Checked):
     """Do not apply the chat template."""
     static: bool = False
     """Decode on a static cache: on a GPU a step is recorded once an answer and played back for each
-    further token, much faster. For decisions per sequence; others decode as without it."""
+    further token. For decisions per sequence; with others nothing is recorded."""
     dtype: str = option("auto", choices=DTYPES)
     """Type of the weights in memory; auto: as stored."""
     output: Path | None = option(None, metavar="FILE.jsonl")
