@@ -1,6 +1,5 @@
 """How far the decisions of routers on a 4-bit base are from those on its 16-bit one."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from torch import Tensor
 
 from megaskip.checkpoint.routers import load_routers
 from megaskip.config import ModelConfig
+from megaskip.data.demo import DEMO_DATA
 from megaskip.data.tokenizer import read_tokenizer
 from megaskip.errors import ConfigError
 from megaskip.extras import MissingExtraError
-from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.loading.whole import load_whole
 
 _TEXTS = 16
@@ -29,12 +29,13 @@ class Decisions4Bit:
     decisions: int
     distance: float
     """Mean absolute difference of logits, in standard deviations of the 16-bit base's."""
-    texts: int
+    texts: str
+    """What is decided about."""
 
     def __str__(self) -> str:
         share = 100 * self.same / max(self.decisions, 1)
         return (
-            f"{share:.1f} % of {self.decisions} decisions on {self.texts} texts are those of the "
+            f"{share:.1f} % of {self.decisions} decisions on {self.texts} are those of the "
             f"16-bit base (logits differ by {self.distance:.2f} of their spread)"
         )
 
@@ -46,7 +47,7 @@ def compare_with_4_bit(base: Path, routers: Path) -> Decisions4Bit:
 
     Raises MissingExtraError without bitsandbytes.
     """
-    texts = list(_texts(base))
+    texts, described = _texts(base)
     plain, packed = (_run(base, routers, kind, texts) for kind in ("dtype", "nf4"))
     logits = torch.cat([logit for logit, _ in plain])
     others = torch.cat([logit for logit, _ in packed])
@@ -55,7 +56,7 @@ def compare_with_4_bit(base: Path, routers: Path) -> Decisions4Bit:
         same=same,
         decisions=sum(keep.numel() for _, keep in plain),
         distance=float((logits - others).abs().mean() / logits.std().clamp(min=1e-9)),
-        texts=len(texts),
+        texts=described,
     )
 
 
@@ -76,13 +77,13 @@ def _run(
     return made
 
 
-def _texts(base: Path) -> Iterator[Tensor]:
-    """Yield token ids [1, T]; numbers without a tokenizer."""
+def _texts(base: Path) -> tuple[list[Tensor], str]:
+    """Return token ids [1, T] of each text, and what they are: any ones without a tokenizer."""
     try:
         tokenizer = read_tokenizer(base, trust_remote_code=False)
     except (ConfigError, MissingExtraError):
-        yield from (torch.arange(1 + n, 33 + n)[None] for n in range(_TEXTS))
-        return
-    lines = (DEMO_FOLDER / "instruct.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in lines[:_TEXTS]:
-        yield torch.tensor([tokenizer(line)["input_ids"][:_TOKENS]])
+        counted = [torch.arange(1 + n, 33 + n)[None] for n in range(_TEXTS)]
+        return counted, f"{_TEXTS} rows of token numbers that are no text (no tokenizer is here)"
+    lines = DEMO_DATA.read_text(encoding="utf-8").splitlines()[:_TEXTS]
+    texts = [torch.tensor([tokenizer(line)["input_ids"][:_TOKENS]]) for line in lines]
+    return texts, f"{_TEXTS} texts"

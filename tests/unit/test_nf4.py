@@ -126,6 +126,8 @@ def test_a_run_is_exported_on_its_16_bit_base_and_decisions_are_compared(
     said = " ".join(capsys.readouterr().out.split())
     assert "fresh process, fp32: logits differ by at most" in said
     assert "of 12 decisions on 3 texts are those of the 16-bit base" in said
+    _, described = decisions_module._texts(tmp_path)
+    assert "no tokenizer is here" in described
 
 
 @pytest.mark.parametrize(
