@@ -177,7 +177,7 @@ class ParallelConfig(Checked):
     units keep their gradient). "sparse": skipped units are really not computed."""
     compile: bool = False
     """Compile the decoder layers that have no router with torch.compile; where that fails they run
-    as they are, and the log says why. Not with --ds_config."""
+    as they are, and the log says why. Not with --ds_config, --pipeline_stages or --train full."""
     activation_checkpointing: bool = False
     """Keep only the inputs of routed layers and compute them again in the backward pass: less
     memory."""
@@ -209,7 +209,12 @@ class ParallelConfig(Checked):
                 "ZeRO-3"
             )
         yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
-        if self.compile and self.ds_config is not None:
+        if self.compile and self.pipeline_stages > 1:
+            yield (
+                f"--compile does not go with --pipeline_stages {self.pipeline_stages}: layers of a "
+                "stage are not compiled; leave one of them out"
+            )
+        elif self.compile and self.ds_config is not None:
             yield (
                 "--compile does not go with --ds_config, whose weights come and go: leave one of "
                 "them out"
@@ -322,13 +327,13 @@ class RunConfig(Checked):
             )
         yield from self._attention_problems()
         yield from self._nf4_problems()
+        if self.parallel.compile and self.model.train == "full":
+            yield (
+                "--compile does not go with --train full: it compiles layers of a frozen backbone; "
+                "leave one of them out"
+            )
         if self.parallel.cache_prefix is not None and self.model.train == "full":
             yield "--cache_prefix does not go with --train full, which changes every layer"
-        if self.parallel.cache_prefix is not None and self.adapter.lora_rank:
-            yield (
-                "--cache_prefix does not go with --lora_rank: adapters learn in the layers whose "
-                "output would be kept; leave one of them out"
-            )
         if self.parallel.cache_prefix is not None and self.data.streaming:
             yield (
                 "--cache_prefix does not go with --streaming: rows of a stream cannot be found "

@@ -118,6 +118,22 @@ def test_attention_that_is_told_of_all_rows_goes_with_dense_training_alone() -> 
             parse_run_config([*flags, *sparse])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--compile --ds_config zero3.json", "--compile does not go with --ds_config"),
+        ("--compile --pipeline_stages 2", "--compile does not go with --pipeline_stages 2"),
+        ("--compile --train full", "--compile does not go with --train full"),
+        ("--cache_prefix memory --lora_rank 4", "--cache_prefix does not go with --lora_rank 4"),
+    ],
+)
+def test_what_does_not_go_together_is_said_and_said_once(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(flags.split())
+    (problem,) = caught.value.problems
+    assert problem.startswith(message)
+
+
 def test_seed_and_prompt_length_have_one_owner() -> None:
     config = parse_run_config(["--seed", "5", "--prompt_tokens", "9"])
     assert (config.optim.seed, config.data.seed) == (5, 5)
