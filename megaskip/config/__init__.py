@@ -8,6 +8,7 @@ from megaskip.config.cli import parse_options, parse_run_config
 from megaskip.config.layers import resolve_layers
 from megaskip.config.log import LogConfig
 from megaskip.config.options import option
+from megaskip.config.parallel import ParallelConfig
 from megaskip.config.router import RouterConfig
 from megaskip.config.routing import GRANULARITIES, RoutingConfig, Threshold
 from megaskip.config.run import (
@@ -15,7 +16,6 @@ from megaskip.config.run import (
     DataConfig,
     ModelConfig,
     OptimConfig,
-    ParallelConfig,
     RunConfig,
 )
 

@@ -8,6 +8,7 @@ from megaskip.config.adapter import AdapterConfig, adapter_problems
 from megaskip.config.checks import at_least, finite, within
 from megaskip.config.log import LogConfig
 from megaskip.config.options import Checked, option
+from megaskip.config.parallel import ParallelConfig
 from megaskip.config.router import RouterConfig
 
 DEMO = "demo"
@@ -161,94 +162,6 @@ class OptimConfig(Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelConfig(Checked):
-    """Where things run."""
-
-    ds_config: str | None = option(None, metavar="JSON")
-    """DeepSpeed JSON that owns sharding, e.g. ds_configs/zero3.json; without it every rank holds
-    the model."""
-    pipeline_stages: int = 1
-    """Stages of a pipeline (ds_configs/pipeline.json): each holds a slice of the layers; ranks =
-    stages x replicas, and the stages of a replica are neighbouring ranks."""
-    pipeline_partition: str | None = option(None, metavar="LAYER,...")
-    """First layer of every stage but the first, e.g. 12,18,25 [what balances the stages' work]."""
-    train_execution: str = option("dense", choices=("dense", "sparse"))
-    """"dense": every unit runs and the decision multiplies it (the published objective; skipped
-    units keep their gradient). "sparse": skipped units are really not computed."""
-    compile: bool = False
-    """Compile the decoder layers that have no router with torch.compile; where that fails they run
-    as they are, and the log says why. Not with --ds_config, --pipeline_stages or --train full."""
-    activation_checkpointing: bool = False
-    """Keep only the inputs of routed layers and compute them again in the backward pass: less
-    memory."""
-    cache_prefix: str | None = option(None, metavar="FOLDER|memory")
-    """Compute the hidden states in front of the first routed layer once for each row, keep them in
-    this folder (for later runs, too) or in memory, and read them back: the layers below then cost
-    no time and, once all rows are there, no memory [computed in every pass]."""
-    cache_prefix_dtype: str = option("run", choices=("run", "bfloat16"))
-    """Type of the kept states: that of the run, which changes nothing, or bfloat16, which halves
-    those of a float32 run and rounds them."""
-    loss_chunk_tokens: int = 1024
-    """Logits are computed for this many tokens at a time, which bounds their memory."""
-    dist_timeout: int = 600
-    """Seconds after which a collective that does not answer ends the run."""
-    heartbeat_timeout: int = 30
-    """Seconds of silence after which a rank is taken for dead, and named."""
-    world_size: int | None = None
-    """With --dry_run, or `megaskip plan`: the number of ranks to plan for."""
-
-    def _problems(self) -> Iterator[str]:
-        yield from at_least("pipeline_stages", self.pipeline_stages, 1)
-        yield from self._partition_problems()
-        if self.cache_prefix is None and self.cache_prefix_dtype != "run":
-            yield f"--cache_prefix_dtype {self.cache_prefix_dtype} needs --cache_prefix FOLDER"
-        if self.cache_prefix is not None and self.pipeline_stages > 1:
-            yield (
-                f"--cache_prefix does not go with --pipeline_stages {self.pipeline_stages}: stages "
-                "share out all layers, those in front of the routed ones too; use replicas or "
-                "ZeRO-3"
-            )
-        yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
-        if self.compile and self.pipeline_stages > 1:
-            yield (
-                f"--compile does not go with --pipeline_stages {self.pipeline_stages}: layers of a "
-                "stage are not compiled; leave one of them out"
-            )
-        elif self.compile and self.ds_config is not None:
-            yield (
-                "--compile does not go with --ds_config, whose weights come and go: leave one of "
-                "them out"
-            )
-        yield from at_least("dist_timeout", self.dist_timeout, 30)
-        yield from at_least("heartbeat_timeout", self.heartbeat_timeout, 5)
-        if self.world_size is not None:
-            yield from at_least("world_size", self.world_size, 1)
-
-    def boundaries(self) -> tuple[int, ...] | None:
-        """Return --pipeline_partition as numbers, None when it is not given."""
-        if self.pipeline_partition is None:
-            return None
-        return tuple(int(part) for part in self.pipeline_partition.split(","))
-
-    def _partition_problems(self) -> Iterator[str]:
-        if self.pipeline_partition is None:
-            return
-        try:
-            first_layers = self.boundaries() or ()
-        except ValueError:
-            yield f"--pipeline_partition {self.pipeline_partition!r} is not a list such as 12,18,25"
-            return
-        if len(first_layers) != self.pipeline_stages - 1 or any(
-            a >= b for a, b in zip((0, *first_layers), first_layers, strict=False)
-        ):
-            yield (
-                f"--pipeline_partition {self.pipeline_partition} must be the first layers of all "
-                f"stages but the first: with --pipeline_stages {self.pipeline_stages}, "
-                f"{self.pipeline_stages - 1} rising numbers above 0"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig(Checked):
     """What is written and where a run picks up."""
 
@@ -287,19 +200,7 @@ class RunConfig(Checked):
         """Return whether what is skipped is not computed while training."""
         return self.parallel.train_execution == "sparse" or self.router.budget == "static"
 
-    def _attention_problems(self) -> Iterator[str]:
-        attention = self.model.attn_implementation
-        by_lengths = "flash" in attention and self.data.packing
-        if self.leaves_out_skipped and (by_lengths or attention == "flex_attention"):
-            packing = "--packing and " if by_lengths else ""
-            yield (
-                f"{packing}--attn_implementation {attention} does not go with --train_execution "
-                "sparse or --budget static: it is told of all rows of a batch, of which they leave "
-                "some out; take sdpa"
-            )
-
     def _problems(self) -> Iterator[str]:
-        nothing_learns = self.router.budget == "static" and self.router.compensation == "none"
         yield from adapter_problems(
             self.adapter,
             budget=self.router.budget,
@@ -308,6 +209,14 @@ class RunConfig(Checked):
             max_steps=self.optim.max_steps,
             cache_prefix=self.parallel.cache_prefix,
         )
+        yield from self._learning_problems()
+        yield from self._attention_problems()
+        yield from self._nf4_problems()
+        yield from self._full_problems()
+        yield from self._parallel_problems()
+
+    def _learning_problems(self) -> Iterator[str]:
+        nothing_learns = self.router.budget == "static" and self.router.compensation == "none"
         if nothing_learns and not self.adapter.lora_rank and self.model.init_routers is None:
             yield (
                 "--budget static with --compensation none has nothing to learn: its layers never "
@@ -325,36 +234,16 @@ class RunConfig(Checked):
                 f"--early_stop {self.log.early_stop} needs held-out rows: add --eval_data, or "
                 "--held_out above 0"
             )
-        yield from self._attention_problems()
-        yield from self._nf4_problems()
-        if self.parallel.compile and self.model.train == "full":
+
+    def _attention_problems(self) -> Iterator[str]:
+        attention = self.model.attn_implementation
+        by_lengths = "flash" in attention and self.data.packing
+        if self.leaves_out_skipped and (by_lengths or attention == "flex_attention"):
+            packing = "--packing and " if by_lengths else ""
             yield (
-                "--compile does not go with --train full: it compiles layers of a frozen backbone; "
-                "leave one of them out"
-            )
-        if self.parallel.cache_prefix is not None and self.model.train == "full":
-            yield "--cache_prefix does not go with --train full, which changes every layer"
-        if self.parallel.cache_prefix is not None and self.data.streaming:
-            yield (
-                "--cache_prefix does not go with --streaming: rows of a stream cannot be found "
-                "again; leave --streaming out"
-            )
-        if self.parallel.world_size is not None and not self.dry_run:
-            yield (
-                f"--world_size {self.parallel.world_size} is for --dry_run; the launcher decides "
-                "how many ranks run"
-            )
-        stages = self.parallel.pipeline_stages
-        if stages > 1 and self.router.router_input == "first":
-            yield (
-                f"--router_input first does not go with --pipeline_stages {stages}: what the first "
-                "routed layer reads is on one stage; take --router_input own, or ZeRO-3 "
-                "(--ds_config ds_configs/zero3.json)"
-            )
-        if stages > 1 and self.model.train == "full":
-            yield (
-                f"--train full does not run in stages (--pipeline_stages {stages}): they hold a "
-                "frozen backbone"
+                f"{packing}--attn_implementation {attention} does not go with --train_execution "
+                "sparse or --budget static: it is told of all rows of a batch, of which they leave "
+                "some out; take sdpa"
             )
 
     def _nf4_problems(self) -> Iterator[str]:
@@ -373,4 +262,39 @@ class RunConfig(Checked):
             yield (
                 "--base_dtype nf4 does not go with --lora_rank: an adapter on 4-bit weights was "
                 "not tried; leave one of them out"
+            )
+
+    def _full_problems(self) -> Iterator[str]:
+        if self.model.train != "full":
+            return
+        if self.parallel.compile:
+            yield (
+                "--compile does not go with --train full: it compiles layers of a frozen backbone; "
+                "leave one of them out"
+            )
+        if self.parallel.cache_prefix is not None:
+            yield "--cache_prefix does not go with --train full, which changes every layer"
+        if self.parallel.pipeline_stages > 1:
+            yield (
+                "--train full does not run in stages (--pipeline_stages "
+                f"{self.parallel.pipeline_stages}): they hold a frozen backbone"
+            )
+
+    def _parallel_problems(self) -> Iterator[str]:
+        if self.parallel.cache_prefix is not None and self.data.streaming:
+            yield (
+                "--cache_prefix does not go with --streaming: rows of a stream cannot be found "
+                "again; leave --streaming out"
+            )
+        if self.parallel.world_size is not None and not self.dry_run:
+            yield (
+                f"--world_size {self.parallel.world_size} is for --dry_run; the launcher decides "
+                "how many ranks run"
+            )
+        stages = self.parallel.pipeline_stages
+        if stages > 1 and self.router.router_input == "first":
+            yield (
+                f"--router_input first does not go with --pipeline_stages {stages}: what the first "
+                "routed layer reads is on one stage; take --router_input own, or ZeRO-3 "
+                "(--ds_config ds_configs/zero3.json)"
             )
