@@ -24,16 +24,26 @@ class CachedPrefix:
     def __init__(self, states: RowStates, dtype: torch.dtype) -> None:
         self._states = states
         self._dtype = dtype
+        self._last: tuple[tuple[int, ...], torch.Size, Tensor] | None = None
+        """(row numbers, shape of the token ids, states) of the batch that was asked for last."""
 
     def entering(self, batch: Batch) -> Tensor:
         """Return the states [B, T, D] of a batch's rows on its device, zero where padding is.
 
-        Nothing that is used depends on the padding: no real token sees what comes after it.
+        Nothing that is used depends on the padding: no real token sees what comes after it. A batch
+        that is asked for twice in a row, by the teacher of --distill and by the model that learns,
+        is read once.
         """
         assert batch.row_numbers is not None, "a cached prefix knows numbered rows only"
+        of_batch = (batch.row_numbers, batch.input_ids.shape)
+        if self._last is None or self._last[:2] != of_batch:
+            self._last = (*of_batch, self._read(batch, batch.row_numbers))
+        return self._last[2]
+
+    def _read(self, batch: Batch, numbers: Sequence[int]) -> Tensor:
         shape = (*batch.input_ids.shape, self._states.hidden_size)
         states = torch.zeros(shape, dtype=self._states.dtype)
-        for row, number in enumerate(batch.row_numbers):
+        for row, number in enumerate(numbers):
             read = self._states.read(number)
             states[row, : len(read)] = read
         return copy_to(states, batch.input_ids.device).to(self._dtype)

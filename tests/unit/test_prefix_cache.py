@@ -20,10 +20,11 @@ from megaskip.arch.prefix import FrozenPrefix
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.cli.train import main as train
 from megaskip.config import RunConfig, parse_run_config
-from megaskip.data.row_states import StatesInMemory, StatesOnDisk, make_folder
+from megaskip.data.row_states import RowStates, StatesInMemory, StatesOnDisk, make_folder
 from megaskip.errors import ConfigError, DataError, MegaskipError
 from megaskip.parallel.cached_prefix import first_reads
 from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.topology import Topology
 from megaskip.training import prefix as prefix_module
 from megaskip.training import prefix_plan
 from megaskip.training.prefix import PrefixCache
@@ -213,6 +214,18 @@ def test_other_data_layers_types_and_attention_have_other_states() -> None:
     assert key(router={"layers": "3-5", "granularity": "mlp_token"}) == key()
 
 
+def cache_of(states: RowStates, config: RunConfig, topology: Topology) -> PrefixCache:
+    """Return the cache of a run of two steps whose lowest routed layer is 1."""
+    return PrefixCache(
+        config=config,
+        topology=topology,
+        first=1,
+        dtype=torch.float32,
+        states=states,
+        total_steps=2,
+    )
+
+
 def test_a_second_run_waits_for_the_one_that_fills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,19 +243,34 @@ def test_a_second_run_waits_for_the_one_that_fills(
         hidden = engine.model.config.hidden_size
         make_folder(tmp_path / "key", loader.lengths(), hidden, torch.float32, {})
         states = StatesOnDisk(tmp_path / "key", loader.lengths(), hidden, torch.float32)
-        cache = PrefixCache(
-            config=config,
-            topology=topology,
-            first=1,
-            dtype=torch.float32,
-            states=states,
-            total_steps=2,
-        )
+        cache = cache_of(states, config, topology)
         fill = {"progress": lambda rows, desc: rows}
         with filelock.FileLock(tmp_path / "key.lock"), pytest.raises(Stop):
             cache.fill(engine, loader, 0, check=stop, **fill)
         cache.fill(engine, loader, 0, check=lambda: None, **fill)
         assert states.present().any()
+
+
+def test_teacher_and_student_read_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(tiny_config(distill=0.5), router=RouterConfig(layers="1-4"))
+    loader = tiny_loader(config)
+    read: list[int] = []
+
+    def counted(states: StatesInMemory, number: int) -> torch.Tensor:
+        read.append(number)
+        return of_row(states, number)
+
+    of_row = StatesInMemory.read
+    monkeypatch.setattr(StatesInMemory, "read", counted)
+    with alone() as topology:
+        engine = tiny_engine(config, topology)
+        hidden = engine.model.config.hidden_size
+        states = StatesInMemory(len(loader.lengths()), hidden, torch.float32)
+        cache = cache_of(states, config, topology)
+        cache.fill(engine, loader, 0, progress=lambda rows, desc: rows, check=lambda: None)
+        batches = next(loader.steps(0))
+        engine.train_step(batches, 1e-2)
+    assert read == [number for batch in batches for number in batch.row_numbers]
 
 
 def test_memory_keeps_bfloat16_of_what_float32_computed() -> None:
