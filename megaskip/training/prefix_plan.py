@@ -161,6 +161,7 @@ def describe_states(
         "base_dtype": source.base_dtype,
         "stored_dtype": str(stored_dtype(config, source)),
         "attention": shape.config._attn_implementation,
+        "compiled": config.parallel.compile,
         "device": device.type,
         "versions": [torch.__version__, transformers.__version__],
     }

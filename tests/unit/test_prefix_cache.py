@@ -189,7 +189,7 @@ def test_too_little_room_is_planned_and_refused_before_the_model_is_loaded(
         train(flags(tmp_path, "run0", *cached, *from_layer_0))
 
 
-def test_other_data_layers_types_and_attention_have_other_states() -> None:
+def test_other_data_layers_types_attention_and_kernels_have_other_states() -> None:
     def key(data: str = "a", **settings: Any) -> str:
         config = RunConfig()
         for section, changes in settings.items():
@@ -204,6 +204,7 @@ def test_other_data_layers_types_and_attention_have_other_states() -> None:
         key(router={"layers": "2-5"}),
         key(model={"dtype": "float32"}),
         key(model={"attn_implementation": "eager"}),
+        key(parallel={"compile": True}),
         key(
             model={"dtype": "float32"},
             parallel={"cache_prefix_dtype": "bfloat16", "cache_prefix": "x"},
