@@ -133,7 +133,6 @@ def attach_adapters(model: nn.Module, adapters: AdapterSet) -> None:
                 f"{shape[1]} there; name the base that it was trained on"
             )
         _adapt(linear, adapters, adapted)
-    parts.decoder.__dict__["_skip_adapters"] = adapters
 
 
 def add_adapters(
@@ -154,13 +153,11 @@ def add_adapters(
 
 def detach_adapters(model: nn.Module) -> None:
     """Take the adapters off a model again, if it has any."""
-    decoder = find_decoder(model).decoder
-    for module in decoder.modules():
+    for module in find_decoder(model).decoder.modules():
         if isinstance(module, AdaptedLinear):
             for name in ("_skip_adapters", "_skip_adapted"):
                 del module.__dict__[name]
             module.__class__ = type(module).__mro__[2]
-    decoder.__dict__.pop("_skip_adapters", None)
 
 
 @functools.cache
