@@ -95,13 +95,22 @@ def find_adapted_layers(model: nn.Module, config: AdapterConfig) -> tuple[Adapte
             )
         return tuple(chosen)
     for name in names:
-        if not any(_matches(layer, name) for _, layer in linears):
+        if not any(matches(layer, name) for _, layer in linears):
             known = {layer.path.rpartition(".")[2] for _, layer in linears}
             raise ConfigError(
                 f"--lora_targets {name}: no linear layer of the decoder layers is called that (they"
                 f" are {_named(linears)}){did_you_mean(name, known)}"
             )
-    return tuple(layer for _, layer in linears if any(_matches(layer, name) for name in names))
+    return tuple(layer for _, layer in linears if any(matches(layer, name) for name in names))
+
+
+def missing_layer(model: nn.Module, adapters: AdapterSet) -> AdaptedLayer | None:
+    """Return a linear layer of a model, or of a stage of one, that the settings of `adapters` name
+    and that has none; None where all have theirs."""
+    there = {(layer.layer, layer.path) for layer in adapters.layers}
+    names = adapters.settings.target_modules
+    lacking = (layer for _, layer in _linears(model) if (layer.layer, layer.path) not in there)
+    return next((layer for layer in lacking if any(matches(layer, n) for n in names)), None)
 
 
 def stack_of(model: nn.Module) -> str:
@@ -180,10 +189,13 @@ def _adapt(linear: Any, adapters: AdapterSet, adapted: AdaptedLayer) -> None:
 
 
 def _linears(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
-    """Return (attn or mlp, linear layer) of all linear layers in the sublayers of a model."""
+    """Return (attn or mlp, linear layer) of all linear layers in the sublayers of a model, or of a
+    stage of one."""
     parts = find_decoder(model)
     linears = []
     for index, layer in enumerate(parts.layers):
+        if isinstance(layer, LayerElsewhere):
+            continue
         sites = find_sites(layer, parts.model_type)
         for kind, site in (("attn", sites.attention), ("mlp", sites.mlp)):
             for name, module in layer.get_submodule(site).named_modules(prefix=site):
@@ -198,7 +210,7 @@ def _linears(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     return linears
 
 
-def _matches(layer: AdaptedLayer, name: str) -> bool:
+def matches(layer: AdaptedLayer, name: str) -> bool:
     """Return whether a name, as peft takes it, is that of a layer or the end of it."""
     return f".{layer.layer}.{layer.path}".endswith(f".{name}") or name.endswith(
         f"layers.{layer.layer}.{layer.path}"

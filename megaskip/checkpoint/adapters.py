@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaskip.arch.adapters import adapter_set, attach_adapters, lora_settings
+from megaskip.arch.adapters import (
+    adapter_set,
+    attach_adapters,
+    lora_settings,
+    matches,
+    missing_layer,
+)
 from megaskip.checkpoint.atomic import read_json, write_json, write_tensors
 from megaskip.checkpoint.tensors import read_tensors
 from megaskip.config import AdapterConfig
@@ -88,8 +94,15 @@ def load_adapter(
     """Let a model, or a stage of one, have the adapter in a router folder, frozen, and return it;
     None where there is none. Raises CheckpointError when it is damaged or does not fit."""
     adapters = read_adapter(routers, device=device)
-    if adapters is not None:
-        attach_adapters(model, adapters)
+    if adapters is None:
+        return None
+    attach_adapters(model, adapters)
+    lacking = missing_layer(model, adapters)
+    if lacking is not None:
+        raise CheckpointError(
+            f"{routers / FOLDER / WEIGHTS} has no matrices for {adapters.name_of(lacking)}, which "
+            f"{CONFIG} names; copy the whole folder again"
+        )
     return adapters
 
 
@@ -100,6 +113,12 @@ def read_adapter(routers: Path, *, device: torch.device | None = None) -> Adapte
     config, tensors = adapter_config(routers), read_adapter_tensors(routers)
     stack, layers = _layers_of(routers / FOLDER / WEIGHTS, tensors, config.lora_rank)
     names = config.names or ()
+    for layer in layers:
+        if not any(matches(layer, name) for name in names):
+            raise CheckpointError(
+                f"{routers / FOLDER}: {WEIGHTS} has matrices for layer {layer.layer}, {layer.path},"
+                f" which {CONFIG} does not name; copy the whole folder again"
+            )
     settings = lora_settings(config.lora_rank, config.alpha, names)
     adapters = adapter_set(stack, layers, settings, device=device)
     adapters.fill(tensors)

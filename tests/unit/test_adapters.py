@@ -11,6 +11,7 @@ import torch
 from families import tiny_model
 from peft import PeftModel
 from routed_models import randomise, whole_ids
+from safetensors.torch import load_file, save_file
 from tiny_run import alone, router_trainer, tiny_config
 
 from megaskip import (
@@ -96,7 +97,7 @@ def test_router_folders_carry_the_adapter_and_are_nothing_without_it(tmp_path: P
         load_routers(tiny_model(), folder)
 
 
-def test_adapters_that_are_more_than_lora_or_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_adapters_that_are_more_than_lora_or_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_routers(tmp_path, adapted()[1])
     file = tmp_path / "adapter/adapter_config.json"
     content = json.loads(file.read_text())
@@ -104,6 +105,15 @@ def test_adapters_that_are_more_than_lora_or_of_another_shape_are_refused(tmp_pa
         load_routers(tiny_model(intermediate_size=80), tmp_path)
     file.write_text(json.dumps(content | {"use_dora": True}))
     with pytest.raises(CheckpointError, match="plain LoRA adapters, this one is LORA with use_d"):
+        load_routers(tiny_model(), tmp_path)
+    file.write_text(json.dumps(content | {"target_modules": ["q_proj"]}))
+    with pytest.raises(CheckpointError, match="down_proj, which adapter_config.json does not name"):
+        load_routers(tiny_model(), tmp_path)
+    file.write_text(json.dumps(content))
+    weights = file.with_name("adapter_model.safetensors")
+    stored = load_file(weights)
+    save_file({k: v for k, v in stored.items() if ".4.self_attn.v_proj." not in k}, weights)
+    with pytest.raises(CheckpointError, match="no matrices for model.layers.4.self_attn.v_proj"):
         load_routers(tiny_model(), tmp_path)
 
 
