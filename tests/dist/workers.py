@@ -305,12 +305,13 @@ def engine_bytes(model: str, flags: list[str]) -> dict[str, int]:
         return bytes_by_kind(engine)
 
 
-def memory_of_a_step(model: str, cases: list[list[str]]) -> list[int]:
-    """Return the bytes that are alive at the worst moment of a full micro-batch, for each case."""
-    return [_peak_of_a_step(model, flags) for flags in cases]
+def memory_of_a_step(model: str, cases: list[list[str]]) -> list[dict[str, int]]:
+    """Return the bytes that are alive at the worst moment of a full micro-batch, for each case, and
+    of them what trains with its gradients and moments."""
+    return [_bytes_of_a_step(model, flags) for flags in cases]
 
 
-def _peak_of_a_step(model: str, flags: list[str]) -> int:
+def _bytes_of_a_step(model: str, flags: list[str]) -> dict[str, int]:
     config = parse_run_config(["--model", model, *flags])
     shape = (config.optim.micro_batch_size, config.data.seq_length)
     real = torch.ones(shape, dtype=torch.bool)
@@ -321,13 +322,14 @@ def _peak_of_a_step(model: str, flags: list[str]) -> int:
     with built(model, flags) as (engine, _):
         for _ in range(2):  # the first step still learns DeepSpeed's prefetch order
             engine.train_step(batches, 0.0)
-        held = sum(bytes_by_kind(engine).values())
+        held = bytes_by_kind(engine)
         tensors = [*engine.module.parameters(), *engine.module.buffers()]
         partitions = [p.ds_tensor for p in tensors if hasattr(p, "ds_tensor")]
         with LiveBytes() as live:
             live.ignore([*tensors, *partitions, *engine.parameters.values()])
             engine.train_step(batches, 0.0)
-        return held + live.peak
+        total = sum(held.values())
+        return {"total": total + live.peak, "trained": total - held["backbone"]}
 
 
 def memory_of_steps(model: str, flags: list[str], counts: list[int]) -> list[int]:
