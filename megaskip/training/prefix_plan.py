@@ -59,8 +59,13 @@ def prefix_rows(
     """Yield the row of --dry_run that says what --cache_prefix needs, as if nothing were there."""
     first, dtype = first_routed_layer(config, source), stored_dtype(config, source)
     kept, hidden_size = str(config.parallel.cache_prefix), source.text_config.hidden_size
+    try:
+        data = tokenized_data(config, source)
+    except ConfigError as error:
+        yield "prefix cache", f"not known without the data ({error})"
+        return
     loader = DataLoader(
-        data=tokenized_data(config, source),
+        data=data,
         rank=0,
         world_size=world_size,
         micro_batch_size=config.optim.micro_batch_size,

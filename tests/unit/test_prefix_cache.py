@@ -182,6 +182,9 @@ def test_too_little_room_is_planned_and_refused_before_the_model_is_loaded(
     train(flags(tmp_path, "plan", *cached, "--dry_run"))
     plan = " ".join(capsys.readouterr().out.split())
     assert "rows in front of layer 3" in plan and "2.00 KiB are free" in plan
+    elsewhere = ["--tokenizer", str(tmp_path), "--max_steps", "3", "--dry_run"]
+    train(flags(tmp_path, "plan", "--cache_prefix", "memory", *elsewhere))
+    assert "prefix cache not known without the data" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(MegaskipError, match=r"it needs .* KiB, and 2.00 KiB are free there"):
         train(flags(tmp_path, "run", *cached))
     from_layer_0 = ["--granularity", "mlp_token", "--layers", "0-3"]
