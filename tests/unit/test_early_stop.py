@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_training_loop import files, stop_after
-from tiny_run import alone, full_trainer, tiny_config
+from tiny_run import alone, full_trainer, router_trainer, tiny_config
 
 from megaskip.config import RunConfig, parse_run_config
 from megaskip.errors import ConfigError
@@ -42,24 +42,28 @@ def test_only_evaluations_that_run_as_little_as_asked_count(
     assert not EarlyStop(0, 0.5, entries(*pairs)).is_over
 
 
-def test_a_run_that_gets_worse_stops_and_keeps_its_best(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "result"), [(full_trainer, "model"), (router_trainer, "routers")])
+def test_a_run_that_gets_worse_stops_and_keeps_its_best(
+    make: Any, result: str, tmp_path: Path
+) -> None:
     config = diverging()
     with alone() as topology:
-        whole = full_trainer(tmp_path / "whole", topology, config)
+        whole = make(tmp_path / "whole", topology, config)
         report = whole.run()
-        first = full_trainer(tmp_path / "run", topology, config)
+        first = make(tmp_path / "run", topology, config)
         stop_after(first, step=2)
         assert first.run() == {}
-        again = full_trainer(tmp_path / "run", topology, config)
+        again = make(tmp_path / "run", topology, config)
         again.resume(tmp_path / "run/step_000002")
         assert again.run()["early_stop"] == report["early_stop"]
     ending = report["early_stop"]
     assert ending["stopped"] and ending["step"] == whole.step == ending["best_step"] + 2 < 6
     lines = (tmp_path / "whole/evaluations.jsonl").read_text().splitlines()
-    losses = {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
+    name = "loss" if result == "model" else "loss_routed"
+    losses = {entry["step"]: entry[name] for entry in map(json.loads, lines)}
     assert min(losses, key=losses.__getitem__) == ending["best_step"]
-    assert report["held_out"]["loss"] == pytest.approx(ending["best_loss"], abs=1e-6)
-    assert files(tmp_path / "run/model") == files(tmp_path / "whole/model")
+    assert report["held_out"][name] == pytest.approx(ending["best_loss"], abs=1e-6)
+    assert files(tmp_path / "run" / result) == files(tmp_path / "whole" / result)
     assert dict(closing_rows(report))["early stop"].startswith("after 2 evaluations without")
     assert has_stopped_early(tmp_path / "whole", 2) and not has_stopped_early(tmp_path / "whole", 3)
 
@@ -83,7 +87,7 @@ def test_a_best_evaluation_whose_state_was_not_kept_counts_no_more(
 
 
 def diverging() -> RunConfig:
-    config = tiny_config(lr=0.3)
+    config = tiny_config(lr=0.3, calibration_rows=0)  # which would change what was kept
     return dataclasses.replace(
         config, log=dataclasses.replace(config.log, eval_every=1, early_stop=2)
     )
