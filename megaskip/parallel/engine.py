@@ -88,8 +88,7 @@ class Engine:
         )
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        if self.routers.adapters is not None and self.routers.adapters.learns:
-            self._moments.spread()
+        self._moments.spread()
         sums = sums.over_ranks()
         self.routers.steer(Measured.of(sums.counts), progress=progress)
         return sums.pending(whole, grad_norm)

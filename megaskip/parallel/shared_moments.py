@@ -1,8 +1,8 @@
-"""The optimizer's moments of adapters, shared out over the ranks: each rank updates some adapters
-and sends them to the others, who hold the weights too.
+"""The optimizer's moments of adapters and of large compensations, shared out over the ranks: each
+rank updates some of them and sends them to the others, who hold the weights too.
 
 AdamW treats every number by itself, so the result is bit for bit that of a rank that holds all.
-What is small (routers, compensations) every rank updates.
+What is small (routers, most compensations) every rank updates.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 from megaskip.parallel.topology import Topology
 from megaskip.routing.adapters import is_adapter
+from megaskip.routing.compensation import is_compensation
+
+LARGE_COMPENSATIONS = 20_000_000
+"""Parameters of all compensations from which their moments are shared out: 160 MB are 1 % of a
+16 GB device."""
 
 
 class SharedMoments:
@@ -25,14 +30,14 @@ class SharedMoments:
         self._owners = share_out({n: p.numel() for n, p in parameters.items()}, self._world_size)
 
     def mine(self) -> dict[str, nn.Parameter]:
-        """Return what this rank updates: its adapters, and all that is no adapter."""
+        """Return what this rank updates: its share of what is shared out, and all the rest."""
         others = {name for name, owner in self._owners.items() if owner != self._rank}
         return {name: p for name, p in self._parameters.items() if name not in others}
 
     @torch.no_grad()
     def spread(self) -> None:
-        """Give every rank the adapters that others have updated. Collective."""
-        for owner, owned in self._by_owner().items():
+        """Give every rank what others have updated. Collective."""
+        for owner, owned in self._by_owner(learning=True).items():
             flat = torch.cat([parameter.flatten() for parameter in owned.values()])
             dist.broadcast(flat, src=owner)
             if owner != self._rank:
@@ -65,27 +70,32 @@ class SharedMoments:
     def _device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
 
-    def _by_owner(self) -> dict[int, dict[str, nn.Parameter]]:
-        """Return the adapters of each rank, in their order; of none where there are no others."""
+    def _by_owner(self, *, learning: bool = False) -> dict[int, dict[str, nn.Parameter]]:
+        """Return what each rank updates for all, in its order: everything, or what is `learning`
+        now (adapters may begin later); nothing where there are no other ranks."""
         owned: dict[int, dict[str, nn.Parameter]] = {}
         for name, owner in self._owners.items():
-            owned.setdefault(owner, {})[name] = self._parameters[name]
+            if self._parameters[name].requires_grad or not learning:
+                owned.setdefault(owner, {})[name] = self._parameters[name]
         return dict(sorted(owned.items()))
 
 
 def share_out(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Return the rank that updates each adapter among parameters of `sizes`, so that all have about
-    as much; of one rank alone nothing is shared."""
+    """Return the rank that updates each shared parameter among those of `sizes`, so that all have
+    about as much; of one rank alone nothing is shared."""
     if ranks == 1:
         return {}
+    shared = {name: size for name, size in sizes.items() if is_adapter(name)}
+    compensations = {name: size for name, size in sizes.items() if is_compensation(name)}
+    if sum(compensations.values()) >= LARGE_COMPENSATIONS:
+        shared |= compensations
     loads = [0] * ranks
     owners = {}
-    adapters = [name for name in sizes if is_adapter(name)]
-    for name in sorted(adapters, key=lambda name: (-sizes[name], name)):
+    for name in sorted(shared, key=lambda name: (-shared[name], name)):
         owner = loads.index(min(loads))
         owners[name] = owner
-        loads[owner] += sizes[name]
-    return {name: owners[name] for name in adapters}
+        loads[owner] += shared[name]
+    return {name: owners[name] for name in shared}
 
 
 def moment_numel(sizes: Mapping[str, int], ranks: int) -> int:
@@ -97,11 +107,15 @@ def moment_numel(sizes: Mapping[str, int], ranks: int) -> int:
     return max(loads) + sum(size for name, size in sizes.items() if name not in owners)
 
 
-def describe_sharing(ranks: int) -> str:
-    """Return where weights and moments of adapters are, for headers and plans."""
-    if ranks == 1:
-        return "weights, gradients and moments on the one rank"
-    return f"weights and gradients on every rank, moments shared out over {ranks}"
+def describe_sharing(sizes: Mapping[str, int], ranks: int) -> str | None:
+    """Return whose moments are shared out among parameters of `sizes`, for headers and plans; None
+    where every rank holds all."""
+    shared = share_out(sizes, ranks)
+    kinds = {"adapters": is_adapter, "compensations": is_compensation}
+    names = [kind for kind, belongs in kinds.items() if any(map(belongs, shared))]
+    if not names:
+        return None
+    return f"the moments of {' and '.join(names)} are shared out over {ranks} ranks"
 
 
 def _fill(owned: Mapping[str, nn.Parameter], flat: Tensor) -> None:

@@ -41,13 +41,13 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
     size_text += ", linear layers in 4 bit (nf4)" if source.base_dtype == "nf4" else ""
     rows = [
         ("model", f"{source.folder} ({source.hf_config.model_type}), {size_text}"),
-        *_trainable(config, source, needs, world_size),
+        *_trainable(config, source, needs),
         ("ranks", f"{world_size}, {_engine_name(num_stages, ds_content is not None)}"),
         *((f"bytes on stage {n}", human_bytes(stage.total)) for n, stage in enumerate(stages)),
         ("bytes on a rank", human_bytes(needs.total)),
         ("  weights", human_bytes(needs.weights)),
         ("  gathered weights", human_bytes(needs.gathers)),
-        ("  trained, with optimizer", _trained_bytes(config, needs)),
+        ("  trained, with optimizer", _trained_bytes(config, needs, world_size)),
         ("  activations", human_bytes(needs.activations)),
         ("  logits, temporaries", human_bytes(needs.workspace)),
         ("  on top, on a GPU", "what CUDA and NCCL take for themselves, often 1 to 2 GiB"),
@@ -65,7 +65,7 @@ def _engine_name(num_stages: int, sharded: bool) -> str:
 
 
 def _trainable(
-    config: RunConfig, source: ModelSource, needs: Estimate, world_size: int
+    config: RunConfig, source: ModelSource, needs: Estimate
 ) -> Iterator[tuple[str, str]]:
     if config.model.train == "full":
         yield "trains", f"every weight, {needs.parameters:,} parameters"
@@ -81,23 +81,23 @@ def _trainable(
         text = describe_compensation(kind, rank, layers=len(layers), parameters=sum(maps))
         yield "compensation", text
     if config.adapter.lora_rank:
-        where = describe_sharing(world_size)
-        yield "adapters", f"{describe_adapters(config.adapter, trained)}; {where}"
+        yield "adapters", describe_adapters(config.adapter, trained)
 
 
-def _trained_bytes(config: RunConfig, needs: Estimate) -> str:
-    """Return the bytes of what trains; and what its optimizer state is of a rank's memory, where
-    that is much."""
-    size, share = human_bytes(needs.trained), needs.moments / needs.total
-    if config.model.train == "full" or share <= _MUCH_OPTIMIZER_STATE:
+def _trained_bytes(config: RunConfig, needs: Estimate, world_size: int) -> str:
+    """Return the bytes of what trains; what is shared out of it; and what its optimizer state is of
+    a rank's memory, where that is much."""
+    size = human_bytes(needs.trained)
+    if config.model.train == "full":
         return size
-    held = "every rank holds all of it"
-    if config.adapter.lora_rank:
-        held = "the adapters' is shared out over the ranks"
+    sizes = {name: math.prod(shape) for name, shape in needs.trainable}
+    shared, share = describe_sharing(sizes, world_size), needs.moments / needs.total
+    if share <= _MUCH_OPTIMIZER_STATE:
+        return f"{size}; {shared}" if shared else size
     return (
         f"{size}; the optimizer state in it, {human_bytes(needs.moments)}, is {100 * share:.1f} % "
-        f"of what a rank needs, and {held}: a lower --lora_rank or --compensation_rank, or fewer "
-        "--layers, make it smaller"
+        f"of what a rank needs, and {shared or 'every rank holds all of it'}: a lower --lora_rank "
+        "or --compensation_rank, or fewer --layers, make it smaller"
     )
 
 

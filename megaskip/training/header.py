@@ -42,10 +42,10 @@ def header_rows(trainer: Trainer, folder: Path) -> list[tuple[str, str]]:
 
 
 def _sharing(trainer: Trainer) -> list[tuple[str, str]]:
-    """Return where the adapters and their moments are; nothing without adapters."""
-    if not trainer.config.adapter.lora_rank:
-        return []
-    return [("adapters held", describe_sharing(trainer.topology.world_size))]
+    """Return what of the optimizer state is shared out; nothing where every rank holds all."""
+    sizes = {name: p.numel() for name, p in trainer.engine.parameters.items()}
+    shared = describe_sharing(sizes, trainer.topology.world_size)
+    return [("optimizer state", shared)] if shared else []
 
 
 def _engine_text(config: RunConfig, topology: Topology, engine: StepEngine) -> str:

@@ -1,4 +1,5 @@
-"""LoRA with routers on ranks: ZeRO-3, stages and replicas compute what one process computes."""
+"""LoRA with routers and compensations on ranks: ZeRO-3, stages and replicas compute what one
+process computes, and the moments of both are shared out."""
 
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from families import tiny_model
 from spawn import run_worker
 
 LORA = ["--lora_rank", "2", "--distill", "0.3", "--train_execution", "sparse"]
+LORA += ["--compensation", "low_rank", "--compensation_rank", "2"]
 ENGINES = {
     "ZeRO-3": ["--ds_config", "ds_configs/zero3.json"],
     "replicas": [],

@@ -25,7 +25,7 @@ from megaskip.cli.train import main as train
 from megaskip.config import parse_run_config
 from megaskip.data import Batch
 from megaskip.errors import MegaskipError
-from megaskip.parallel import pipeline
+from megaskip.parallel import pipeline, shared_moments
 from megaskip.parallel.agree import attempt_on_first_rank, on_every_rank
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
@@ -81,7 +81,9 @@ def _keep_cut_off() -> Iterator[None]:
 
 
 def adapters(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return gradients of a step of routers and adapters, and what they are after two, by case."""
+    """Return gradients of a step of all that trains, and what it is after two, by case; with
+    compensations as large as those whose moments are shared out."""
+    shared_moments.LARGE_COMPENSATIONS = 1
     return [_adapt(model, case) for case in cases]
 
 
