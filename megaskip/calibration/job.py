@@ -105,9 +105,9 @@ class CalibrationJob:
         options, loader = self._options, self._loader
         source = dataclasses.replace(self._source, weights=self._weights.shared())
         assert loader is not None
-        held_out = loader.held_out()
         capacities = sorted(set(options.capacity))
         hidden = None if self._shows_progress else True
+        held_out = ProgressBatches(loader.held_out(), "held out", disable=hidden)
         total = len(capacities) * (1 + options.allocate)
         with tqdm(total=total, desc="calibrating", disable=hidden) as bar:
             engine = routed_engine(self.config, self._topology, source, self._routers.folder)

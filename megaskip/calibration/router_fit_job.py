@@ -130,7 +130,7 @@ def _fit(job: Opened, options: FitRoutersOptions) -> FittedRouters:
         distill=options.distill,
         seed=options.base.seed,
     )
-    held_out = job.loader.held_out()
+    held_out = ProgressBatches(job.loader.held_out(), "held out", disable=hidden)
     with tqdm(total=len(options.capacity), desc="calibrating", disable=hidden) as bar:
         passes = ProgressBatches(rows, "a pass", disable=hidden)
         calibrated = calibrate_all(engine, passes, held_out, options.capacity, progress=bar.update)

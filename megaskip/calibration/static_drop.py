@@ -115,7 +115,7 @@ def fit_static_drop(
         rows = ProgressBatches(loader.calibration(plan.rows), "fitting", disable=hidden)
         explained = fit_compensation(engine, rows, progress=progress)
     order, steps = _order(engine, loader, plan, count, hidden, progress)
-    held_out = loader.held_out()
+    held_out = ProgressBatches(loader.held_out(), "held out", disable=hidden)
     with engine.routers.disabled():
         dense = engine.evaluate(held_out, routed=True).loss
         with engine.routers.override(dict.fromkeys(order, 0.0)):
