@@ -32,7 +32,9 @@ class RouterTuning:
 
     def __init__(self, model: Any, routers: RouterSet, base: BaseModel) -> None:
         self.model, self.routers, self.base = model, routers, base
-        self._micro_batches, self._total_units = 0, 0.0
+        self._micro_batches = 0
+        # Of the global batch; a tensor, because nothing waits for its number.
+        self._total_units = torch.ones(())
         # Of this rank, since the step began, or since the last evaluation was logged.
         self._counts, self._eval_counts = self._nothing(), self._nothing()
         self._penalty = self._zero()
@@ -48,10 +50,11 @@ class RouterTuning:
         micro-batches and ranks does not depend on how the batch was split.
         """
         self._micro_batches = len(micro_batches)
-        units = sum(self._units_of(batch) for batch in micro_batches) * len(self.routers.layers)
-        total = torch.tensor(float(units), dtype=torch.float64, device=self._device)
+        total = self._zero()
+        for batch in micro_batches:
+            total += self._units_of(batch).to(self._device) * len(self.routers.layers)
         sum_over_ranks(total)
-        self._total_units = max(float(total), 1.0)
+        self._total_units = total.clamp(min=1.0).float()
         self._counts, self._penalty = self._nothing(), self._zero()
 
     @contextlib.contextmanager
@@ -155,10 +158,10 @@ class RouterTuning:
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self._device)
 
-    def _units_of(self, inputs: Mapping[str, Any]) -> int:
+    def _units_of(self, inputs: Mapping[str, Any]) -> Tensor:
         masks = describe_inputs(inputs, prompt_tokens=self.routers.config.prompt_tokens)
         pooling = self.routers.pooling(masks.token_mask, masks.prompt_mask, masks.segment_ids)
-        return int(pooling.unit_mask.sum())
+        return pooling.unit_mask.sum()
 
 
 def checkpointing_of(args: Any) -> tuple[bool, Mapping[str, Any]]:

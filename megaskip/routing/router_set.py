@@ -102,7 +102,7 @@ class RouterSet(Routers):
 
     # -- after the forward pass
 
-    def penalty(self, total_units: float | None = None) -> Tensor:
+    def penalty(self, total_units: Tensor | float | None = None) -> Tensor:
         """Return the capacity penalty of the last forward pass, a float32 scalar with gradient.
 
         budget="global" divides by `total_units`, the routed units of the whole global batch (those

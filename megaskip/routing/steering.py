@@ -56,7 +56,9 @@ class Steering(Thresholds):
         relative = self._disturbed(logit) - self.budget.offset
         return straight_through(relative, self.logits[layer], self.temperature)
 
-    def penalty(self, decisions: Sequence[RoutingDecision], total_units: float | None) -> Tensor:
+    def penalty(
+        self, decisions: Sequence[RoutingDecision], total_units: Tensor | float | None
+    ) -> Tensor:
         """Return the share of these decisions in the penalty of `total_units`, a float32 scalar;
         without that number they are all."""
         kept = torch.stack([decision.kept() for decision in decisions])

@@ -22,9 +22,11 @@ from tiny_run import (
 from megaskip import RouterConfig, attach_routers
 from megaskip.arch import find_decoder
 from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.checkpoint.base import describe_base
 from megaskip.config import RunConfig
 from megaskip.data import Batch, PackedRow, collate
 from megaskip.inference.executor import InferenceExecutor
+from megaskip.integrations.tuning import RouterTuning
 from megaskip.parallel.results import PendingStep
 from megaskip.routing import DenseExecutor, SparseExecutor
 from megaskip.routing.copies import CopyToHost
@@ -84,6 +86,26 @@ def test_no_training_step_waits_however_many_micro_batches_it_has(
     assert not own
     passes = 2 * len(batches) * (2 if config.optim.distill else 1)
     assert len(calls) <= passes, calls
+
+
+def test_a_step_of_another_librarys_trainer_does_not_wait_for_its_routers() -> None:
+    model = tiny_model("llama")
+    routers = attach_routers(model, RouterConfig(layers="1-4"))
+    tuning = RouterTuning(model, routers, describe_base(model.config))
+    batches = [padded(seed) for seed in range(2)]
+    inputs = [
+        {"input_ids": b.input_ids, "attention_mask": b.token_mask, "labels": b.labels}
+        for b in batches
+    ]
+    with Waits() as waits:
+        tuning.begin_step(inputs)
+        for batch in inputs:
+            with tuning.forward(batch, trains=True):
+                hidden = model.model(batch["input_ids"]).last_hidden_state
+            tuning.add_penalty(hidden.mean(), replicas=1, scaled=True).backward()
+        tuning.end_step(0.5)
+        assert not [call for call in waits.take() if TRANSFORMERS_READS not in call]
+    assert 0 < tuning.take_step_numbers()["capacity"] <= 1
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
