@@ -75,7 +75,42 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-MIXTURES = ("mixtral", "olmoe", "deepseek_v3", "gpt_oss", "minimax")
+# Whose experts are skipped one by one; other tests need no more mixtures than those above.
+MORE_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 2,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "head_dim": 8,
+        },
+    ),
+}
+
+MIXTURES = ("mixtral", "olmoe", "deepseek_v3", "gpt_oss", "minimax", *MORE_MIXTURES)
 
 # transformers before 5.13 calls torch._grouped_mm for experts whatever the device; torch 2.8 has it
 # for Hopper GPUs only.
@@ -91,7 +126,7 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     """Return the tiny config of a family."""
     if family in MIXTURES and not MIXTURES_RUN:
         pytest.skip("with torch 2.8, transformers before 5.13 runs no experts on a CPU")
-    name, extra = {**FAMILIES, **REFUSED}[family]
+    name, extra = {**FAMILIES, **REFUSED, **MORE_MIXTURES}[family]
     return getattr(transformers, name)(**{**COMMON, **extra, **overrides})
 
 

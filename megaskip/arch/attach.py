@@ -7,6 +7,8 @@ from torch import nn
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.detach import is_routed
 from megaskip.arch.elsewhere import LayerElsewhere
+from megaskip.arch.expert_probe import probe_experts
+from megaskip.arch.experts import routed_experts
 from megaskip.arch.probe import probe_layer
 from megaskip.arch.trainable import freeze
 from megaskip.arch.wiring import wire
@@ -43,14 +45,15 @@ def attach_routers(
             "--router_input first does not go with stages of a pipeline: what the first routed "
             "layer reads is on one of them; take ZeRO-3 (--ds_config ds_configs/zero3.json)"
         )
+    experts = routed_experts(config, model.config)
     elsewhere = [layer for layer in layers if isinstance(parts.layers[layer], LayerElsewhere)]
     here = [layer for layer in layers if layer not in elsewhere]
     device = next(iter((parts.layers[here[0]] if here else model).parameters())).device
     if verify and here:
-        report = probe_layer(model, here[0])
+        report = probe_experts(model, here[0], experts) if experts else probe_layer(model, here[0])
         if not report.passed:
             raise UnsupportedModelError(report.explain(parts.model_type))
-    routers = RouterSet(config, layers, parts.hidden_size, device=device)
+    routers = RouterSet(config, layers, parts.hidden_size, experts=experts, device=device)
     wire(parts, routers, elsewhere=elsewhere)
     if register:
         model.add_module(PREFIX, routers)
@@ -59,7 +62,7 @@ def attach_routers(
 
 
 def _require_routable(layers: Sequence[int], config: RouterConfig) -> None:
-    if 0 in layers and config.target != "mlp":
+    if 0 in layers and config.target not in ("mlp", "expert"):
         raise ConfigError(
             f"layer 0 cannot be routed with --granularity {config.granularity}: the KV cache takes "
             "its length from layer 0; leave it out of --layers"

@@ -20,9 +20,10 @@ from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_layer
 from megaskip.routing.executor import Kwargs, Run
 
-_TOKENS = 8
+TOKENS = 8
+"""Of the input that a layer is probed with."""
 _INPUT_SCALE = 0.1
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class ProbeReport:
     def passed(self) -> bool:
         """Return whether skipping is the identity, gates are affine, and keeping is exact."""
         worst = max(self.at_zero, self.bend_attention, self.bend_mlp)
-        return self.at_one == 0 and worst <= _TOLERANCE
+        return self.at_one == 0 and worst <= TOLERANCE
 
     def explain(self, model_type: str) -> str:
         """Return the verdict as an error text."""
@@ -51,13 +52,13 @@ class ProbeReport:
             f"{model_type}: skipping a sublayer of layer {self.layer} is not the identity. "
             f"Distance from the input with everything skipped: {self.at_zero:.1e}; departure from "
             f"affine in keep: attention {self.bend_attention:.1e}, MLP {self.bend_mlp:.1e} (each "
-            f"at most {_TOLERANCE:.0e} of the update); distance from the plain layer with "
+            f"at most {TOLERANCE:.0e} of the update); distance from the plain layer with "
             f"everything kept: {self.at_one:.1e} (must be 0). megaskip does not route this family; "
             "a row in EXCEPTIONS of megaskip/arch/sites.py could teach it where the gates belong"
         )
 
 
-class _ProbeGate:
+class ProbeGate:
     """A gate that multiplies by given numbers, and leaves out what it would multiply by zero, as
     inference does: a norm behind must make zero of zero."""
 
@@ -81,6 +82,12 @@ class _ProbeGate:
             return run(hidden_states)
         update = torch.zeros_like(hidden_states)
         return (update, None) if is_tuple else update
+
+    def run_experts(
+        self, run: Run, hidden_states: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Run all experts."""
+        return run(hidden_states, index, weights)
 
     def apply(self, update: Tensor, site: str) -> Tensor:
         """Multiply by the number set for the site."""
@@ -109,8 +116,8 @@ def probe_layer(model: nn.Module, index: int) -> ProbeReport:
     was_training = model.training
     model.eval()
     try:
-        args, kwargs = _arguments_of(layer, parts.decoder)
-        x = _input_like(args[0])
+        args, kwargs = arguments_of(layer, parts.decoder)
+        x = input_like(args[0])
 
         def plain() -> Tensor:
             out = layer(x, *args[1:], **kwargs)
@@ -131,13 +138,7 @@ def probe_layer(model: nn.Module, index: int) -> ProbeReport:
 def _measure(
     run: Callable[[float, float], Tensor], x: Tensor, reference: Tensor, index: int
 ) -> ProbeReport:
-    zero = run(0.0, 0.0)
-    # Residual additions in bfloat16 round by this much, whatever the gates do.
-    rounding = 4 * torch.finfo(x.dtype).eps * float(reference.abs().max())
-
-    def relative(difference: Tensor, update: Tensor) -> float:
-        excess = max(float(difference.float().abs().max()) - rounding, 0.0)
-        return excess / max(float(update.float().abs().max()), 1e-12)
+    zero, relative = run(0.0, 0.0), relative_to(reference)
 
     def bend(half: Tensor, full: Tensor) -> float:
         return relative(half - (zero + full) / 2, full - zero)
@@ -151,9 +152,22 @@ def _measure(
     )
 
 
+def relative_to(reference: Tensor) -> Callable[[Tensor, Tensor], float]:
+    """Return a function of (difference, update): the largest difference of two outputs such as
+    `reference`, as a share of the largest update."""
+    # Residual additions in bfloat16 round by this much, whatever the gates do.
+    rounding = 4 * torch.finfo(reference.dtype).eps * float(reference.abs().max())
+
+    def relative(difference: Tensor, update: Tensor) -> float:
+        excess = max(float(difference.float().abs().max()) - rounding, 0.0)
+        return excess / max(float(update.float().abs().max()), 1e-12)
+
+    return relative
+
+
 @contextlib.contextmanager
 def _gated(layer: nn.Module, model_type: str) -> Iterator[dict[str, float]]:
-    gate = _ProbeGate()
+    gate = ProbeGate()
     routed = route_layer(layer, find_sites(layer, model_type), gate)
     try:
         yield gate.keep
@@ -162,7 +176,7 @@ def _gated(layer: nn.Module, model_type: str) -> Iterator[dict[str, float]]:
             unroute(module)
 
 
-def _arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what `decoder` passes to `layer` for a short input: masks, positions, whatever the
     family needs."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -173,7 +187,7 @@ def _arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...]
     handle = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
         device = next(buffer for buffer in (*decoder.parameters(), *decoder.buffers())).device
-        ids = torch.arange(1, _TOKENS + 1, device=device).unsqueeze(0)
+        ids = torch.arange(1, TOKENS + 1, device=device).unsqueeze(0)
         decoder(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
@@ -181,7 +195,7 @@ def _arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...]
     return (args, kwargs) if args else ((kwargs.pop("hidden_states"),), kwargs)
 
 
-def _input_like(hidden_states: Tensor) -> Tensor:
+def input_like(hidden_states: Tensor) -> Tensor:
     """Return small seeded noise: a large residual would hide the update behind rounding."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(hidden_states.shape, generator=generator) * _INPUT_SCALE

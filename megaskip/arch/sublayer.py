@@ -19,7 +19,7 @@ class SublayerGate(Protocol):
     """What a routed sublayer asks; megaskip.routing.Gate is the one that routes."""
 
     skips: frozenset[str]
-    """Sublayers that a decision may leave out: attn, mlp."""
+    """Sublayers that a decision may leave out: attn, mlp; or expert."""
     writes: frozenset[str]
     """Where the decision is multiplied: attn or mlp (an update of the residual), block (the whole
     layer)."""
@@ -34,6 +34,13 @@ class SublayerGate(Protocol):
 
     def run_mlp(self, run: Run, hidden_states: Tensor, *, is_tuple: bool) -> Any:
         """Run the MLP on what is kept."""
+        ...
+
+    def run_experts(
+        self, run: Run, hidden_states: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Decide about each of the tokens [N, D] at each of its experts, `index` int64 [N, K], and
+        run those that are kept; `weights` [N, K] say how much each counts."""
         ...
 
     def apply(self, update: Tensor, site: str) -> Tensor:
@@ -93,6 +100,14 @@ class RoutedMlp(RoutedSublayer):
         return gate.apply(output, "mlp")
 
 
+class RoutedExperts(RoutedSublayer):
+    """All experts of a layer in one module, which runs each on the tokens that its gate keeps."""
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sums [N, D], as its class does."""
+        return self._skip_gate.run_experts(super().forward, hidden_states, index, weights)  # type: ignore[misc]
+
+
 class RoutedNorm(RoutedSublayer):
     """The norm behind a sublayer, where its update meets the residual."""
 
@@ -119,6 +134,12 @@ class RoutedBlock(RoutedSublayer):
         if isinstance(output, tuple):
             return self._skip_gate.mix(hidden_states, output[0]), *output[1:]
         return self._skip_gate.mix(hidden_states, output)
+
+
+def route_experts(experts: nn.Module, gate: SublayerGate) -> nn.Module:
+    """Make the module that holds all experts of a layer ask `gate`, and return it: nothing else of
+    the layer does."""
+    return _route(experts, RoutedExperts, gate, "expert", writes=False)
 
 
 def route_layer(layer: nn.Module, sites: Sites, gate: SublayerGate) -> list[nn.Module]:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from megaskip.arch.decision_cache import cached_decisions, put_decisions
 from megaskip.arch.decoder import DecoderParts
+from megaskip.arch.experts import experts_of
 from megaskip.arch.sites import find_sites
-from megaskip.arch.sublayer import route_layer
+from megaskip.arch.sublayer import route_experts, route_layer
 from megaskip.routing.routers import Routers
 
 
@@ -25,8 +26,18 @@ def wire(parts: DecoderParts, routers: Routers, *, elsewhere: Sequence[int] = ()
         if index in routers.gates and index not in elsewhere
     }
     sites = {index: find_sites(layer, parts.model_type) for index, layer in here.items()}
-    for index, layer in here.items():
-        route_layer(layer, sites[index], routers.gates[index])
+    if routers.experts is not None:
+        modules = {
+            index: experts_of(
+                layer, sites[index], routers.experts, f"{parts.model_type}: layer {index}"
+            )
+            for index, layer in here.items()
+        }
+        for index, module in modules.items():
+            route_experts(module, routers.gates[index])
+    else:
+        for index, layer in here.items():
+            route_layer(layer, sites[index], routers.gates[index])
     _add_hooks(parts.decoder, routers)
 
 

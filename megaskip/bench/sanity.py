@@ -17,7 +17,7 @@ from megaskip.bench.shapes import SHAPES, build, config_of
 from megaskip.bench.training import make_batch
 from megaskip.bench.variants import Bench, Variant, routed
 from megaskip.config import ModelConfig, RouterConfig, RunConfig
-from megaskip.config.routing import GRANULARITIES
+from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.loading.source import resolve_source
@@ -42,7 +42,7 @@ def check_routing(part: Part, setup: Setup) -> Snapshots:
     bench = Bench(model=model, layers=(1, 2), prompt=ids, answer=ids[:, :1])
     exact = dataclasses.replace(bench, model=copy.deepcopy(model).float())
     rows: list[Row] = []
-    for granularity in GRANULARITIES:
+    for granularity in SUBLAYER_GRANULARITIES:
         variant = routed(bench, granularity, "keep", 0.5)
         masked = _logits(bench, variant, DenseExecutor())
         skipped = _logits(bench, variant, InferenceExecutor(unit=granularity.split("_")[1]))

@@ -26,16 +26,18 @@ def give_directions(routers: RouterSet) -> dict[int, float]:
     """Give each router whose weights are zero a small direction in what it reads, by which its
     units differ; return by layer the logit that all of them had.
 
+    Experts that a bias tells apart are not such routers.
+
     Directions are pseudo-random, of a layer always the same: units are then skipped by chance, but
     the same ones in training, scoring and generation, for any batch and on every rank.
     """
     logits = {}
     for layer in routers.layers:
         router = routers.router(layer)
-        if router.weight.any():
+        bias = getattr(router, "bias", router.weight.new_zeros(1))
+        if router.weight.any() or bool((bias != bias[0]).any()):
             continue
-        bias = getattr(router, "bias", None)
-        logits[layer] = 0.0 if bias is None else float(bias)
+        logits[layer] = float(bias[0])
         generator = torch.Generator().manual_seed(layer)
         direction = torch.randn(router.weight.shape, generator=generator)
         router.weight.copy_(_SIZE * direction / direction.norm())

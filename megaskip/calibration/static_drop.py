@@ -87,7 +87,7 @@ def static_routers(routers: RouterSet, layers: Sequence[int]) -> RouterSet:
     chosen = tuple(sorted(layers))
     settings = {"layers": chosen, "budget": "static", "capacity": 0.0, "threshold": 0.5}
     config = RouterConfig(**{**_fields(routers.config), **settings})
-    static = RouterSet(config, chosen, routers.hidden_size)
+    static = RouterSet(config, chosen, routers.hidden_size, experts=routers.experts)
     weights = {name: tensor.cpu() for name, tensor in routers.state_dict().items()}
     static.load_state_dict({name: weights[name] for name in static.state_dict()})
     return static

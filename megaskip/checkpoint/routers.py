@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megaskip.arch import attach_routers, find_decoder
+from megaskip.arch.experts import routed_experts
 from megaskip.checkpoint import adapters
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_base
@@ -18,6 +19,7 @@ from megaskip.config import RouterConfig
 from megaskip.config.value_types import is_of, shown
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.routing import PREFIX, RouterSet, make_router
+from megaskip.routing.experts import Experts
 
 WEIGHTS = "routers.safetensors"
 CONFIG = "router_config.json"
@@ -51,7 +53,8 @@ def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -
     parts = find_decoder(model)
     if base is not None:
         base.require(describe_base(model.config), f"the router folder {path}")
-    tensors = read_router_weights(path, layers, config, parts.hidden_size)
+    experts = routed_experts(config, model.config)
+    tensors = read_router_weights(path, layers, config, parts.hidden_size, experts)
     routers = attach_routers(model, dataclasses.replace(config, layers=layers), register=register)
     routers.load_state_dict(tensors)
     device = next(routers.parameters()).device
@@ -132,17 +135,23 @@ def fill_routers(path: Path, routers: RouterSet) -> None:
 
 def load_router_tensors(path: Path, routers: RouterSet) -> dict[str, Tensor]:
     """Return a router folder's weights as the state dict of `routers`, checked against it."""
-    hidden_size = routers.hidden_size
-    return read_router_weights(path, routers.layers, routers.config, hidden_size)
+    of_model = routers.hidden_size, routers.experts
+    return read_router_weights(path, routers.layers, routers.config, *of_model)
 
 
 def read_router_weights(
-    path: Path, layers: tuple[int, ...], config: RouterConfig, hidden_size: int
+    path: Path,
+    layers: tuple[int, ...],
+    config: RouterConfig,
+    hidden_size: int,
+    experts: Experts | None = None,
 ) -> dict[str, Tensor]:
-    """Return the routers' state dict from a router folder, checked against what it must hold."""
+    """Return the routers' state dict from a router folder, checked against what it must hold for a
+    model of that size, and with these experts where they are what is skipped."""
     file = path / WEIGHTS
     tensors = read_tensors(file)
-    shapes = {k: tuple(p.shape) for k, p in make_router(config, hidden_size).named_parameters()}
+    router = make_router(config, hidden_size, experts=experts)
+    shapes = {name: tuple(parameter.shape) for name, parameter in router.named_parameters()}
     expected = {
         f"{PREFIX}.{layer}.{config.target}.{name}": shape
         for layer in layers

@@ -10,7 +10,12 @@ from megaskip.config.log import LogConfig
 from megaskip.config.options import option
 from megaskip.config.parallel import ParallelConfig
 from megaskip.config.router import RouterConfig
-from megaskip.config.routing import GRANULARITIES, RoutingConfig, Threshold
+from megaskip.config.routing import (
+    GRANULARITIES,
+    SUBLAYER_GRANULARITIES,
+    RoutingConfig,
+    Threshold,
+)
 from megaskip.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -21,6 +26,7 @@ from megaskip.config.run import (
 
 __all__ = [
     "GRANULARITIES",
+    "SUBLAYER_GRANULARITIES",
     "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",

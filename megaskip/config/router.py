@@ -38,7 +38,7 @@ class RouterConfig(RoutingConfig):
     @property
     def skips_attention_by_token(self) -> bool:
         """Return whether single tokens skip attention, so that their keys and values matter."""
-        return self.unit == "token" and self.target != "mlp"
+        return self.unit == "token" and self.target in ("attn", "block")
 
     def describe_threshold(self) -> str:
         """Return the threshold as text: "0.5", "logit 41.2", or "0.3113 to 0.6201 by layer"."""

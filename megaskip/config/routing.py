@@ -9,7 +9,7 @@ from typing import Any, Self
 from megaskip.config.checks import one_of
 from megaskip.errors import ConfigError
 
-GRANULARITIES = (
+SUBLAYER_GRANULARITIES = (
     "attn_sequence",
     "attn_token",
     "mlp_sequence",
@@ -17,6 +17,9 @@ GRANULARITIES = (
     "block_sequence",
     "block_token",
 )
+"""What any decoder can skip: its sublayers and layers."""
+GRANULARITIES = (*SUBLAYER_GRANULARITIES, "expert_token")
+"""What mixtures of experts can skip, too: a token at one of the experts that it is given to."""
 POOLS = ("prompt", "all")
 BUDGETS = ("global", "layer", "static", "dense")
 UNDECIDED = ("static", "dense")
@@ -55,7 +58,7 @@ class RoutingConfig:
         default="attn_sequence", metadata={"choices": GRANULARITIES, "metavar": "GRANULARITY"}
     )
     """What one decision covers: {attn,mlp,block} of a layer, for a whole {sequence} or for each
-    {token}."""
+    {token}; or, in a mixture of experts, each token at each of its experts (expert_token)."""
     router: str = field(default="linear", metadata={"choices": ROUTERS})
     """What scores a unit: "linear" (as published), "affine" (with a bias, so that a layer can be
     worth little for all), or "mlp" (one hidden layer of 16)."""
@@ -67,8 +70,8 @@ class RoutingConfig:
     """Routed layers: "half" (the deepest half except the last, as published), a count of deepest
     layers (the last excluded), or a list such as 8-14,16 (one layer alone is written 12-12)."""
     capacity: float = 0.5
-    """Fraction of sequences (or tokens) that the routed sublayers keep, averaged over layers and
-    batch."""
+    """Fraction of sequences (or tokens, or tokens at experts) that the routed sublayers keep,
+    averaged over layers and batch."""
     threshold: Threshold = 0.5
     """A unit runs when its score (a sigmoid) is at least this; `megaskip calibrate --allocate`
     finds one for each routed layer. A number of 15 or more, or of -15 or less, is a logit."""
@@ -130,7 +133,7 @@ class RoutingConfig:
 
     @property
     def target(self) -> str:
-        """Return what is skipped: attn, mlp or block."""
+        """Return what is skipped: attn, mlp, block or expert."""
         return self.granularity.split("_")[0]
 
     @property
@@ -138,7 +141,14 @@ class RoutingConfig:
         """Return what one decision covers: sequence or token."""
         return self.granularity.split("_")[1]
 
+    @property
+    def routes_experts(self) -> bool:
+        """Return whether what is skipped is a token at one of its experts."""
+        return self.target == "expert"
+
     def _problems(self) -> Iterator[str]:
+        if self.granularity == "expert_token":
+            yield from self._problems_of_experts()
         for item in dataclasses.fields(self):
             if choices := item.metadata.get("choices"):
                 yield from one_of(item.name, getattr(self, item.name), choices)
@@ -148,6 +158,18 @@ class RoutingConfig:
                     yield f"--threshold {score:g} must lie inside (0, 1): scores are sigmoids"
             if not isinstance(threshold, float) and not threshold:
                 yield "--threshold has no number; it needs one, or one for each routed layer"
+
+    def _problems_of_experts(self) -> Iterator[str]:
+        if self.router_input == "first":
+            yield (
+                "--router_input first does not go with --granularity expert_token: which experts a "
+                "token is given to is known in its own layer only; leave it out"
+            )
+        if self.compensation != "none":
+            yield (
+                f"--compensation {self.compensation} does not go with --granularity expert_token: "
+                "the other experts of a token stand in for one that is skipped; leave it out"
+            )
 
 
 def _as_threshold(value: Threshold | list[float]) -> Threshold:

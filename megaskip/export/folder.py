@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megaskip.arch.experts import find_experts
 from megaskip.checkpoint.adapters import FOLDER, read_adapter, write_adapter
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import BaseModel, describe_folder, is_hub_id
@@ -99,7 +100,10 @@ def export_folder(
         read_stored_weights(base)  # its own modelling code, if it has any, is not run here
     else:
         plan = check_weights(resolve_source(ModelConfig(model=str(base))))
-    tensors = read_router_weights(routers, layers, config, _hidden_size(base_config))
+    text_config = base_config.get("text_config", base_config)
+    experts = find_experts(text_config) if config.routes_experts else None
+    hidden_size = int(text_config["hidden_size"])
+    tensors = read_router_weights(routers, layers, config, hidden_size, experts)
     map_parameters = sum(t.numel() for n, t in tensors.items() if is_compensation(n))
     with new_folder(output) as folder:
         if mode == "adapter":
@@ -216,10 +220,6 @@ def _config_of(base: Path, described: BaseModel | None, mode: str) -> dict[str, 
     if described is not None:
         described.require(describe_folder(base), "the router folder")
     return content
-
-
-def _hidden_size(content: dict[str, Any]) -> int:
-    return int(content.get("text_config", content)["hidden_size"])
 
 
 # -- weights, and what is not

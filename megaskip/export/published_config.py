@@ -6,7 +6,7 @@ from typing import Any
 
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import BaseModel
-from megaskip.config import GRANULARITIES, RouterConfig
+from megaskip.config import SUBLAYER_GRANULARITIES, RouterConfig
 from megaskip.config.checks import one_of
 from megaskip.errors import CheckpointError, ConfigError
 
@@ -61,18 +61,20 @@ class PublishedConfig:
     def granularity(self, flag: str | None) -> str:
         """Return what the routers skip; `flag` answers when it is not recorded."""
         name, value = self._first("granularity", "mindskip_granularity")
-        known = value in GRANULARITIES
+        known = value in SUBLAYER_GRANULARITIES
         if flag is None:
             if value is None:
                 raise ConfigError(
                     f"{self.file} records no granularity; say what the routers skip with "
-                    f"--granularity, one of {', '.join(GRANULARITIES)}"
+                    f"--granularity, one of {', '.join(SUBLAYER_GRANULARITIES)}"
                 )
             if not known:
-                expected = f"one of {', '.join(GRANULARITIES)} (--granularity says it instead)"
+                expected = (
+                    f"one of {', '.join(SUBLAYER_GRANULARITIES)} (--granularity says it instead)"
+                )
                 raise self._wrong(name, value, expected)
             return str(value)
-        for problem in one_of("granularity", flag, GRANULARITIES):
+        for problem in one_of("granularity", flag, SUBLAYER_GRANULARITIES):
             raise ConfigError(problem)
         if known and value != flag:
             raise ConfigError(

@@ -91,6 +91,11 @@ def drop_and_export(
     config, routed, described = read_router_config(routers.folder)
     if described is not None:
         described.require(describe_folder(base), "the router folder")
+    if config.routes_experts:
+        raise ConfigError(
+            f"{routers.folder} skips experts by token (expert_token), which leaves no sublayer to "
+            "drop for good; megaskip convert writes the routed model"
+        )
     if has_adapter(routers.folder):
         raise ConfigError(
             f"{routers.folder} has a LoRA adapter, which a static export cannot take along yet; "

@@ -99,7 +99,7 @@ class Conversation:
         line = "  ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())
         print(f"[ran {float(ran.mean()):.2f} of the routed units; by layer {line}]")
         if self.options.picture:
-            self._draw(self.options.picture, ids, ran, prompt_tokens)
+            self._draw(self.options.picture, ids, ran > 0, prompt_tokens)
         return {"capacity": float(ran.mean()), "capacity_per_layer": shares}
 
     def _draw(self, name: str, ids: Tensor, ran: np.ndarray, prompt_tokens: int) -> None:

@@ -26,10 +26,11 @@ class RunRecord:
         self._handle.remove()
 
     def matrix(self, tokens: int) -> np.ndarray:
-        """Return bool [routed layers, tokens] of the text that went through the model so far."""
+        """Return float32 [routed layers, tokens] of the text that went through the model so far: 1
+        where the layer ran, of experts the share of the token's that did."""
         if self._routers.config.unit == "sequence":  # steps that are played back call no hooks
             return self._ran(tokens)
-        empty = np.zeros((len(self.layers), 0), dtype=bool)
+        empty = np.zeros((len(self.layers), 0), dtype=np.float32)
         return np.concatenate([empty, *self._calls], axis=1)
 
     def _note(self, module: Any, args: Any, output: Any) -> None:
@@ -37,5 +38,5 @@ class RunRecord:
             self._calls.append(self._ran(output[0].shape[1]))
 
     def _ran(self, tokens: int) -> np.ndarray:
-        rows = [keep[0].expand(tokens) > 0 for keep in self._routers.keep().values()]
+        rows = [keep[0].expand(tokens) for keep in self._routers.keep().values()]
         return torch.stack(rows).cpu().numpy()

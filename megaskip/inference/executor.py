@@ -22,6 +22,7 @@ from megaskip.inference.packed import attend_among_kept
 from megaskip.inference.shared_rows import shared_select
 from megaskip.routing.decision import RoutingDecision, SelectedRows
 from megaskip.routing.executor import Kwargs, Run
+from megaskip.routing.experts import run_pairs
 from megaskip.routing.kept_units import Select, run_layer_rows, run_rows, run_units
 
 
@@ -77,6 +78,17 @@ class InferenceExecutor:
     ) -> Any:
         """Run the MLP on the rows, or the tokens, that are kept."""
         return run_units(run, hidden_states, decision, is_tuple=is_tuple)
+
+    def experts(
+        self,
+        run: Run,
+        hidden_states: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        decision: RoutingDecision,
+    ) -> Tensor:
+        """Run the experts on the tokens at them that are kept."""
+        return run_pairs(run, hidden_states, index, weights, decision)
 
     def block(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int

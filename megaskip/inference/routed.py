@@ -12,6 +12,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from megaskip.arch.decoder import find_decoder
+from megaskip.arch.experts import routed_experts
 from megaskip.arch.wiring import wire
 from megaskip.config.routing import KV_CHOICES, RoutingConfig
 from megaskip.inference.executor import InferenceExecutor
@@ -40,7 +41,8 @@ class RoutedModel(StaticGeneration, AdaptedModel):
         settings, layers = RoutingConfig.from_dict(config.routing), tuple(config.routing["layers"])
         parts = find_decoder(self)  # type: ignore[arg-type]
         executor = InferenceExecutor(unit=settings.unit, kv=kv)
-        routers = Routers(settings, layers, parts.hidden_size, executor=executor)
+        size, experts = parts.hidden_size, routed_experts(settings, config)
+        routers = Routers(settings, layers, size, executor=executor, experts=experts)
         wire(parts, routers)
         self.add_module(PREFIX, routers)  # type: ignore[attr-defined]
         # First: where the model is the decoder itself, the decoder's own hook asks for it.

@@ -13,9 +13,11 @@ from typing import Any
 from torch import nn
 
 from megaskip.arch import find_decoder
+from megaskip.arch.experts import find_experts
 from megaskip.arch.sites import find_sites
 from megaskip.inference.dropped import NoAttention, NoMlp, Substitute
 from megaskip.routing import Routers
+from megaskip.routing.experts import Experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class _Layer:
     attention: float
     """FLOPs of a token in the attention's projections."""
     mlp: float
+    experts: float
+    """Of `mlp`, what a token's experts take."""
     has_attention: bool
     has_mlp: bool
     instead: float
@@ -111,9 +115,10 @@ class CostModel:
             share = 1.0 if at is None else kept[at] / max(units[at], 1.0)
             attended = self._attended(share)
             ran = tokens * (share if self._target in ("mlp", "block") else 1.0)
+            skipped = (1 - share) * layer.experts if self._target == "expert" else 0.0
             attention = tokens * attended * layer.attention
             attention += layer.pairs(tokens, attended) * self._pair
-            flops += attention * layer.has_attention + ran * layer.mlp * layer.has_mlp
+            flops += attention * layer.has_attention + ran * (layer.mlp - skipped) * layer.has_mlp
             flops += tokens * layer.instead
             if at is not None:
                 flops += tokens * (1 - share) * self._compensation[at]
@@ -131,7 +136,7 @@ class CostModel:
 
     def _attended(self, share: float) -> float:
         """Return the share of a layer's tokens whose attention is computed and held."""
-        if self._target == "mlp" or (self._unit == "token" and not self._drops):
+        if self._target in ("mlp", "expert") or (self._unit == "token" and not self._drops):
             return 1.0
         return share
 
@@ -149,7 +154,7 @@ def _matrix_weights(module: nn.Module) -> int:
 def _layers(model: Any) -> list[_Layer]:
     parts, config = find_decoder(model), model.config.get_text_config(decoder=True)
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    layers = []
+    experts, layers = find_experts(config.to_dict()), []
     for index, layer in enumerate(parts.layers):
         sites = find_sites(layer, parts.model_type)
         attention, mlp = getattr(layer, sites.attention), getattr(layer, sites.mlp)
@@ -157,8 +162,9 @@ def _layers(model: Any) -> list[_Layer]:
         slides = kinds is None or kinds[index] == "sliding_attention"
         layers.append(
             _Layer(
-                attention=2.0 * _active(attention, config),
-                mlp=2.0 * _active(mlp, config),
+                attention=2.0 * sum(_active(attention, None)),
+                mlp=2.0 * sum(_active(mlp, experts)),
+                experts=2.0 * _active(mlp, experts)[1],
                 has_attention=not isinstance(attention, NoAttention),
                 has_mlp=not isinstance(mlp, NoMlp),
                 instead=2.0 * sum(map(_matrix_weights, substitutes)),
@@ -178,20 +184,17 @@ def _layers(model: Any) -> list[_Layer]:
     ]
 
 
-def _active(module: nn.Module, config: Any) -> float:
-    """Return the number of matrix weights that a token is multiplied with: of experts, those that
-    are chosen for it."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    experts = experts or getattr(config, "n_routed_experts", None)
-    share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
-    active = 0.0
+def _active(module: nn.Module, experts: Experts | None) -> tuple[float, float]:
+    """Return the numbers of matrix weights that a token is multiplied with: those that all tokens
+    share, and those of the `experts` that are chosen for it."""
+    shared = chosen = 0.0
     for name, parameter in module.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # partitioned by ZeRO-3
-        if len(shape) > 1:
-            active += shape.numel() * (
-                share if "experts." in f"{name}." and "shared" not in name else 1
-            )
-    return active
+        if len(shape) > 1 and experts and "experts." in f"{name}." and "shared" not in name:
+            chosen += shape.numel() * experts.per_token / experts.count
+        elif len(shape) > 1:
+            shared += shape.numel()
+    return shared, chosen
 
 
 def _flops_of_a_pair(config: Any) -> float:

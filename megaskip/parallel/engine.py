@@ -310,7 +310,8 @@ class Engine:
     def _units(self, batch: Batch) -> int:
         """Return how many decisions each routed layer makes about a batch."""
         counts = batch.counts
-        return counts.tokens if self.routers.config.unit == "token" else counts.samples
+        by_token = self.routers.config.unit == "token"
+        return counts.tokens * self.routers.choices if by_token else counts.samples
 
     @property
     def device(self) -> torch.device:

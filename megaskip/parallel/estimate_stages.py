@@ -82,8 +82,8 @@ def _micro_step(
         learns = routers.lowest_learning_layer < stage.layer_range.first
         inputs = _inputs(stage.layer_range, (*shape, stage.hidden_size), dtype, learns=learns)
         if below:
-            units = shape[1] if config.router.unit == "token" else 1
-            receive_keep(routers, torch.ones(below, shape[0], units, requires_grad=True))
+            units = routers.pooling(real, real).unit_mask.shape
+            receive_keep(routers, torch.ones(below, *units, requires_grad=True))
         left = [stage(inputs, None, positions)]
         activations = live.current
         if stage.head is not None:

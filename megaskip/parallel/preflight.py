@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megaskip.arch.adapters import find_adapted_layers
+from megaskip.arch.experts import routed_experts
 from megaskip.checkpoint.resume import checkpoints
 from megaskip.checkpoint.weight_index import INDEX, SINGLE, read_weight_map
 from megaskip.config import RunConfig, resolve_layers
@@ -119,7 +120,9 @@ def checkpoint_bytes(config: RunConfig, source: ModelSource, output_dir: Path) -
     else:
         text = source.text_config
         layers = resolve_layers(config.router.layers, text.num_hidden_layers)
-        routers = RouterSet(config.router, layers, text.hidden_size, device=torch.device("meta"))
+        experts, meta = routed_experts(config.router, source.hf_config), torch.device("meta")
+        size = text.hidden_size
+        routers = RouterSet(config.router, layers, size, experts=experts, device=meta)
         saved = sum(parameter.numel() for parameter in routers.parameters())
         trained = sum(parameter.numel() for parameter in routers.trained_parameters().values())
         adapters = _adapter_numel(config, source)

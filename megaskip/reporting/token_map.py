@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-TARGETS = {"attn": "attention", "mlp": "MLP", "block": "whole block"}
+TARGETS = {
+    "attn": "attention",
+    "mlp": "MLP",
+    "block": "whole block",
+    "expert": "mixture of experts",
+}
 SHOWN_TOKENS = 400
 LABEL_LENGTH = 14
 

@@ -1,7 +1,7 @@
 """One routed layer's decision for one batch. Knows tensors, not models.
 
 Shapes: B rows, T tokens, U units of decision in a row (1 for a sequence, segments of a packed row,
-or T tokens).
+or T tokens, or T * K where each token decides about each of its K experts).
 """
 
 import dataclasses
@@ -80,13 +80,19 @@ class RoutingDecision:
     unit_mask: Tensor
     """bool [B, U], False for units that are padding."""
     unit_of_token: Tensor | None
-    """int64 [B, T], the unit each token belongs to; None where U is 1 or T."""
+    """int64 [B, T], the unit each token belongs to; None where U is 1, T or T * K."""
+    choices: int = 1
+    """Units of each token, side by side: K where its experts are decided about."""
+    expert: Tensor | None = None
+    """int64 [B, U], which expert each unit is about; None where none is, and in stages below."""
     _copy: "ClassVar[CopyToHost | LineOfCopy | None]" = None
     """Of what runs, under way to the host."""
 
     def per_token(self) -> Tensor:
         """Return keep as float32 [B, 1] or [B, T], ready to multiply [B, T, D] after
-        unsqueeze(-1)."""
+        unsqueeze(-1); of experts the share of a token's that run."""
+        if self.choices > 1:
+            return self.keep.view(len(self.keep), -1, self.choices).mean(-1)
         if self.unit_of_token is None:
             return self.keep
         return self.keep.gather(1, self.unit_of_token)
@@ -101,6 +107,11 @@ class RoutingDecision:
         """The tokens, of B * T, that run; not for one decision a row."""
         return SelectedRows.of(self._running_tokens(), None if self.is_per_row else self._copy)
 
+    @functools.cached_property
+    def pairs(self) -> SelectedRows:
+        """The units, of B * U, that run: where experts are decided about, tokens at experts."""
+        return SelectedRows.of((self.keep.detach() > 0).flatten())
+
     def send_to_host(self) -> None:
         """Begin to copy what runs to the host, for a sublayer that will ask for it later: it then
         does not wait for what the device is told to do in between."""
@@ -109,16 +120,21 @@ class RoutingDecision:
 
     def take_over(self, earlier: "RoutingDecision") -> None:
         """Know what runs from `earlier`, the decision that this one computes again."""
-        known = {k: v for k, v in earlier.__dict__.items() if k in ("rows", "tokens")}
+        known = {k: v for k, v in earlier.__dict__.items() if k in ("rows", "tokens", "pairs")}
         self.__dict__.update(known)
 
     def on(self, device: torch.device) -> "RoutingDecision":
         """Return the decision on the device of its layer: it may have been made elsewhere."""
         if self.keep.device == device:
             return self
-        names = ("logit", "keep", "unit_mask", "unit_of_token")
-        tensors = {name: value for name in names if (value := getattr(self, name)) is not None}
-        moved = dataclasses.replace(self, **{k: copy_to(v, device) for k, v in tensors.items()})
+        moved = dataclasses.replace(
+            self,
+            logit=copy_to(self.logit, device),
+            keep=copy_to(self.keep, device),
+            unit_mask=copy_to(self.unit_mask, device),
+            unit_of_token=_copy_if_any(self.unit_of_token, device),
+            expert=_copy_if_any(self.expert, device),
+        )
         if "_copy" in self.__dict__:
             moved.__dict__["_copy"] = self._copy
         return moved
@@ -141,7 +157,7 @@ class RoutingDecision:
         """Return the decision once the batch's rows are those of `index` int64, on the CPU; for one
         decision a row. What the host knows of it stays known."""
         there = copy_to(index, self.keep.device)
-        tensors = {"logit": self.logit, "keep": self.keep, "unit_mask": self.unit_mask}
+        tensors = {name: getattr(self, name) for name in ("logit", "keep", "unit_mask")}
         picked = {name: tensor.index_select(0, there) for name, tensor in tensors.items()}
         decision = dataclasses.replace(self, **picked)
         if "rows" in self.__dict__:
@@ -155,6 +171,10 @@ class RoutingDecision:
     def units(self) -> Tensor:
         """Return the number of real units, as a float32 scalar."""
         return self.unit_mask.sum(dtype=torch.float32)
+
+
+def _copy_if_any(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else copy_to(tensor, device)
 
 
 @dataclass(frozen=True, slots=True)

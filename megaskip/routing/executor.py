@@ -41,6 +41,18 @@ class Executor(Protocol):
         computed."""
         ...
 
+    def experts(
+        self,
+        run: Run,
+        hidden_states: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        decision: RoutingDecision,
+    ) -> Tensor:
+        """Return the weighted sums [N, D] of what a layer's experts make of `hidden_states` [N, D];
+        arguments as for `run_pairs`."""
+        ...
+
     def block(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Tensor | None:

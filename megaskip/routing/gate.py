@@ -47,13 +47,10 @@ class Gate:
         """Decide from the layer's normalised input [B, T, D], for the update sites that follow in
         it."""
         known = self._state.cached.get(self.layer) or self._state.ahead.get(self.layer)
-        self.decision = known.on(hidden_states.device) if known else self._decide(hidden_states)
-        earlier = self._state.decisions.get(self.layer)
-        if earlier is not None:  # of the pass that the backward pass computes again
-            self.decision.take_over(earlier)
-        self._state.record(self.layer, self.decision)
+        decision = known.on(hidden_states.device) if known else self._decide(hidden_states)
+        self._settle(decision)
         if "attn" not in self.skips and self._state.executor.reads_decisions:
-            self.decision.send_to_host()  # while the attention runs
+            decision.send_to_host()  # while the attention runs
         if "mlp" not in self.writes:
             self._note_input(hidden_states)
 
@@ -72,6 +69,16 @@ class Gate:
         if self._rows_are_selected:
             return run(hidden_states)
         return self._state.executor.mlp(run, hidden_states, self._decided(), is_tuple=is_tuple)
+
+    def run_experts(
+        self, run: Run, hidden_states: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Decide about each token at each of its experts, and run those that are kept; arguments
+        and result as of `run_pairs`."""
+        decision = self._decide_pairs(hidden_states, index)
+        self._settle(decision)
+        weights = self._weighted(weights)
+        return self._state.executor.experts(run, hidden_states, index, weights, decision)
 
     def apply(self, update: Tensor, site: str) -> Tensor:
         """Return the update [B, T, D], which is zero where units are skipped, with the compensation
@@ -149,6 +156,35 @@ class Gate:
             send_together([own, *others])
         self._state.ahead = {g.layer: d for g, d in zip(self.followers, others, strict=True)}
         return own
+
+    def _settle(self, decision: RoutingDecision) -> None:
+        """Take a decision for that of this pass."""
+        earlier = self._state.decisions.get(self.layer)
+        if earlier is not None:  # of the pass that the backward pass computes again
+            decision.take_over(earlier)
+        self.decision = decision
+        self._state.record(self.layer, decision)
+
+    def _decide_pairs(self, hidden_states: Tensor, index: Tensor) -> RoutingDecision:
+        """Return the decision about tokens [N, D] at their experts, `index` int64 [N, K]."""
+        pooling = self._state.pooling_for_flat(hidden_states)
+        units, expert = pooling.unit_mask, index.reshape(pooling.unit_mask.shape)
+        scores = self._router(hidden_states.float()).to(hidden_states.device)
+        logit = scores.gather(1, index).view(expert.shape)
+        keep = self._thresholds.keep(logit, self.layer)
+        return RoutingDecision(
+            logit=logit,
+            keep=self._state.overridden(self.layer, keep),
+            unit_mask=units.to(keep.device),
+            unit_of_token=None,
+            choices=pooling.choices,
+            expert=expert,
+        )
+
+    def _weighted(self, weights: Tensor) -> Tensor:
+        """Return how much each expert of a token counts [N, K], once that carries the decision
+        where executors do not."""
+        return weights
 
     def _decision(
         self, pooling: Pooling, features: Tensor, device: torch.device

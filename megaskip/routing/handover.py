@@ -33,5 +33,6 @@ def receive_keep(routers: Routers, keep: Tensor) -> None:
             keep=of_layer,
             unit_mask=pooling.unit_mask,
             unit_of_token=pooling.unit_of_token,
+            choices=pooling.choices,
         )
         routers.state.record(layer, decision)

@@ -21,6 +21,8 @@ class Pooling:
     """bool [B, T], False for padding."""
     unit_of_token: Tensor | None
     """int64 [B, T] for packed rows, else None."""
+    choices: int = 1
+    """Decisions about each token: more than one where its experts are decided about."""
 
     @classmethod
     def of(
@@ -30,18 +32,26 @@ class Pooling:
         pooled: Tensor | None = None,
         segment_ids: Tensor | None = None,
         segments: int | None = None,
+        *,
+        choices: int = 1,
     ) -> "Pooling":
         """Return the pooling for units "sequence" or "token"; arguments as in `sequences`, which
-        pools all real tokens without `pooled`."""
+        pools all real tokens without `pooled`, and in `tokens`."""
         if unit == "token":
-            return cls.tokens(token_mask)
+            return cls.tokens(token_mask, choices)
         return cls.sequences(pooled, token_mask, segment_ids, segments)
 
     @classmethod
-    def tokens(cls, token_mask: Tensor) -> "Pooling":
-        """Return the pooling in which each token decides for itself; `token_mask` is bool [B,
-        T]."""
-        return cls(weights=None, unit_mask=token_mask, token_mask=token_mask, unit_of_token=None)
+    def tokens(cls, token_mask: Tensor, choices: int = 1) -> "Pooling":
+        """Return the pooling in which each token decides for itself, `choices` times: once for each
+        of its experts, which then are its units, side by side. `token_mask` is bool [B, T]."""
+        return cls(
+            weights=None,
+            unit_mask=token_mask.repeat_interleave(choices, dim=1) if choices > 1 else token_mask,
+            token_mask=token_mask,
+            unit_of_token=None,
+            choices=choices,
+        )
 
     @classmethod
     def sequences(
@@ -78,7 +88,7 @@ class Pooling:
     @property
     def shape(self) -> tuple[int, int]:
         """Return (B, T) of the batch."""
-        rows, tokens = self.unit_mask.shape if self.weights is None else self.weights.shape[::2]
+        rows, tokens = self.token_mask.shape
         return rows, tokens
 
     def features(self, hidden_states: Tensor) -> Tensor:

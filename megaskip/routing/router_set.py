@@ -16,6 +16,7 @@ from megaskip.routing.budget import Measured, layer_hinge
 from megaskip.routing.compensation import describe_compensation, is_compensation
 from megaskip.routing.counts import Counts
 from megaskip.routing.executor import Executor
+from megaskip.routing.experts import Experts
 from megaskip.routing.routers import Routers
 from megaskip.routing.steering import Steering
 from megaskip.routing.thresholds import threshold_of
@@ -40,6 +41,7 @@ class RouterSet(Routers):
         layers: Sequence[int],
         hidden_size: int,
         *,
+        experts: Experts | None = None,
         device: torch.device | None = None,
     ) -> None:
         steering = Steering(config, layers)
@@ -48,6 +50,7 @@ class RouterSet(Routers):
             layers,
             hidden_size,
             executor=DenseExecutor(),
+            experts=experts,
             thresholds=steering,
             gate=TrainingGate,
             device=device,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megaskip.config.routing import RoutingConfig
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.executor import Executor
+from megaskip.routing.experts import Experts
 from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
 from megaskip.routing.router import Router, make_router
@@ -21,7 +22,8 @@ from megaskip.routing.thresholds import Thresholds
 
 
 class Routers(nn.Module):
-    """Routers keyed by absolute layer index and target: "12.attn.weight" float32 [1, D].
+    """Routers keyed by absolute layer index and target: "12.attn.weight" float32 [1, D], or
+    "12.expert.weight" [E, D] with one row for each of a layer's E experts.
 
     Before a forward pass `set_batch` tells which tokens are real; plain calls of a model do so by
     themselves.
@@ -34,19 +36,22 @@ class Routers(nn.Module):
         hidden_size: int,
         *,
         executor: Executor,
+        experts: Experts | None = None,
         thresholds: Thresholds | None = None,
         gate: type[Gate] = Gate,
         device: torch.device | None = None,
     ) -> None:
+        """`experts` are those of each layer, where they are what is skipped."""
         super().__init__()
         self.config = config
         self.layers = tuple(layers)
         self.hidden_size = hidden_size
         self.thresholds = thresholds or Thresholds(config, layers)
-        self.state = RoutingState(executor, config.unit)
+        self.experts = experts
+        self.state = RoutingState(executor, config.unit, self.choices)
         gates = {}
         for layer in self.layers:
-            router = make_router(config, hidden_size, device=device)
+            router = make_router(config, hidden_size, experts=experts, device=device)
             self.add_module(str(layer), nn.ModuleDict({config.target: router}))
             gates[layer] = gate(layer, config.target, router, self.thresholds, self.state)
         self.gates: Mapping[int, Gate] = gates
@@ -54,6 +59,12 @@ class Routers(nn.Module):
             first, *first.followers = gates.values()
             for follower in first.followers:
                 follower.follows = True
+
+    @property
+    def choices(self) -> int:
+        """Return how many decisions there are about a token, where tokens decide: one, or one for
+        each of its experts."""
+        return 1 if self.experts is None else self.experts.per_token
 
     @property
     def executor(self) -> Executor:
@@ -92,7 +103,8 @@ class Routers(nn.Module):
     ) -> Pooling:
         """Return what each decision about a batch looks at; arguments as in `set_batch`."""
         pooled = token_mask if prompt_mask is None or self.config.pool == "all" else prompt_mask
-        return Pooling.of(self.config.unit, token_mask, pooled, segment_ids, segments)
+        unit, choices = self.config.unit, self.choices
+        return Pooling.of(unit, token_mask, pooled, segment_ids, segments, choices=choices)
 
     def override(
         self, keep: Mapping[int, Tensor | float]

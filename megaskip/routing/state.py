@@ -19,17 +19,20 @@ from megaskip.routing.pooling import Pooling
 class RoutingState:
     """One forward pass of a model: its executor, pooling, overrides and decisions."""
 
-    def __init__(self, executor: Executor, unit: str) -> None:
-        self.__setstate__({"executor": executor, "unit": unit, "overrides": {}})
+    def __init__(self, executor: Executor, unit: str, choices: int = 1) -> None:
+        told = {"executor": executor, "unit": unit, "choices": choices, "overrides": {}}
+        self.__setstate__(told)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has made no forward pass: neither decisions with gradient nor locks can be copied.
-        return {"executor": self.executor, "unit": self.unit, "overrides": self.overrides}
+        return {name: getattr(self, name) for name in ("executor", "unit", "choices", "overrides")}
 
     def __setstate__(self, copied: dict[str, Any]) -> None:
         self.executor: Executor = copied["executor"]
         self.unit: str = copied["unit"]
         """What a decision covers: sequence or token."""
+        self.choices: int = copied["choices"]
+        """Decisions about each token: more than one where its experts are decided about."""
         self.overrides: Mapping[int, Tensor | float] = copied["overrides"]
         self.lock = threading.RLock()
         """Lets one thread at a time through the model, for decisions of a forward pass lie here."""
@@ -70,13 +73,20 @@ class RoutingState:
         pooling = self.pooling
         if pooling is None:
             everything = torch.ones(batch, tokens, dtype=torch.bool, device=hidden_states.device)
-            return Pooling.of(self.unit, everything)
+            return Pooling.of(self.unit, everything, choices=self.choices)
         if pooling.shape != (batch, tokens):
             raise ValueError(
                 f"set_batch() was given masks of {pooling.shape} (rows, tokens), but the layers "
                 f"see {(batch, tokens)}; call it with the masks of this very batch"
             )
         return pooling
+
+    def pooling_for_flat(self, hidden_states: Tensor) -> Pooling:
+        """Return `pooling_for` the tokens of hidden states [N, D] that are without their rows."""
+        rows = 1 if self.pooling is None else self.pooling.shape[0]
+        if len(hidden_states) % rows:
+            rows = 1
+        return self.pooling_for(hidden_states.view(rows, -1, hidden_states.shape[-1]))
 
     # -- what is decided
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.executor import Kwargs, Run
+from megaskip.routing.experts import run_pairs
 from megaskip.routing.kept_units import run_rows, run_units
 
 
@@ -31,6 +32,17 @@ class DenseExecutor:
         """Run the MLP on all tokens."""
         return run(hidden_states)
 
+    def experts(
+        self,
+        run: Run,
+        hidden_states: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        decision: RoutingDecision,
+    ) -> Tensor:
+        """Run the experts on all tokens that are given to them."""
+        return run(hidden_states, index, weights)  # type: ignore[no-any-return]
+
     def block(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Tensor | None:
@@ -39,7 +51,7 @@ class DenseExecutor:
 
 
 class SparseExecutor:
-    """Run what is kept: attention by row, MLPs by token.
+    """Run what is kept: attention by row, MLPs by token, experts by token and expert.
 
     A row's attention is left out when none of its units is kept. A row that keeps some tokens runs
     whole: skipped tokens' keys and values are still attended to (published semantics), which needs
@@ -60,6 +72,17 @@ class SparseExecutor:
     ) -> Any:
         """Run the MLP on the rows, or the tokens, that are kept."""
         return run_units(run, hidden_states, decision, is_tuple=is_tuple)
+
+    def experts(
+        self,
+        run: Run,
+        hidden_states: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        decision: RoutingDecision,
+    ) -> Tensor:
+        """Run the experts on the tokens at them that are kept."""
+        return run_pairs(run, hidden_states, index, weights, decision)
 
     def block(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int

@@ -48,5 +48,10 @@ class TrainingGate(Gate):
             self.observe(read, output - hidden_states)
         return output * keep + (hidden_states + self._compensation(read)) * (1 - keep)
 
+    def _weighted(self, weights: Tensor) -> Tensor:
+        if self._state.executor.leaves_zeros:
+            return weights
+        return weights * self._decided().keep.view_as(weights).to(weights.dtype)
+
     def _multiplier(self, like: Tensor) -> Tensor:
         return self._decided().per_token().unsqueeze(-1).to(like.dtype)

@@ -182,6 +182,30 @@ def test_every_rank_loads_its_own_slice_of_the_stored_weights(model: str) -> Non
                 assert torch.equal(weight, stored[name].to(dtype)), name
 
 
+def test_experts_are_skipped_alike_under_zero3_in_stages_and_in_one_process(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    stages = ["--ds_config", "ds_configs/pipeline.json", "--pipeline_stages", "2"]
+    ways = {"zero3": ZERO3, "replicas": [], "stages": [*stages, "--pipeline_partition", "3"]}
+    routed = ["--granularity", "expert_token", "--router", "affine", "--capacity", "0.3"]
+    kinds = [[], ["--train_execution", "sparse", "--activation_checkpointing"]]
+    cases = [
+        {"flags": [*routed, *kind, *way], "parts": list(range(4)), "packed": bool(kind)}
+        for way in ways.values()
+        for kind in kinds
+    ]
+    results = run_worker("gradients", 2, model=str(tmp_path), cases=cases)
+    alone = run_worker("gradients", 1, model=str(tmp_path), cases=cases[2:4])[0]
+    for rank, mine in enumerate(results):
+        for number, truth in enumerate(alone):
+            zero3, replicas, staged = mine[number::2]
+            for name, gradient in zero3["gradients"].items():
+                assert torch.equal(gradient, replicas["gradients"][name]), (rank, number, name)
+                assert float(gradient.abs().max()) > 0, name
+            same_numbers(zero3, truth, f"zero3, rank {rank}, case {number}")
+            same_numbers(staged, truth, f"stages, rank {rank}, case {number}")
+    assert 0 < alone[0]["capacity_per_layer"][0] < 1
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_bfloat16_weights_leave_rope_its_float32_frequencies(family: str, tmp_path: Path) -> None:
     """Of mixtral transformers loads the weights, of llama every rank its own."""

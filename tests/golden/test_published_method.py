@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megaskip import RouterConfig, attach_routers
-from megaskip.config import GRANULARITIES
+from megaskip.config import SUBLAYER_GRANULARITIES
 
 HERE = Path(__file__).parent
 LAYERS = (1, 2)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_logits_masks_losses_and_router_gradients_are_the_published_ones(
     family: str, granularity: str

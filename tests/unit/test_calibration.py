@@ -20,7 +20,7 @@ from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import RunConfig
-from megaskip.config.routing import GRANULARITIES
+from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine
@@ -71,7 +71,7 @@ def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, capacit
     assert again.capacity == pytest.approx(point.held_out, abs=1e-3)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 @pytest.mark.parametrize("scale", [0.0, 1e3])
 def test_capacities_are_reached_with_equal_and_with_saturated_scores(
     engine: Engine, granularity: str, scale: float

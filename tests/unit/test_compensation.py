@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megaskip import RouterConfig, RouterSet, attach_routers, load_routers, save_routers
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.sites import find_sites
-from megaskip.config import GRANULARITIES
+from megaskip.config import SUBLAYER_GRANULARITIES
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.routing import SparseExecutor
 from megaskip.routing.compensation import BiasCompensation
@@ -39,7 +39,7 @@ def attached(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_a_fresh_map_changes_nothing_skipped_or_not(
     family: str, granularity: str, kind: str
@@ -110,7 +110,7 @@ def test_a_skipped_sublayer_is_its_map_where_the_update_meets_the_residual(
         assert torch.allclose(got, plain(ids).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 def test_all_executors_agree(granularity: str) -> None:
     model, routers = attached(granularity)
     ids, mask = padded_ids()
@@ -127,7 +127,7 @@ def test_all_executors_agree(granularity: str) -> None:
     assert torch.allclose(shipped[real], dense[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 def test_generation_with_a_cache_is_that_of_a_pass_over_the_whole_text(granularity: str) -> None:
     """Batched and alone; a token that decides for itself decides alike in decode."""
     model, routers = attached(granularity)
@@ -165,7 +165,7 @@ def count_calls(routers: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 def test_units_that_run_pay_nothing_and_skipped_ones_once(
     granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +182,7 @@ def test_units_that_run_pay_nothing_and_skipped_ones_once(
     assert sum(calls) == skipped > 0
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 def test_gradients_reach_maps_and_routers_and_nothing_else(granularity: str) -> None:
     """Also with activation checkpointing, which runs the sublayers again."""
     found = []

@@ -12,7 +12,7 @@ from megaskip import RouterConfig, RouterSet, attach_routers, detach_routers
 from megaskip.arch import probe_layer
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
-from megaskip.config import GRANULARITIES
+from megaskip.config import SUBLAYER_GRANULARITIES
 from megaskip.errors import ConfigError, UnsupportedModelError
 from megaskip.routing import SparseExecutor
 
@@ -31,7 +31,7 @@ def randomise(routers: RouterSet, scale: float = 0.3) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fresh_router_is_bit_exact_base_and_adds_only_its_own_keys(
     family: str, granularity: str
@@ -180,7 +180,7 @@ def test_loss_from_hidden_states_is_the_models_own(family: str) -> None:
     verify_task_loss(TaskLoss(tiny_model(family), chunk_tokens=3))
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mixtral"])
 def test_sparse_execution_computes_less_and_gives_the_same(family: str, granularity: str) -> None:
     model = tiny_model(family)
@@ -214,7 +214,7 @@ def test_detaching_restores_classes_hooks_and_keys() -> None:
     model = tiny_model("gemma2")
     types = [type(module) for module in model.modules()]
     keys = list(model.state_dict())
-    for granularity in GRANULARITIES:
+    for granularity in SUBLAYER_GRANULARITIES:
         attach_routers(model, RouterConfig(granularity=granularity))
         with pytest.raises(ConfigError, match="has routers already"):
             attach_routers(model)

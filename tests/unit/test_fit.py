@@ -16,7 +16,7 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.drop_order import greedy_drop_order
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.fit_progress import FitProgress
-from megaskip.config import GRANULARITIES, RunConfig
+from megaskip.config import SUBLAYER_GRANULARITIES, RunConfig
 from megaskip.data import Batch
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.engine import Engine
@@ -79,7 +79,7 @@ def unexplained(engine: Engine, text: list[Batch]) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("kind", ["bias", "low_rank"])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_maps_explain_as_much_as_is_said(
     make_engine: Any, family: str, granularity: str, kind: str

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from megaskip import load_routers
 from megaskip.checkpoint import read_router_config
 from megaskip.cli import import_routers
-from megaskip.config import GRANULARITIES
+from megaskip.config import SUBLAYER_GRANULARITIES
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.published import ImportReport, import_published
 
@@ -363,7 +363,7 @@ def test_imported_routers_decide_as_computed_by_hand(tmp_path: Path, threshold: 
         assert torch.equal(routers.keep()[layer].bool(), score >= threshold)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 def test_imported_routers_keep_what_the_published_code_kept(
     tmp_path: Path, granularity: str
 ) -> None:

@@ -12,11 +12,11 @@ from routed_models import VOCABULARY, as_exported, padded_ids, trained, whole_id
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from megaskip.config import GRANULARITIES
+from megaskip.config import SUBLAYER_GRANULARITIES
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.routed import MegaskipModel
 
-KINDS = [(granularity, "keep") for granularity in GRANULARITIES]
+KINDS = [(granularity, "keep") for granularity in SUBLAYER_GRANULARITIES]
 KINDS += [("attn_token", "drop"), ("block_token", "drop")]
 NEW = 6
 
@@ -67,7 +67,7 @@ def test_batched_generation_equals_single_generation(
         assert torch.equal(together[row, -NEW:], alone[0, -NEW:]), row
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "mixtral"])
 def test_exported_model_computes_what_the_trained_one_does(family: str, granularity: str) -> None:
     model, routers = trained(family, granularity)

@@ -17,7 +17,7 @@ from megaskip.calibration.cost_regression import CostRegression
 from megaskip.calibration.router_fit import fit_routers, split_off
 from megaskip.calibration.threshold import calibrate_threshold
 from megaskip.calibration.unit_costs import deal_groups, measure_costs, points_on_the_way
-from megaskip.config import GRANULARITIES, RunConfig
+from megaskip.config import SUBLAYER_GRANULARITIES, RunConfig
 from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
@@ -37,7 +37,7 @@ def make_engine() -> Iterator[Any]:
         yield make
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 def test_gradients_along_the_way_add_up_to_what_skipping_costs(
     make_engine: Any, granularity: str
 ) -> None:

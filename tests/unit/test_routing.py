@@ -6,7 +6,7 @@ from families import tiny_model
 from torch import Tensor
 
 from megaskip import RouterConfig, RouterSet, attach_routers
-from megaskip.config import GRANULARITIES
+from megaskip.config import SUBLAYER_GRANULARITIES
 from megaskip.routing import Pooling, straight_through
 
 T = 12
@@ -55,7 +55,7 @@ def test_small_negative_logits_skip_under_a_bfloat16_backbone() -> None:
     assert routers.keep()[3].tolist() == [[0.0]]
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
 @pytest.mark.parametrize("left", [False, True])
 def test_padding_and_batch_composition_change_no_decision(granularity: str, left: bool) -> None:
     model = tiny_model()

@@ -55,7 +55,7 @@ from megaskip.bench.timing import Limits, Pairs, Sample, Stopwatch, of_base, tim
 from megaskip.bench.variants import DENSE, Bench, Variant, variants, wired
 from megaskip.cli.run import run_cli
 from megaskip.config import resolve_layers
-from megaskip.config.routing import GRANULARITIES, KV_CHOICES
+from megaskip.config.routing import KV_CHOICES, SUBLAYER_GRANULARITIES
 from megaskip.reporting.summary import versions
 
 COLUMNS = {
@@ -117,7 +117,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--layers_used", type=int, help="cut the model to so many layers, for large shapes [all]")
     add("--layers", default="half", help="routed layers: half, a count, or a list such as 8-14,16")
     what = "what is skipped, one or more [attn_sequence]"
-    add("--granularity", nargs="+", default=["attn_sequence"], choices=GRANULARITIES, help=what)
+    add(
+        "--granularity",
+        nargs="+",
+        default=["attn_sequence"],
+        choices=SUBLAYER_GRANULARITIES,
+        help=what,
+    )
     seen = "token units: are skipped tokens seen, one or both [keep]"
     add("--kv", nargs="+", default=["keep"], choices=KV_CHOICES, help=seen)
     add("--batch", type=int, nargs="+", default=[1, 4], help="rows of a batch [1 4]")

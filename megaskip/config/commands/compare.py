@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megaskip.config.checks import at_least
 from megaskip.config.options import Checked, option
-from megaskip.config.routing import GRANULARITIES
+from megaskip.config.routing import SUBLAYER_GRANULARITIES
 
 BASELINES = ("static", "random", "uniform")
 BY_COST = ("by_cost", "by_cost_fitted")
@@ -68,7 +68,9 @@ class CompareOptions(Checked):
     """What is compared."""
     ours: str = option("ours", choices=(*TRAINED, *BY_COST, *DROPS), metavar="NAME")
     """The method that the others are set against."""
-    granularity: str = option("attn_sequence", choices=GRANULARITIES, metavar="GRANULARITY")
+    granularity: str = option(
+        "attn_sequence", choices=SUBLAYER_GRANULARITIES, metavar="GRANULARITY"
+    )
     """As --granularity of `megaskip train`, for all methods."""
     layers: str = option("half", metavar="SPEC")
     """As --layers of `megaskip train`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from megaskip.config.checks import at_least, within
 from megaskip.config.commands.fit import TextAndModel
 from megaskip.config.options import Checked, option
-from megaskip.config.routing import COMPENSATIONS, GRANULARITIES
+from megaskip.config.routing import COMPENSATIONS, SUBLAYER_GRANULARITIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +16,7 @@ class FitRoutersOptions(Checked):
 
     base: TextAndModel
     granularity: str = field(
-        default="mlp_token", metadata={"choices": GRANULARITIES, "metavar": "GRANULARITY"}
+        default="mlp_token", metadata={"choices": SUBLAYER_GRANULARITIES, "metavar": "GRANULARITY"}
     )
     """What one decision covers, as in training. Costs differ most between single tokens."""
     layers: str = option("all", metavar="SPEC")

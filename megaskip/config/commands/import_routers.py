@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.config.options import Checked, option
-from megaskip.config.routing import GRANULARITIES
+from megaskip.config.routing import SUBLAYER_GRANULARITIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,5 +17,5 @@ class ImportOptions(Checked):
     """Router folder to write."""
     config: Path | None = option(None, metavar="config.json")
     """The base model's config.json [the one beside the weights]."""
-    granularity: str | None = option(None, choices=GRANULARITIES, metavar="GRANULARITY")
+    granularity: str | None = option(None, choices=SUBLAYER_GRANULARITIES, metavar="GRANULARITY")
     """What they skip, when config.json lacks it: attn, mlp or block, _sequence or _token."""
