@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megaskip import data
 from megaskip.arch import attach_routers, find_decoder
+from megaskip.arch.packing import attention_of, choose_packed_attention
 from megaskip.arch.padding import needs_mask
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.bench.attempts import OUT_OF_MEMORY, Attempts
@@ -106,18 +107,26 @@ def _measure_depth(part: Part, shape: Shape, setup: Setup, share: float) -> Snap
     engine = make_engine(part.method, shape, setup.device, setup.dtype)
     cases = {case.name: case for case in part.cases}
     batches = {name: make_batch(case, shape.vocabulary) for name, case in cases.items()}
+    attentions = attention_by_case(engine.module.model, part.cases)
     observed: dict[str, Row] = {}
+
+    def prepare(name: str) -> None:
+        if attention_of(engine.module.model) != attentions[name]:
+            engine.module.model.set_attn_implementation(attentions[name])
 
     def step(name: str) -> None:
         engine.train_step([batches[name]], _RATE)
 
     def observe(name: str) -> None:
+        prepare(name)
         for _ in range(_WARMUP):
             step(name)
         memory = memory_by_kind(engine, lambda: step(name), setup.device)
-        observed[name] = {"memory": memory, **count_calls(lambda: step(name), setup.device)}
+        calls = count_calls(lambda: step(name), setup.device)
+        observed[name] = {"attention": attentions[name], "memory": memory, **calls}
 
     def run(name: str) -> Sample:
+        prepare(name)
         return (setup.watch.seconds(lambda: step(name)),)
 
     base, *others = cases
@@ -130,6 +139,17 @@ def _measure_depth(part: Part, shape: Shape, setup: Setup, share: float) -> Snap
             for name, case in cases.items()
             for row in _rows(part, shape, case, own[name], observed, setup, attempts.failed)
         ]
+
+
+def attention_by_case(model: Any, cases: Sequence[Case]) -> dict[str, str]:
+    """Return by case the attention that `megaskip train` would run it with: packed rows have one
+    of their own (see choose_packed_attention)."""
+    own = packed = attention_of(model)
+    if any(case.segments > 1 for case in cases):
+        choose_packed_attention(model)
+        packed = attention_of(model)
+        model.set_attn_implementation(own)
+    return {case.name: packed if case.segments > 1 else own for case in cases}
 
 
 def memory_by_kind(engine: StepEngine, step: Any, device: torch.device) -> dict[str, int]:

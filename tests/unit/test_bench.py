@@ -13,6 +13,7 @@ import torch
 from tensor_calls import OperationTape
 from torch.utils.flop_counter import FlopCounterMode
 
+from megaskip.arch import packing
 from megaskip.bench import runner, sanity, worker
 from megaskip.bench.costs import (
     METHODS,
@@ -109,6 +110,18 @@ def test_training_flops_are_those_that_torch_counts(method: str) -> None:
     if method == "lora":
         trained = sum(p.numel() for p in engine.parameters.values())
         assert trained == MICRO.layers * lora_parameters(MICRO)
+
+
+def test_packed_rows_run_with_the_attention_that_training_chooses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here the family's own, eager; on a GPU flash or flex attention."""
+    monkeypatch.setattr(packing, "_faster", lambda model: ["eager"])
+    part = Part(
+        name="t", kind="train", shape="micro", method="routers", cases=(CASE, PACKED), seconds=1
+    )
+    rows = list(measure_training(part, setup()))[-1]
+    assert [row["attention"] for row in rows] == ["sdpa", "eager"]
 
 
 @pytest.mark.parametrize("granularity", ["", "attn_sequence", "mlp_sequence", "block_sequence"])
