@@ -50,6 +50,8 @@ class RouterConfig(RoutingConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from RoutingConfig._problems(self)
+        if self.granularity == "expert_token":
+            yield from self._problems_of_experts()
         yield from within("capacity", self.capacity, 0.0, 1.0)
         if self.capacity_low is not None:
             yield from within("capacity_low", self.capacity_low, 0.0, 1.0)
@@ -63,3 +65,15 @@ class RouterConfig(RoutingConfig):
         yield from at_least("compensation_rank", self.compensation_rank, 1)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)
         yield from at_least("penalty_weight", self.penalty_weight, 0.0)
+
+    def _problems_of_experts(self) -> Iterator[str]:
+        if self.router_input == "first":
+            yield (
+                "--router_input first does not go with --granularity expert_token: which experts a "
+                "token is given to is known in its own layer only; leave it out"
+            )
+        if self.compensation != "none":
+            yield (
+                f"--compensation {self.compensation} does not go with --granularity expert_token: "
+                "the other experts of a token stand in for one that is skipped; leave it out"
+            )

@@ -147,8 +147,6 @@ class RoutingConfig:
         return self.target == "expert"
 
     def _problems(self) -> Iterator[str]:
-        if self.granularity == "expert_token":
-            yield from self._problems_of_experts()
         for item in dataclasses.fields(self):
             if choices := item.metadata.get("choices"):
                 yield from one_of(item.name, getattr(self, item.name), choices)
@@ -158,18 +156,6 @@ class RoutingConfig:
                     yield f"--threshold {score:g} must lie inside (0, 1): scores are sigmoids"
             if not isinstance(threshold, float) and not threshold:
                 yield "--threshold has no number; it needs one, or one for each routed layer"
-
-    def _problems_of_experts(self) -> Iterator[str]:
-        if self.router_input == "first":
-            yield (
-                "--router_input first does not go with --granularity expert_token: which experts a "
-                "token is given to is known in its own layer only; leave it out"
-            )
-        if self.compensation != "none":
-            yield (
-                f"--compensation {self.compensation} does not go with --granularity expert_token: "
-                "the other experts of a token stand in for one that is skipped; leave it out"
-            )
 
 
 def _as_threshold(value: Threshold | list[float]) -> Threshold:
