@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.equal_scores import give_directions
+from megaskip.calibration.expert_load import ExpertLoad
 from megaskip.calibration.threshold import TOLERANCE, calibrate_threshold
 from megaskip.checkpoint.adapters import adapter_config
 from megaskip.checkpoint.routers import fill_routers, read_router_config
@@ -62,6 +63,9 @@ class CalibrationResult:
     capacity they were given a direction."""
     weights: Mapping[str, Tensor] | None = None
     """All routers' then, as a state dict."""
+    loads: Mapping[float, ExpertLoad] = field(default_factory=dict)
+    """By capacity, the load of experts on the held-out text; empty where none are skipped, or it
+    was not measured."""
     dense_loss: float = math.nan
     """Held out, nats a supervised token, of the model with everything running; not a number where
     it was not measured."""

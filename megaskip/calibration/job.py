@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from megaskip.calibration.capacities import (
     with_points,
 )
 from megaskip.calibration.equal_scores import decide_as_before
+from megaskip.calibration.expert_load import ExpertLoad, measure_load, write_loads
 from megaskip.checkpoint.atomic import new_folder
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import (
@@ -28,10 +29,12 @@ from megaskip.checkpoint.routers import (
 from megaskip.config import OptimConfig, ParallelConfig, RouterConfig, RunConfig
 from megaskip.config.commands.calibrate import CalibrateOptions
 from megaskip.config.paths import require_new, why_unwritable
+from megaskip.data import Batch
 from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import attempt_on_first_rank, on_first_rank
+from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.parallel.topology import Topology, process_group, read_topology
@@ -54,6 +57,7 @@ def calibrate(options: CalibrateOptions) -> None:
         if topology.is_first and result.points:
             title = f"calibrated: {job.output} (held-out loss, dense: {result.dense_loss:.4f})"
             rows = [_row(point, allocated=options.allocate > 0) for point in result.points]
+            rows += [(f"load at {c:g}", load.describe()) for c, load in result.loads.items()]
             print("\n".join(table(rows, title=title)))
         job.write(result)
     result.require_all()
@@ -121,7 +125,8 @@ class CalibrationJob:
                 progress=bar.update,
             )
             dense_loss = engine.evaluate(held_out, routed=False).loss
-        return dataclasses.replace(result, dense_loss=dense_loss)
+            loads = measure_loads(engine, held_out, result.points)
+        return dataclasses.replace(result, dense_loss=dense_loss, loads=loads)
 
     def write(self, result: CalibrationResult) -> None:
         """Put the thresholds that were found into the settings of the output folder. Collective."""
@@ -131,6 +136,8 @@ class CalibrationJob:
                 stored = decide_as_before(stored, self._layers, result.equal_logits)
             settings, folder = with_points(stored, result.points), self._routers.folder
             on_first_rank(self._topology, lambda: _write(folder, self.output, settings, weights))
+            if result.loads:
+                on_first_rank(self._topology, lambda: write_loads(self.output, result.loads))
 
 
 def _output(options: CalibrateOptions, routers: TrainedRouters) -> Path:
@@ -165,6 +172,21 @@ def _write(
     update_router_config(output, config)  # first: it decides alike with the old weights
     if weights is not None:
         update_router_weights(output, weights)
+
+
+def measure_loads(
+    engine: Engine, held_out: Sequence[Batch | None], points: Sequence[CalibratedCapacity]
+) -> dict[float, ExpertLoad]:
+    """Return the load of experts at each of `points`, by capacity; nothing where no experts are
+    skipped. Collective."""
+    if engine.routers.experts is None:
+        return {}
+    loads = {}
+    for point in points:
+        settings = dataclasses.replace(engine.routers.config, threshold=point.threshold)
+        engine.routers.configure(settings)
+        loads[point.capacity] = measure_load(engine, held_out)
+    return loads
 
 
 def _row(point: CalibratedCapacity, *, allocated: bool) -> tuple[str, str]:

@@ -1,6 +1,9 @@
 """Experts are skipped token by token: the others stay as they were, and what is skipped is not
 computed."""
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +15,26 @@ from megaskip import RouterConfig, attach_routers, detach_routers
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.expert_probe import probe_experts
 from megaskip.arch.experts import find_experts
+from megaskip.arch.task_loss import TaskLoss
+from megaskip.calibration.capacities import CalibratedCapacity
 from megaskip.calibration.equal_scores import give_directions
+from megaskip.calibration.expert_load import measure_load, write_loads
+from megaskip.calibration.job import measure_loads
 from megaskip.config import RunConfig
+from megaskip.data import Batch
 from megaskip.errors import ConfigError, UnsupportedModelError
 from megaskip.measures.costs import CostModel
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import read_topology
 from megaskip.routing import SparseExecutor
 from megaskip.routing.executor import Run
+from megaskip.study.expert_drops import (
+    drop_experts,
+    order_by_load,
+    order_by_loss,
+    random_drop,
+    static_drop,
+)
 
 ROUTED = [name for name in (*FAMILIES, *MORE_MIXTURES) if name in MIXTURES]
 EXPERTS = RouterConfig(granularity="expert_token")
@@ -296,3 +311,68 @@ def test_a_skipped_pair_costs_the_flops_of_one_expert_less() -> None:
     an_expert = 2 * 3 * 32 * 16
     assert full.flops - cheaper.flops == pytest.approx(an_expert)
     assert cheaper.kv_ratio == 1
+
+
+# -- beside routers that learn
+
+
+@pytest.fixture
+def engine() -> Engine:
+    model = tiny_model("mixtral")
+    config = RouterConfig(granularity="expert_token", router="affine", layers="1-4")
+    routers = attach_routers(model, config, register=False)
+    return Engine(TaskLoss(model, chunk_tokens=64), routers, RunConfig(), read_topology({}))
+
+
+def batch(seed: int) -> Batch:
+    ids, mask = padded_ids(seed=seed)
+    real = mask.bool()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    labels = ids.masked_fill(~real, -100)
+    return Batch(
+        input_ids=ids, labels=labels, token_mask=real, prompt_mask=real, position_ids=positions
+    )
+
+
+def test_the_load_of_experts_is_counted_over_real_tokens_and_drawn(
+    engine: Engine, tmp_path: Path
+) -> None:
+    load = measure_load(engine, [batch(0), None])
+    tokens = int(batch(0).token_mask.sum())
+    assert load.assigned.sum(1).tolist() == [2.0 * tokens] * 4
+    assert torch.equal(load.ran, load.assigned)
+    drop_experts(engine.routers, {(1, 0), (3, 2)})
+    after = measure_load(engine, [batch(0)])
+    assert torch.equal(after.assigned[0], load.assigned[0])  # layers above read other states
+    lost = after.assigned - after.ran
+    assert lost.nonzero().tolist() == [[0, 0], [2, 2]]
+    assert "2 of 16 experts run none" in after.describe()
+    numbers = {"kept": 0.5, "held_out": 0.5, "held_out_error": 0.0, "loss": 1.0}
+    point = CalibratedCapacity(capacity=0.5, threshold=0.5, described="0.5", **numbers)
+    loads = measure_loads(engine, [batch(0)], [point])
+    assert torch.equal(loads[0.5].ran, after.ran)
+    write_loads(tmp_path, loads)
+    stored = json.loads((tmp_path / "expert_load.json").read_text())
+    assert stored["0.5"]["ran"]["3"][2] == 0.0 < stored["0.5"]["assigned"]["3"][2]
+    assert (tmp_path / "expert_load_0.5.png").stat().st_size > 5000
+
+
+def test_experts_are_dropped_in_the_order_of_what_their_pairs_are_worth(engine: Engine) -> None:
+    text, calls = [batch(1)], []
+    order = order_by_loss(engine, text, progress=lambda: calls.append(1))
+    assert len(calls) == len(order) == len(set(order)) == 16
+    dense = engine.evaluate(text, routed=False).loss
+    half = static_drop(engine, text, order, 0.5)
+    assert half.share == 0.5 and math.isfinite(half.loss)
+    assert engine.evaluate(text, routed=True).loss == pytest.approx(dense)
+    assert static_drop(engine, text, order, 0.0).loss == pytest.approx(dense)
+    least = order_by_load(measure_load(engine, text))
+    counts = measure_load(engine, text).assigned
+    assert counts[least[0][0] - 1, least[0][1]] == counts.min()
+
+
+def test_pairs_dropped_by_chance_are_as_many_as_asked(engine: Engine) -> None:
+    text = [batch(seed) for seed in range(4)]
+    dropped = random_drop(engine, text, 0.25, 0)
+    assert dropped.share == pytest.approx(0.25, abs=0.05)
+    assert dropped == random_drop(engine, text, 0.25, 0) != random_drop(engine, text, 0.25, 1)
