@@ -4,6 +4,7 @@ An update must be multiplied where it meets the residual: in families with a nor
 sublayer (gemma2, gemma3, olmo2, glm4) a gate in front of that norm would be undone by it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,16 +45,18 @@ SUBLAYERS = {"attn": ("self_attn",), "mlp": ("mlp", "block_sparse_moe", "feed_fo
 the modules (mixtral)."""
 
 
-def find_sites(layer: nn.Module, model_type: str) -> Sites:
+def find_sites(
+    layer: nn.Module, model_type: str, names: Mapping[str, Sequence[str]] = SUBLAYERS
+) -> Sites:
     """Return the sites of a decoder layer; raises UnsupportedModelError when it has no such
-    children."""
+    children, which have one of `names` by attn or mlp."""
     children = dict(layer.named_children())
-    attention = next((name for name in SUBLAYERS["attn"] if name in children), None)
-    mlp = next((name for name in SUBLAYERS["mlp"] if name in children), None)
+    attention = next((name for name in names["attn"] if name in children), None)
+    mlp = next((name for name in names["mlp"] if name in children), None)
     if attention is None or mlp is None:
         raise UnsupportedModelError(
             f"{model_type}: {type(layer).__name__} has the children {', '.join(children)}; "
-            f"expected {SUBLAYERS['attn'][0]} and one of {', '.join(SUBLAYERS['mlp'])}. Name "
+            f"expected {names['attn'][0]} and one of {', '.join(names['mlp'])}. Name "
             "another layer with --layers if this one is special"
         )
     exception = EXCEPTIONS.get(model_type)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 from megaskip.arch.decoder import DecoderParts, find_decoder
@@ -55,14 +55,14 @@ class DroppedModel(AdaptedModel):
         raise RuntimeError(_NO_ROUTERS)
 
 
-class DroppedForCausalLM(DroppedModel):
+class DroppedForCausalLM(DroppedModel, PreTrainedModel):
     """A causal language model without some sublayers; from_pretrained makes the class of the
     family."""
 
     _skip_mapping, _skip_auto_class = MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"
 
 
-class DroppedDecoder(DroppedModel):
+class DroppedDecoder(DroppedModel, PreTrainedModel):
     """A decoder without head and some sublayers; from_pretrained makes the class of the family."""
 
     _skip_mapping, _skip_auto_class = MODEL_MAPPING, "AutoModel"
@@ -162,7 +162,7 @@ def drop_sublayers(
     them, so it takes the place of such a norm, too.
     """
     depth, maps = len(parts.layers), dict(compensation or {})
-    _require_known(dropped, maps, depth)
+    require_known(dropped, maps, depth)
     for target in DROPPABLE:
         for index in dropped.get(target, ()):
             layer = parts.layers[index]
@@ -191,7 +191,7 @@ def _map_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _require_known(
+def require_known(
     dropped: Mapping[str, Sequence[int]], maps: Mapping[str, Any], depth: int
 ) -> None:
     """Raise ValueError where a config names sublayers, layers or maps that there are not."""

@@ -79,10 +79,23 @@ class AdaptedModel:
         return made._from_config(config, **kwargs)
 
     @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Raise ValueError: vLLM asks this before it runs a class by code of its own, in which all
+        requests share one row."""
+        raise ValueError(_NEEDS_PLUGIN)
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Note under which auto class the folder names this one."""
         name = cls._skip_auto_class if auto_class is None else auto_class
         cls._auto_class = name if isinstance(name, str) else name.__name__
+
+
+_NEEDS_PLUGIN = (
+    "vLLM needs megaskip's plugin for this folder: pip install megaskip[vllm] where vLLM runs. If "
+    "VLLM_PLUGINS is set, name megaskip there. Without it vLLM would run transformers' code, in "
+    "which its requests would be mixed"
+)
 
 
 @functools.cache

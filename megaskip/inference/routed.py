@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
@@ -92,13 +92,13 @@ class RoutedModel(StaticGeneration, AdaptedModel):
         raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
 
 
-class MegaskipForCausalLM(RoutedModel):
+class MegaskipForCausalLM(RoutedModel, PreTrainedModel):
     """A routed causal language model; from_pretrained makes the class of the family."""
 
     _skip_mapping, _skip_auto_class = MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"
 
 
-class MegaskipModel(RoutedModel):
+class MegaskipModel(RoutedModel, PreTrainedModel):
     """A routed decoder without head; from_pretrained makes the class of the family."""
 
     _skip_mapping, _skip_auto_class = MODEL_MAPPING, "AutoModel"

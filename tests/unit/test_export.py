@@ -193,8 +193,9 @@ def test_code_is_short_and_has_nothing_of_training() -> None:
     # 180 lines that an exported folder needs as much as an attached model. Rows that are selected
     # for all layers at once are another 95, and --router_input first (decisions of all layers, read
     # by the host in one copy) 60. Experts that are skipped token by token are 180: where layers
-    # have them, what their gate decides, and running what is kept.
-    assert len(code.splitlines()) < 2130
+    # have them, what their gate decides, and running what is kept; what vLLM is told that lacks the
+    # plugin is 13.
+    assert len(code.splitlines()) < 2145
     assert len(bundled_code("dropped").splitlines()) < 600
     training = "Budget|Counts|Steering|DenseExecutor|straight_through|noise|carried_keep|observe"
     assert not re.findall(training, code)

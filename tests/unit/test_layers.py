@@ -31,6 +31,7 @@ LEVEL = {
     "inspection": 5,
     "reporting": 5,
     "runs": 5,
+    "serving": 5,
     "evaluation": 5,
     "study": 5,
     "training": 5,
@@ -39,7 +40,7 @@ LEVEL = {
     "integrations": 6,
 }
 THIRD_PARTY = {"transformers": 3, "datasets": 3, "deepspeed": 4, "torch.distributed": 4, "torch": 2}
-OWNERS = {"deepspeed": {"parallel"}, "lm_eval": {"evaluation", "cli"}}
+OWNERS = {"deepspeed": {"parallel"}, "lm_eval": {"evaluation", "cli"}, "vllm": {"serving"}}
 
 
 def imports_of(file: Path) -> list[str]:
