@@ -1,8 +1,8 @@
 """A base with dropped layers as DeciLM ("nemotron-nas"), the one format of servers for such models.
 
 Written to the sources of vLLM (model_executor/models/nemotron_nas.py and
-transformers_utils/{config,model_arch_config_convertor}.py of 2026, transformers 5), read and not
-run. What they ask for:
+transformers_utils/{config,model_arch_config_convertor}.py of 2026, transformers 5), and run there
+(tests/serving). What they ask for:
 
 - `block_configs` of a config class that the folder brings along (`auto_map.AutoConfig`, so serve
   with --trust-remote-code): vLLM has none of its own for this model type, and reads the blocks'
@@ -51,6 +51,7 @@ def decilm_config(
     return {
         **hf_config.to_dict(),  # Llama's defaults are not those of every family
         **base,
+        **_rope_of_older_readers(hf_config),
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{stem}.DeciLMConfig"},
@@ -72,6 +73,14 @@ def ffn_mult(intermediate_size: int, hidden_size: int) -> float | None:
 def intermediate_size_of(mult: float, hidden_size: int) -> int:
     """Return the MLP's size that servers make of a multiplier."""
     return -(-int(2 * mult * hidden_size / 3) // _MULTIPLE) * _MULTIPLE
+
+
+def _rope_of_older_readers(hf_config: Any) -> dict[str, Any]:
+    """Return the rotary embedding in the fields of before transformers 5: SGLang and llama.cpp's
+    converter take 10000 where they find no rope_theta (sources of 2025 and 2026)."""
+    rope = dict(hf_config.rope_parameters)
+    fields: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    return fields if rope.get("rope_type") == "default" else {**fields, "rope_scaling": rope}
 
 
 def _blocks(hf_config: Any, dropped: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:

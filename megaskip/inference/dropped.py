@@ -55,14 +55,14 @@ class DroppedModel(AdaptedModel):
         raise RuntimeError(_NO_ROUTERS)
 
 
-class DroppedForCausalLM(DroppedModel, PreTrainedModel):
+class DroppedForCausalLM(DroppedModel, PreTrainedModel):  # type: ignore[misc]
     """A causal language model without some sublayers; from_pretrained makes the class of the
     family."""
 
     _skip_mapping, _skip_auto_class = MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"
 
 
-class DroppedDecoder(DroppedModel, PreTrainedModel):
+class DroppedDecoder(DroppedModel, PreTrainedModel):  # type: ignore[misc]
     """A decoder without head and some sublayers; from_pretrained makes the class of the family."""
 
     _skip_mapping, _skip_auto_class = MODEL_MAPPING, "AutoModel"

@@ -92,13 +92,13 @@ class RoutedModel(StaticGeneration, AdaptedModel):
         raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
 
 
-class MegaskipForCausalLM(RoutedModel, PreTrainedModel):
+class MegaskipForCausalLM(RoutedModel, PreTrainedModel):  # type: ignore[misc]
     """A routed causal language model; from_pretrained makes the class of the family."""
 
     _skip_mapping, _skip_auto_class = MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"
 
 
-class MegaskipModel(RoutedModel, PreTrainedModel):
+class MegaskipModel(RoutedModel, PreTrainedModel):  # type: ignore[misc]
     """A routed decoder without head; from_pretrained makes the class of the family."""
 
     _skip_mapping, _skip_auto_class = MODEL_MAPPING, "AutoModel"

@@ -91,7 +91,9 @@ SAME_COMMAND = {
 }
 
 EXIST = (
-    r"bash (launch/quickstart|tests/run|tests/lowest)\.sh",
+    r"bash (launch/quickstart|tests/run|tests/lowest|tests/serving/run)\.sh",
+    # It needs vLLM, whose environment tests/serving/run.sh makes.
+    r"python tools/bench/serving\.py",
     r"\. launch/setup\.sh( dev)?",
     r"python tests/(two_nodes|faults/faults)\.py",
     # They start ranks of their own, one after another, which takes a minute.
@@ -107,6 +109,10 @@ SHELL = (
     r"cd \w+",
     r"git clone url megaskip",
     r"pre-commit install",
+    # What vLLM does is tested by tests/serving, on these very lines.
+    r"pip install megaskip\[vllm\]",
+    r"vllm serve .*",
+    r"curl -s .*",
     r"\. \.venv/bin/activate",
 )
 NEW = {"--output", "--output_dir", "--picture"}

@@ -333,6 +333,32 @@ def test_decilm_refuses_what_it_cannot_express(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=["plain", "llama3"],
+)
+def test_decilm_says_the_rotary_embedding_to_old_readers_and_new(
+    scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    rope = {"rope_theta": 5000.0, **scaling}
+    folder, base = static(tmp_path, form="decilm", rope_parameters=rope, **WIDE)
+    stored = read_json(folder / "config.json")
+    assert stored["rope_theta"] == 5000.0
+    assert stored.get("rope_scaling", {"rope_type": "default"})["rope_type"] == rope["rope_type"]
+    loaded = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert loaded.rope_parameters == base.config.rope_parameters == rope
+
+
 def test_multiplier_stands_for_the_sizes_of_published_models() -> None:
     sizes = {(4096, 14336), (4096, 11008), (8192, 28672), (5120, 13824), (2048, 5632), (576, 1536)}
     for hidden, size in sizes:

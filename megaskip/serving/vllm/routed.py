@@ -120,7 +120,7 @@ class RoutedSublayer:
     """Whether what it reads is what the layer's compensation reads."""
     _skip_compensates: bool
     """Whether the compensation is added behind it."""
-    _skip_partner: dict[str, Tensor]
+    _skip_noted: dict[str, Tensor]
     """Of the layer: what its compensation reads, until it is added."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -128,13 +128,13 @@ class RoutedSublayer:
         run: Any = super().forward  # type: ignore[misc]
         batch = self._skip_routing.batch()
         if batch is None:
-            return run(*args, **kwargs)  # type: ignore[no-any-return]
+            return run(*args, **kwargs)
         read = read_argument(self._skip_reads, args, kwargs)
         layer = self._skip_layer
         if self._skip_decides:
             self._skip_routing.decide(batch, layer, read)
         if self._skip_notes:
-            self._skip_partner["read"] = read
+            self._skip_noted["read"] = read
         rows = batch.running(layer)
         if not self._skip_skips or len(rows) == len(batch.requests):
             output = run(*args, **kwargs)
@@ -151,9 +151,9 @@ class RoutedSublayer:
     def _skip_compensated(self, output: Tensor, batch: Batch, rows: tuple[int, ...]) -> Tensor:
         """Return the output with the compensation added for requests that skip."""
         compensation = self._skip_routing.routers.router(self._skip_layer).compensation
-        read = self._skip_partner.pop("read", None)
+        read = self._skip_noted.pop("read")
         skipped = batch.others(rows)
-        if compensation is None or read is None or not skipped:
+        if compensation is None or not skipped:
             return output
         index = batch.token_index(skipped, read.device)
         return output.index_add(0, index, compensation(read.index_select(0, index)))
@@ -181,36 +181,33 @@ def route_layers(model: Any, routing: RequestRouting, config: Any, vllm_config: 
 def _route_layer(
     layer: nn.Module, sites: Sites, index: int, routing: RequestRouting, names: tuple[str, ...]
 ) -> None:
-    target, partner = routing.routers.config.target, {}
-    # That of a whole layer is added to what its attention adds.
+    target = routing.routers.config.target
     of_mlp = target == "mlp"
-    written = sites.mlp_update if of_mlp else sites.attention_update
-    plan = {
-        sites.attention: {
-            "decides": True,
-            "skips": target != "mlp",
-            "notes": not of_mlp,
-            "names": names,
-        },
-        sites.mlp: {"skips": target != "attn", "notes": of_mlp},
-    }
-    plan.setdefault(written, {})["compensates"] = True
-    defaults = {
-        "layer": index,
-        "routing": routing,
-        "partner": partner,
-        "names": (),
-        **dict.fromkeys(("decides", "skips", "notes", "compensates"), False),
-    }
-    for name, own in plan.items():
-        module = getattr(layer, name)
-        values = {**defaults, "reads": hidden_states_of(module.forward), **own}
-        module.__class__ = _routed_class(type(module))
+    # The compensation of a whole layer is added to what its attention adds.
+    has_map = routing.routers.router(index).compensation is not None
+    written = (sites.mlp_update if of_mlp else sites.attention_update) if has_map else ""
+    noted: dict[str, Tensor] = {}
+    for name in dict.fromkeys((sites.attention, sites.mlp, written or sites.mlp)):
+        module: Any = getattr(layer, name)
+        is_attention, is_mlp = name == sites.attention, name == sites.mlp
+        values = {
+            "layer": index,
+            "routing": routing,
+            "reads": hidden_states_of(module.forward),
+            "names": names if is_attention else (),
+            "decides": is_attention,
+            "skips": (is_attention and not of_mlp) or (is_mlp and target != "attn"),
+            "notes": has_map and (is_mlp if of_mlp else is_attention),
+            "compensates": name == written,
+            "noted": noted,
+        }
+        base: Any = type(module)
+        module.__class__ = _routed_class(base)
         module.__dict__.update({f"_skip_{key}": value for key, value in values.items()})
 
 
 @functools.cache
-def _routed_class(base: type) -> type:
+def _routed_class(base: Any) -> Any:
     return type(f"Routed{base.__name__}", (RoutedSublayer, base), {"__module__": base.__module__})
 
 
