@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaskip.arch import attach_routers, find_decoder
 from megaskip.arch.adapters import add_adapters
@@ -17,7 +16,7 @@ from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
-from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.parallel.live_bytes import LiveBytes, fake_tensors
 from megaskip.parallel.loading.quantised import planned
 from megaskip.parallel.loading.skeleton import build_uninitialised, quantised_skeleton
 from megaskip.parallel.loading.source import ModelSource
@@ -61,7 +60,7 @@ def estimate(
     ds_content: dict[str, Any] | None,
 ) -> Estimate:
     """Return what each rank of `world_size` will need. Touches no weights and no process group."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         model = build_uninitialised(source, source.dtype)
         model.train(config.model.train == "full")
         parameters = [(p.numel(), p.element_size()) for p in model.parameters()]

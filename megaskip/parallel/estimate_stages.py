@@ -3,7 +3,6 @@ flight."""
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaskip.arch import attach_routers
 from megaskip.arch.adapters import add_adapters
@@ -11,7 +10,7 @@ from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.stage import DecoderStage, LayerRange
 from megaskip.config import RunConfig
 from megaskip.parallel.estimate import MOMENTS, WEIGHT_AND_GRADIENT, Estimate
-from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.parallel.live_bytes import LiveBytes, fake_tensors
 from megaskip.parallel.loading.quantised import planned
 from megaskip.parallel.loading.skeleton import build_uninitialised, quantised_skeleton, skeleton
 from megaskip.parallel.loading.source import ModelSource
@@ -33,7 +32,7 @@ def estimate_stages(
     for number, layers in enumerate(cuts):
         # 1F1B: these micro-batches have gone forward here and wait for their backward pass.
         in_flight = min(len(cuts) - number, config.optim.gradient_accumulation_steps)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with fake_tensors():
             model = build_uninitialised(source, source.dtype)
             chunk = config.parallel.loss_chunk_tokens
             stage = DecoderStage(model, layers, chunk_tokens=chunk).eval()

@@ -20,11 +20,12 @@ from megaskip.calibration.capacities import CalibratedCapacity
 from megaskip.calibration.equal_scores import give_directions
 from megaskip.calibration.expert_load import measure_load, write_loads
 from megaskip.calibration.job import measure_loads
-from megaskip.config import RunConfig
+from megaskip.config import RunConfig, parse_run_config
 from megaskip.data import Batch
 from megaskip.errors import ConfigError, UnsupportedModelError
 from megaskip.measures.costs import CostModel
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.topology import read_topology
 from megaskip.routing import SparseExecutor
 from megaskip.routing.executor import Run
@@ -35,6 +36,7 @@ from megaskip.study.expert_drops import (
     random_drop,
     static_drop,
 )
+from megaskip.training.dry_run import dry_run_lines
 
 ROUTED = [name for name in (*FAMILIES, *MORE_MIXTURES) if name in MIXTURES]
 EXPERTS = RouterConfig(granularity="expert_token")
@@ -311,6 +313,20 @@ def test_a_skipped_pair_costs_the_flops_of_one_expert_less() -> None:
     an_expert = 2 * 3 * 32 * 16
     assert full.flops - cheaper.flops == pytest.approx(an_expert)
     assert cheaper.kv_ratio == 1
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_plan_of_a_mixture_in_float32_counts_a_router_for_each_expert(
+    stages: int, tmp_path: Path
+) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    flags = ["--model", str(tmp_path), "--data", "demo", "--max_steps", "3", "--seq_length", "16"]
+    staged = ["--ds_config", "ds_configs/pipeline.json", "--pipeline_stages", "2"]
+    flags += [*(staged if stages == 2 else []), "--granularity", "expert_token"]
+    config = parse_run_config(flags)
+    text = " ".join(dry_run_lines(config, resolve_source(config.model), stages))
+    assert "expert_token of layers 2-4" in text
+    assert ".expert.weight [4, 32]" in text
 
 
 # -- beside routers that learn

@@ -62,11 +62,11 @@ def measure(
 ) -> dict[str, Any]:
     """Return the loss of the dense model, and by share those of each way."""
     engine, seeds = job.engine, range(len(runs))
-    text, held_out = job.loader.calibration(options.rows), job.loader.held_out()
+    text = job.loader.calibration(options.rows)
+    held_out = [batch for batch in job.loader.held_out() if batch is not None]
     fresh = engine.routers.config
     losses = {f"{share:.1%}": Losses() for share in shares}
-    experts = engine.routers.experts.count * len(engine.routers.layers)
-    with tqdm(total=experts, desc="experts", disable=None) as bar:
+    with tqdm(desc="experts", unit="pass", disable=None) as bar:
         by_loss = order_by_loss(engine, text, progress=bar.update)
     orders = {
         "static, by loss": by_loss,
