@@ -112,6 +112,7 @@ SHELL = (
     # What vLLM does is tested by tests/serving, on these very lines.
     r"pip install megaskip\[vllm\]",
     r"vllm serve .*",
+    r"python -m vllm\.entrypoints\.openai\.api_server .*",
     r"curl -s .*",
     r"\. \.venv/bin/activate",
 )
