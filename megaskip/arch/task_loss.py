@@ -39,6 +39,7 @@ class TaskLoss(nn.Module):
         *,
         entering: Tensor | None = None,
         predicting: Tensor | None = None,
+        targets: Tensor | None = None,
         lengths: Mapping[str, Any] | None = None,
         teacher: Tensor | None = None,
         share: float = 0.0,
@@ -48,7 +49,8 @@ class TaskLoss(nn.Module):
         """Return the float32 sum over supervised tokens; `labels` [B, T] are not shifted, IGNORED
         has no loss. Rows are padded on the right; `attention_mask` [B, T] marks the real tokens.
         `predicting` int64 [N] are the places in [B * T] whose states predict a label; without it
-        they are looked for, which waits for the device. `entering` [B, T, D] are the hidden states
+        they are looked for, which waits for the device; `targets` int64 [N] are those labels, where
+        they are not all in `labels`. `entering` [B, T, D] are the hidden states
         in front of the lowest layer that runs, where that is not the first one. `lengths` are
         those of packed rows (Batch.lengths).
 
@@ -61,6 +63,10 @@ class TaskLoss(nn.Module):
         )
         if states_only:
             return predicting_states(hidden_states, labels, predicting)
+        if targets is not None and predicting is not None:
+            states = predicting_states(hidden_states, labels, predicting)
+            loss: Tensor = self.head(states, targets, teacher, share, each=each)
+            return loss
         return self.head.of_batch(
             hidden_states, labels, teacher, share, predicting=predicting, each=each
         )

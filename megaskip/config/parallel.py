@@ -19,6 +19,10 @@ class ParallelConfig(Checked):
     stages x replicas, and the stages of a replica are neighbouring ranks."""
     pipeline_partition: str | None = option(None, metavar="LAYER,...")
     """First layer of every stage but the first, e.g. 12,18,25 [what balances the stages' work]."""
+    sequence_parallel_size: int = 1
+    """Ranks that share the tokens of each row, for a long --seq_length (Ulysses): each computes its
+    share of every row, and of the attention its share of the heads. It divides heads and ranks, and
+    neighbouring ranks share rows."""
     train_execution: str = option("dense", choices=("dense", "sparse"))
     """"dense": every unit runs and the decision multiplies it (the published objective; skipped
     units keep their gradient). "sparse": skipped units are really not computed."""
@@ -55,6 +59,7 @@ class ParallelConfig(Checked):
                 "share out all layers, those in front of the routed ones too; use replicas or "
                 "ZeRO-3"
             )
+        yield from self._sequence_problems()
         yield from at_least("loss_chunk_tokens", self.loss_chunk_tokens, 1)
         if self.compile and self.pipeline_stages > 1:
             yield (
@@ -77,6 +82,22 @@ class ParallelConfig(Checked):
             return None
         return tuple(int(part) for part in self.pipeline_partition.split(","))
 
+    def _sequence_problems(self) -> Iterator[str]:
+        size = self.sequence_parallel_size
+        yield from at_least("sequence_parallel_size", size, 1)
+        if size <= 1:
+            return
+        flag = f"--sequence_parallel_size {size} does not go with"
+        if self.pipeline_stages > 1:
+            yield (
+                f"{flag} --pipeline_stages {self.pipeline_stages}: a stage takes whole rows; take "
+                "ZeRO-3 (--ds_config ds_configs/zero3.json)"
+            )
+        if self.cache_prefix is not None:
+            yield f"{flag} --cache_prefix, which keeps the states of whole rows; leave one out"
+        if self.compile:
+            yield f"{flag} --compile: ranks exchange tokens inside of a layer; leave one out"
+
     def _partition_problems(self) -> Iterator[str]:
         if self.pipeline_partition is None:
             return
@@ -93,3 +114,25 @@ class ParallelConfig(Checked):
                 f"stages but the first: with --pipeline_stages {self.pipeline_stages}, "
                 f"{self.pipeline_stages - 1} rising numbers above 0"
             )
+
+
+def sequence_problems(
+    parallel: ParallelConfig, *, train: str, packing: bool, by_layer_and_token: bool
+) -> Iterator[str]:
+    """Yield what other sections of a run say that does not go with --sequence_parallel_size."""
+    size = parallel.sequence_parallel_size
+    if size <= 1:
+        return
+    flag = f"--sequence_parallel_size {size} does not go with"
+    if train == "full":
+        yield f"{flag} --train full: ranks share the tokens of rows for a frozen backbone only"
+    if packing:
+        yield (
+            f"{flag} --packing: the mask that keeps the samples of a row apart is made of the "
+            "tokens of one rank; leave --packing out, long rows need none"
+        )
+    if by_layer_and_token:
+        yield (
+            f"{flag} --budget layer and decisions per token: its hinge is in the share of all "
+            "tokens of a row, of which a rank sees some; take --budget global"
+        )

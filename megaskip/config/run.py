@@ -8,7 +8,7 @@ from megaskip.config.adapter import AdapterConfig, adapter_problems
 from megaskip.config.checks import at_least, finite, within
 from megaskip.config.log import LogConfig
 from megaskip.config.options import Checked, option
-from megaskip.config.parallel import ParallelConfig
+from megaskip.config.parallel import ParallelConfig, sequence_problems
 from megaskip.config.router import RouterConfig
 
 DEMO = "demo"
@@ -214,6 +214,12 @@ class RunConfig(Checked):
         yield from self._nf4_problems()
         yield from self._full_problems()
         yield from self._parallel_problems()
+        yield from sequence_problems(
+            self.parallel,
+            train=self.model.train,
+            packing=self.data.packing,
+            by_layer_and_token=self.router.budget == "layer" and self.router.unit == "token",
+        )
 
     def _learning_problems(self) -> Iterator[str]:
         nothing_learns = self.router.budget == "static" and self.router.compensation == "none"

@@ -16,7 +16,10 @@ from megaskip.routing.copies import copy_to
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchCounts:
-    """How much a batch holds, as numbers of the host: reading them off a GPU would wait for it."""
+    """How much a batch holds, as numbers of the host: reading them off a GPU would wait for it.
+
+    Of ranks that share the tokens of rows, the first one counts rows and samples.
+    """
 
     rows: int
     """With a real token in them."""
@@ -55,8 +58,14 @@ class Batch:
     """int64: which sample of the row a token is from, padding -1; None when no row is packed."""
     row_numbers: tuple[int, ...] | None = None
     """Of each row in the loader's data; () of what stands for no row, None where it is unknown."""
+    row_tokens: torch.Tensor | None = None
+    """int64 [rows]: real tokens of the whole rows; None where this batch holds whole rows."""
+    row_prompts: torch.Tensor | None = None
+    """int64 [rows]: tokens of `prompt_mask` in the whole rows; None where it holds whole rows."""
     predicting: torch.Tensor = field(init=False)
     """int64 [supervised]: the tokens, numbered through all rows, that predict a label."""
+    targets: torch.Tensor = field(init=False)
+    """int64 [supervised]: the labels that they predict."""
     bounds: torch.Tensor | None = field(init=False)
     """int32 [n + 1]: where samples and padding of packed rows begin, numbered through all rows, and
     the number of tokens; None when no row is packed."""
@@ -64,7 +73,9 @@ class Batch:
 
     def __post_init__(self) -> None:
         supervised = torch.nn.functional.pad(self.labels[:, 1:] != IGNORED, (0, 1))
-        object.__setattr__(self, "predicting", supervised.flatten().nonzero().squeeze(1))
+        predicting = supervised.flatten().nonzero().squeeze(1)
+        object.__setattr__(self, "predicting", predicting)
+        object.__setattr__(self, "targets", self.labels.flatten()[predicting + 1])
         object.__setattr__(self, "bounds", None if self.segment_ids is None else self._bounds())
         object.__setattr__(self, "counts", self._count())
 
@@ -110,6 +121,39 @@ class Batch:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+    def share_of_tokens(self, rank: int, size: int) -> "Batch":
+        """Return the share of number `rank` of `size` ranks that hold the tokens of these rows
+        together, each as many neighbouring columns; itself for one.
+
+        A token at the end of a share predicts the first label of the next one. Shares add up to the
+        whole rows, which are not packed, in what they supervise and count.
+        """
+        if size == 1:
+            return self
+        assert self.segment_ids is None, "packed rows are not shared"
+        tokens = self.input_ids.shape[1]
+        assert tokens % size == 0, f"{tokens} tokens for {size} ranks"
+        width = tokens // size
+        columns = slice(rank * width, (rank + 1) * width)
+        names = ("input_ids", "labels", "token_mask", "prompt_mask", "position_ids")
+        share = Batch(
+            **{name: getattr(self, name)[:, columns].contiguous() for name in names},
+            row_numbers=self.row_numbers,
+            row_tokens=self.token_mask.sum(dim=1),
+            row_prompts=(self.prompt_mask & self.token_mask).sum(dim=1),
+        )
+        row, column = self.predicting // tokens, self.predicting % tokens
+        here = column // width == rank
+        predicting = (row * width + column % width)[here]
+        counted = self.counts if rank == 0 else dataclasses.replace(self.counts, rows=0, samples=0)
+        counts = dataclasses.replace(
+            counted, tokens=share.counts.tokens, supervised=len(predicting), longest=width
+        )
+        derived = {"predicting": predicting, "targets": self.targets[here], "counts": counts}
+        for name, value in derived.items():
+            object.__setattr__(share, name, value)
+        return share
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on another device; a GPU is not waited for."""
@@ -161,3 +205,20 @@ def collate(
         segment_ids=torch.from_numpy(segment_ids) if packed else None,
         row_numbers=None if row_numbers is None else tuple(row_numbers),
     )
+
+
+def placeholder_batch(device: torch.device, *, rank: int = 0, size: int = 1) -> Batch:
+    """Return a batch of one row without any label, or the share of its tokens that rank `rank` of
+    `size` has: what a rank runs that has no batch left, so that it takes part in the collectives of
+    a forward pass."""
+    ids = torch.zeros(1, 8 * size, dtype=torch.int64)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    batch = Batch(
+        input_ids=ids,
+        labels=torch.full_like(ids, IGNORED),
+        token_mask=real,
+        prompt_mask=real,
+        position_ids=torch.arange(8 * size).unsqueeze(0),
+        row_numbers=(),
+    )
+    return batch.share_of_tokens(rank, size).to(device)

@@ -17,6 +17,8 @@ from megaskip.data.store import StoredRows
 from megaskip.data.streaming import StreamingRows
 from megaskip.errors import DataError
 
+_PADDED_TO = 8
+"""Tokens of which a rank's share of a row holds a multiple."""
 _FORWARD_ONLY = 4
 """Times the micro-batch size that a forward pass alone takes: it keeps no activations."""
 
@@ -25,7 +27,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataLoader:
-    """This rank's share of the global batches.
+    """This rank's share of the global batches: of their rows, and of the tokens of a row where
+    ranks share those.
 
     Rows of stored data have numbers: first those to train on, then the held-out ones.
     """
@@ -38,6 +41,10 @@ class DataLoader:
     seed: int
     pad_token_id: int
     prompt_tokens: int
+    sequence_rank: int = 0
+    """Which share of the tokens of each row is this rank's."""
+    sequence_size: int = 1
+    """Ranks that share the tokens of each row."""
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of step `first`, `first` + 1, ... without end."""
@@ -82,13 +89,8 @@ class DataLoader:
         return self._spread(GlobalBatchOrder(self.num_train, count, self.seed).indices(0))
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Return rows side by side."""
-        return collate(
-            [self._row(number) for number in numbers],
-            pad_token_id=self.pad_token_id,
-            prompt_tokens=self.prompt_tokens,
-            row_numbers=numbers,
-        )
+        """Return rows side by side; this rank's share of their tokens."""
+        return self._collate([self._row(number) for number in numbers], numbers)
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the tokens of each row, by its number."""
@@ -139,8 +141,15 @@ class DataLoader:
             micro_batch_size=self.micro_batch_size,
         )
 
-    def _collate(self, rows: Sequence[AnyRow]) -> Batch:
-        return collate(rows, pad_token_id=self.pad_token_id, prompt_tokens=self.prompt_tokens)
+    def _collate(self, rows: Sequence[AnyRow], numbers: Sequence[int] | None = None) -> Batch:
+        batch = collate(
+            rows,
+            pad_token_id=self.pad_token_id,
+            prompt_tokens=self.prompt_tokens,
+            pad_to_multiple=_PADDED_TO * self.sequence_size,
+            row_numbers=numbers,
+        )
+        return batch.share_of_tokens(self.sequence_rank, self.sequence_size)
 
     def _collated(self, rows: Sequence[AnyRow] | None) -> Batch | None:
         return None if rows is None else self._collate(rows)

@@ -15,6 +15,7 @@ from megaskip.arch.stage import DecoderStage
 from megaskip.arch.stage_proof import tiny_config, verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
+from megaskip.errors import UnsupportedModelError
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_every_rank
 from megaskip.parallel.ds_config import require_dtype, zero3_config
@@ -27,6 +28,7 @@ from megaskip.parallel.loading.stage_cuts import cuts_for_training
 from megaskip.parallel.loading.stage_weights import load_stage
 from megaskip.parallel.loading.weight_check import with_checked_weights
 from megaskip.parallel.loading.whole import load_whole
+from megaskip.parallel.sequence import SequenceGroup, require_sequence_parallel
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet, SparseExecutor
 
@@ -65,6 +67,7 @@ def build_engine(
     source = with_checked_weights(source, topology)
     if ds_content is not None:
         require_dtype(ds_content, str(source.dtype).removeprefix("torch."))
+    require_sequence_parallel(source, topology.sequence_size)
     if topology.num_stages > 1:
         return _pipeline(config, topology, source)
     if ds_content is None:
@@ -76,6 +79,7 @@ def build_engine(
     _prepare_packing(loss.model, config)
     verify_task_loss(loss)
     loss.needs_mask, loss.takes_lengths = _needs_mask(loss.model), takes_lengths(loss.model)
+    group = _share_tokens(loss, config, topology)
     if handle is not None:
         from megaskip.parallel.zero3 import forget_order
 
@@ -87,7 +91,7 @@ def build_engine(
         checkpoint_activations(loss.model, routers.lowest_learning_layer)
     if config.parallel.compile:
         logger.info("%s", compile_layers(loss.model, routers))
-    return Engine(loss, routers, config, topology, handle)
+    return Engine(loss, routers, config, topology, handle, group)
 
 
 def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Engine:
@@ -130,6 +134,25 @@ def _prepare_packing(model: nn.Module, config: RunConfig) -> None:
         choose_packed_attention(model)
 
 
+def _share_tokens(loss: TaskLoss, config: RunConfig, topology: Topology) -> SequenceGroup | None:
+    """Let ranks share the tokens of rows where --sequence_parallel_size asks for it, and prove it.
+    Collective."""
+    if topology.sequence_size == 1:
+        return None
+    # Only such runs pay for the import of DeepSpeed, which has the exchange.
+    from megaskip.parallel.ulysses import share_attention
+
+    if loss.needs_mask:
+        raise UnsupportedModelError(
+            f"{loss.model.config.model_type}: padding changes real tokens of this family, so it is "  # type: ignore[union-attr]
+            "masked, and ranks that share the tokens of a row have no mask; leave "
+            "--sequence_parallel_size out"
+        )
+    group = SequenceGroup(topology, timeout=config.parallel.dist_timeout)
+    share_attention(loss, group)
+    return group
+
+
 def _needs_mask(model: nn.Module) -> bool:
     """Return whether padding is masked, and say so where it is. Under ZeRO-3 collective."""
     needed = needs_mask(find_decoder(model).decoder)
@@ -145,7 +168,8 @@ def _log_mask(needed: bool) -> None:
 def _choose_executor(routers: RouterSet, config: RunConfig) -> None:
     """Leave out what is skipped where it is asked for, or where it has nothing to teach."""
     if config.leaves_out_skipped:
-        routers.executor = SparseExecutor()
+        shared = config.parallel.sequence_parallel_size > 1
+        routers.executor = SparseExecutor(rows_are_shared=shared)
 
 
 def shard_backbone(

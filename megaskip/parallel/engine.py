@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megaskip.config import RunConfig
 from megaskip.data import Batch
-from megaskip.labels import IGNORED
+from megaskip.data.collate import placeholder_batch
 from megaskip.parallel.cached_prefix import CachedPrefix
 from megaskip.parallel.optimizer import (
     clear_gradients,
@@ -22,6 +22,7 @@ from megaskip.parallel.optimizer import (
     reduce_gradients,
     set_learning_rate,
 )
+from megaskip.parallel.position_losses import PositionLosses
 from megaskip.parallel.results import (
     EvalResult,
     EvalSums,
@@ -30,6 +31,7 @@ from megaskip.parallel.results import (
     StepResult,
     StepSums,
 )
+from megaskip.parallel.sequence import SequenceGroup
 from megaskip.parallel.shared_moments import SharedMoments
 from megaskip.parallel.topology import Topology
 from megaskip.routing import Counts, Measured, Pooling, RouterSet, RoutingDecision
@@ -38,7 +40,8 @@ from megaskip.routing import Counts, Measured, Pooling, RouterSet, RoutingDecisi
 class Engine:
     """Trains the routers of the model in `module`, and evaluates. Every method is collective.
 
-    `zero3` is the handle of ZeRO-3's hooks, where the model is sharded.
+    `zero3` is the handle of ZeRO-3's hooks, where the model is sharded; `group` the ranks that
+    share rows, each with its share of their tokens in its batches.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class Engine:
         config: RunConfig,
         topology: Topology,
         zero3: Any = None,
+        group: SequenceGroup | None = None,
     ) -> None:
         self.module = module
         self.routers = routers
         self._topology = topology
         self._zero3 = zero3
+        self._group = group
         self.prefix: CachedPrefix | None = None
         """What gives the states in front of the first routed layer, where they are not computed."""
         self._max_grad_norm = config.optim.max_grad_norm
@@ -105,6 +110,7 @@ class Engine:
         *,
         routed: bool,
         adapted: bool = True,
+        by_position: PositionLosses | None = None,
         check: Callable[[], object] = lambda: None,
     ) -> EvalResult:
         """Return held-out loss and capacity over this and all other ranks' `batches`.
@@ -112,13 +118,14 @@ class Engine:
         Every rank passes as many batches; one that has run out passes None, and takes part in the
         collectives with a batch that counts for nothing. Decisions are those of the asked capacity;
         `routed=False` keeps everything: the dense model; `adapted=False` leaves adapters out, too.
+        `by_position` takes in the loss of each token, where there are no pipeline stages.
         `check` as in `forwards`.
         """
         sums = EvalSums.zeros(self._num_routed, device=self._topology.device)
         everything_runs = contextlib.nullcontext() if routed else self.routers.disabled()
         as_asked = contextlib.nullcontext() if adapted else self._without_adapters()
         with everything_runs, as_asked, self.routers.steering.budget.settled():
-            for batch, loss in self.forwards(batches, check):
+            for batch, loss in self._losses_of(batches, by_position, check):
                 if batch is not None:
                     sums += self._eval_sums(batch, loss)
         return sums.over_ranks().on_host().result()
@@ -219,20 +226,42 @@ class Engine:
         """Return what this rank adds to the sums for the forward pass of `batch`, whose summed loss
         is `loss`."""
         shares = self.routers.shares()
+        # Ranks that share rows know the shares of all of them.
+        counted = loss.new_full((), self._topology.sequence_rank == 0, dtype=torch.float64)
         return EvalSums(
             loss=loss,
             supervised=loss.new_full((), batch.counts.supervised, dtype=torch.float64),
-            rows=loss.new_full((), len(shares), dtype=torch.float64),
-            shares=shares.sum(),
-            squared_shares=shares.square().sum(),
+            rows=counted * len(shares),
+            shares=counted * shares.sum(),
+            squared_shares=counted * shares.square().sum(),
             counts=self._counts(),
         )
+
+    def _losses_of(
+        self,
+        batches: Sequence[Batch | None],
+        by_position: PositionLosses | None,
+        check: Callable[[], object],
+    ) -> Iterator[tuple[Batch | None, Tensor]]:
+        """Yield what `forwards` does, having told `by_position` of each token."""
+        if by_position is None:
+            yield from self.forwards(batches, check)
+            return
+        for batch in batches:
+            check()
+            ran, losses = self.token_losses(batch)
+            if batch is not None:
+                by_position.add(ran, losses)
+            yield batch, losses.double().sum()
 
     # -- micro-batches
 
     def _on_device(self, batch: Batch | None) -> Batch:
-        device = self._topology.device
-        return placeholder_batch(device) if batch is None else batch.to(device)
+        topology = self._topology
+        if batch is not None:
+            return batch.to(topology.device)
+        share = {"rank": topology.sequence_rank, "size": topology.sequence_size}
+        return placeholder_batch(topology.device, **share)
 
     def _micro_step(
         self, batch: Batch, whole: GlobalBatch, micro_batches: int, teacher: Tensor | None
@@ -274,11 +303,13 @@ class Engine:
 
     def _pooling(self, batch: Batch) -> Pooling:
         masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
-        return self.routers.pooling(*masks, batch.counts.segments)
+        pooling = self.routers.pooling(*masks, batch.counts.segments)
+        if self._group is None:
+            return pooling
+        return self._group.shared(pooling, batch, pool=self.routers.config.pool)
 
     def _forward(self, batch: Batch, **how: Any) -> Tensor:
-        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
-        self.routers.set_batch(*masks, batch.counts.segments)
+        self.routers.state.begin(self._pooling(batch), described=True)
         if self.prefix is not None:
             how["entering"] = self.prefix.entering(batch)
         loss: Tensor = self.module(
@@ -287,6 +318,7 @@ class Engine:
             batch.position_ids,
             batch.labels,
             predicting=batch.predicting,
+            targets=batch.targets,
             lengths=batch.lengths,
             **how,
         )
@@ -340,19 +372,3 @@ class Engine:
 
 def _gradient(gate: Tensor) -> Tensor:
     return torch.zeros_like(gate) if gate.grad is None else gate.grad
-
-
-def placeholder_batch(device: torch.device) -> Batch:
-    """Return a batch of one row without any label: what a rank runs that has no batch left, so that
-    it takes part in the collectives of a forward pass."""
-    ids = torch.zeros(1, 8, dtype=torch.int64)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    batch = Batch(
-        input_ids=ids,
-        labels=torch.full_like(ids, IGNORED),
-        token_mask=real,
-        prompt_mask=real,
-        position_ids=torch.arange(8).unsqueeze(0),
-        row_numbers=(),
-    )
-    return batch.to(device)

@@ -16,6 +16,7 @@ from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
+from megaskip.parallel.estimate_sequence import plan_attention
 from megaskip.parallel.live_bytes import LiveBytes, fake_tensors
 from megaskip.parallel.loading.quantised import planned
 from megaskip.parallel.loading.skeleton import build_uninitialised, quantised_skeleton
@@ -93,7 +94,10 @@ def _micro_step(
     model: Any, config: RunConfig
 ) -> tuple[list[tuple[str, tuple[int, ...]]], int, int]:
     """Return (what trains, bytes kept for the backward pass, further bytes at the worst moment)."""
-    batch, tokens = config.optim.micro_batch_size, config.data.seq_length
+    size = config.parallel.sequence_parallel_size
+    batch, tokens = config.optim.micro_batch_size, -(-config.data.seq_length // size)
+    if size > 1:
+        plan_attention(model, size)
     loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
     routers = None
     if config.model.train == "routers":

@@ -34,6 +34,9 @@ class Topology:
     num_stages: int = 1
     """Pipeline stages; the stages of a replica are neighbouring ranks, so that hidden states stay
     inside a node where they can. What replicas exchange is kilobytes."""
+    sequence_size: int = 1
+    """Ranks that share the tokens of the rows of a replica; they are neighbours for that reason,
+    too."""
 
     @property
     def is_first(self) -> bool:
@@ -53,19 +56,31 @@ class Topology:
     @property
     def replica(self) -> int:
         """Return which share of the data this rank sees."""
-        return self.rank // self.num_stages
+        return self.rank // self._ranks_of_replica
 
     @property
     def num_replicas(self) -> int:
         """Return how many shares the data are split into."""
-        return self.world_size // self.num_stages
+        return self.world_size // self._ranks_of_replica
+
+    @property
+    def sequence_rank(self) -> int:
+        """Return which share of the tokens of each row this rank computes."""
+        return self.rank % self.sequence_size
+
+    @property
+    def _ranks_of_replica(self) -> int:
+        return self.num_stages * self.sequence_size
 
 
-def read_topology(environment: Mapping[str, str], *, num_stages: int = 1) -> Topology:
+def read_topology(
+    environment: Mapping[str, str], *, num_stages: int = 1, sequence_size: int = 1
+) -> Topology:
     """Return the topology that torchrun or the deepspeed launcher describes in `environment`; that
     of one process without them.
 
-    Raises ConfigError when the ranks cannot form replicas of `num_stages` stages.
+    Raises ConfigError when the ranks cannot form replicas of `num_stages` stages, or groups of
+    `sequence_size` ranks that share rows.
     """
     local_rank = _number(environment, "LOCAL_RANK", 0)
     rank = _number(environment, "RANK", 0)
@@ -81,12 +96,18 @@ def read_topology(environment: Mapping[str, str], *, num_stages: int = 1) -> Top
             f"--pipeline_stages {num_stages} does not divide the {world_size} rank(s) of this "
             f"job; start a multiple of {num_stages}, or choose another number of stages"
         )
+    if world_size % sequence_size:
+        raise ConfigError(
+            f"--sequence_parallel_size {sequence_size} does not divide the {world_size} rank(s) of "
+            f"this job; start a multiple of {sequence_size}, or choose another size"
+        )
     return Topology(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
         num_stages=num_stages,
+        sequence_size=sequence_size,
     )
 
 
@@ -110,7 +131,7 @@ def alone(topology: Topology) -> Topology:
     """
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
-    return dataclasses.replace(topology, rank=0, world_size=1, num_stages=1)
+    return dataclasses.replace(topology, rank=0, world_size=1, num_stages=1, sequence_size=1)
 
 
 def current_topology() -> Topology:

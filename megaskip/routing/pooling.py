@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, U units of decision in a row, D hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ class Pooling:
     """How the tokens of a batch become the units that routers decide about."""
 
     weights: Tensor | None
-    """float32 [B, U, T], each row of real units sums to 1; None when every token is a unit."""
+    """float32 [B, U, T], each row of real units sums to 1, over all processes that share the rows;
+    None when every token is a unit."""
     unit_mask: Tensor
     """bool [B, U], False for units that are padding."""
     token_mask: Tensor
@@ -23,6 +25,9 @@ class Pooling:
     """int64 [B, T] for packed rows, else None."""
     choices: int = 1
     """Decisions about each token: more than one where its experts are decided about."""
+    add_up: Callable[[Tensor], Tensor] | None = None
+    """Returns the sum of a tensor over the processes that share the rows, with gradient; None where
+    all tokens of the rows are here. Collective."""
 
     @classmethod
     def of(
@@ -93,9 +98,10 @@ class Pooling:
 
     def features(self, hidden_states: Tensor) -> Tensor:
         """Return what the router reads, float32 [B, U, D], from hidden states [B, T, D] of any
-        dtype."""
+        dtype. Collective among processes that share rows."""
         hidden_states = hidden_states.float()
         if self.weights is None:
             return hidden_states
         # Layers may lie on another device than the masks (device_map).
-        return torch.bmm(self.weights.to(hidden_states.device), hidden_states)
+        pooled = torch.bmm(self.weights.to(hidden_states.device), hidden_states)
+        return pooled if self.add_up is None else self.add_up(pooled)

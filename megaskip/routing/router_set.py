@@ -121,10 +121,14 @@ class RouterSet(Routers):
         return self.steering.penalty(decisions, total_units)
 
     def shares(self) -> Tensor:
-        """Return float64 [B]: the share of units that ran in each row of the last forward pass."""
+        """Return float64 [B]: the share of units that ran in each row of the last forward pass.
+        Collective among processes that share rows."""
         decisions = self.state.decisions_of(self.layers)
         kept = torch.stack([(d.keep.detach() * d.unit_mask).sum(1) for d in decisions]).sum(0)
         units = torch.stack([d.unit_mask.sum(1) for d in decisions]).sum(0)
+        pooling = self.state.pooling
+        if pooling is not None and pooling.add_up is not None:
+            kept, units = pooling.add_up(torch.stack([kept, units.to(kept)]))
         return kept.double() / units.clamp(min=1)
 
     def counts(self, layers: Sequence[int] | None = None) -> Counts:

@@ -61,10 +61,17 @@ class SparseExecutor:
     leaves_zeros = False
     reads_decisions = True
 
+    def __init__(self, *, rows_are_shared: bool = False) -> None:
+        """`rows_are_shared` says that other processes hold more tokens of the same rows."""
+        self._rows_are_shared = rows_are_shared
+
     def attention(
         self, run: Run, hidden_states: Tensor, kwargs: Kwargs, decision: RoutingDecision, layer: int
     ) -> Any:
         """Run attention on the rows that keep something."""
+        if self._rows_are_shared and not decision.is_per_row:
+            # Others may keep tokens of a row that keeps none here, and all take part in it.
+            return run(hidden_states, **kwargs)
         return run_rows(run, hidden_states, kwargs, decision.rows)
 
     def mlp(

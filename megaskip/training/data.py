@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megaskip.arch.positions import too_long
 from megaskip.checkpoint.resume import read_state
 from megaskip.config import OptimConfig, RunConfig
 from megaskip.data import TokenizedData, build_dataset
@@ -27,10 +28,9 @@ def read_data(config: RunConfig, source: ModelSource) -> tuple[TokenizedData, in
         config.model.tokenizer or source.folder, trust_remote_code=source.trust_remote_code
     )
     model = source.text_config
-    longest = getattr(model, "max_position_embeddings", None)
-    if longest is not None and config.data.seq_length > longest:
-        message = "--seq_length %d is more than the %d positions that the model was made for"
-        logger.info(message, config.data.seq_length, longest)
+    warning = too_long(model, config.data.seq_length)
+    if warning is not None:
+        logger.warning("%s", warning)
     data = build_dataset(with_demo(config.data), tokenizer)
     data = for_vocabulary(data, tokenizer, model.vocab_size)
     return data, padding_token(tokenizer, model.vocab_size)
@@ -58,6 +58,8 @@ def make_loader(
         seed=optim.seed,
         pad_token_id=pad_token_id,
         prompt_tokens=config.router.prompt_tokens,
+        sequence_rank=topology.sequence_rank,
+        sequence_size=topology.sequence_size,
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from megaskip.arch.positions import too_long
 from megaskip.arch.trainable import describe_layers, describe_trainable
 from megaskip.config import RunConfig, resolve_layers
 from megaskip.data import StreamingRows
@@ -29,6 +30,11 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
         raise ConfigError(
             f"--world_size {world_size} is not a multiple of --pipeline_stages {num_stages}"
         )
+    share = config.parallel.sequence_parallel_size
+    if world_size % share:
+        raise ConfigError(
+            f"--world_size {world_size} is not a multiple of --sequence_parallel_size {share}"
+        )
     if num_stages > 1:
         stages = estimate_stages(config, source, world_size)
         needs = max(stages, key=lambda stage: stage.total)
@@ -36,13 +42,14 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
         stages = []
         needs = estimate(config, source, world_size=world_size, ds_content=ds_content)
     size = config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
-    size *= world_size // num_stages
+    size *= world_size // (num_stages * share)
     size_text = f"{needs.parameters:,} parameters, {source.dtype}"
     size_text += ", linear layers in 4 bit (nf4)" if source.base_dtype == "nf4" else ""
     rows = [
         ("model", f"{source.folder} ({source.hf_config.model_type}), {size_text}"),
         *_trainable(config, source, needs),
         ("ranks", f"{world_size}, {_engine_name(num_stages, ds_content is not None)}"),
+        *([("tokens of a row", f"shared by {share} ranks")] if share > 1 else ()),
         *((f"bytes on stage {n}", human_bytes(stage.total)) for n, stage in enumerate(stages)),
         ("bytes on a rank", human_bytes(needs.total)),
         ("  weights", human_bytes(needs.weights)),
@@ -52,6 +59,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
         ("  logits, temporaries", human_bytes(needs.workspace)),
         ("  on top, on a GPU", "what CUDA and NCCL take for themselves, often 1 to 2 GiB"),
         ("global batch", f"{size} rows of at most {config.data.seq_length} tokens"),
+        *_positions(config, source),
         *_length(config, source, size),
         *(prefix_rows(config, source, world_size, size) if config.parallel.cache_prefix else ()),
     ]
@@ -99,6 +107,13 @@ def _trained_bytes(config: RunConfig, needs: Estimate, world_size: int) -> str:
         f"of what a rank needs, and {shared or 'every rank holds all of it'}: a lower --lora_rank "
         "or --compensation_rank, or fewer --layers, make it smaller"
     )
+
+
+def _positions(config: RunConfig, source: ModelSource) -> Iterator[tuple[str, str]]:
+    """Yield what is to be said of rows that are longer than the model was made for."""
+    warning = too_long(source.text_config, config.data.seq_length)
+    if warning is not None:
+        yield "positions", warning
 
 
 def _length(config: RunConfig, source: ModelSource, size: int) -> Iterator[tuple[str, str]]:

@@ -57,6 +57,8 @@ def _engine_text(config: RunConfig, topology: Topology, engine: StepEngine) -> s
     precision = f"{dtype}, TF32" if uses_tf32(dtype, topology.device) else f"{dtype}"
     if config.model.base_dtype == "nf4":
         precision = f"linear layers in 4 bit (nf4), computing in {precision}"
+    if topology.sequence_size > 1:
+        name += f", {topology.sequence_size} ranks share the tokens of a row,"
     return f"{name} on {topology.world_size} rank(s), {topology.device.type}, {precision}"
 
 

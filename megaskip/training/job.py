@@ -25,6 +25,7 @@ from megaskip.parallel.loading.weight_check import check_weights, check_what_is_
 from megaskip.parallel.loading.weight_plan import WeightPlan
 from megaskip.parallel.preflight import preflight
 from megaskip.parallel.protocol import StepEngine
+from megaskip.parallel.sequence import require_sequence_parallel
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.reporting.summary import table, versions
 from megaskip.reporting.trackers import require_trackers
@@ -69,20 +70,20 @@ class _Job:
 
 def train(config: RunConfig) -> None:
     """Train as `config` says. Every rank calls it."""
-    stages = 1 if config.dry_run else config.parallel.pipeline_stages
-    topology = read_topology(os.environ, num_stages=stages)
+    topology = _read_topology(config)
     set_up_logging(rank=topology.rank)
     quiet_libraries()
     config = with_initial_routers(config)
     ds_content = read_ds_config(config.parallel.ds_config, config)
     source = resolve_source(config.model)
+    require_sequence_parallel(source, config.parallel.sequence_parallel_size)
     if config.dry_run:
         _print_plan(config, topology, source)
         return
     # Before there is a process group: in one, ranks would time out while they wait for a slow one.
     weights = attempt_on_first_rank(topology, lambda: _check_first(config, source))
     data = read_data(config, source) if weights.error is None else None
-    if ds_content is not None and topology.num_stages == 1:
+    if topology.sequence_size > 1 or (ds_content is not None and topology.num_stages == 1):
         from megaskip.parallel.zero3 import prepare_deepspeed
 
         prepare_deepspeed()
@@ -106,6 +107,18 @@ def train(config: RunConfig) -> None:
             _run(job)
 
 
+def _read_topology(config: RunConfig) -> Topology:
+    """Return this process's place; a plan is made by a process that may be alone."""
+    if config.dry_run:
+        return read_topology(os.environ)
+    parallel = config.parallel
+    return read_topology(
+        os.environ,
+        num_stages=parallel.pipeline_stages,
+        sequence_size=parallel.sequence_parallel_size,
+    )
+
+
 def _check_first(config: RunConfig, source: ModelSource) -> WeightPlan:
     """Return which stored tensor becomes which weight; raises MegaskipError where that, or a
     tracker, is not fit for use."""
@@ -119,8 +132,9 @@ def _print_plan(config: RunConfig, topology: Topology, source: ModelSource) -> N
         require_trackers(config.log.trackers)
         check_what_is_there(source)
         config = dataclasses.replace(config, data=with_demo(config.data))
-        stages = config.parallel.pipeline_stages
-        world_size = config.parallel.world_size or max(topology.world_size, stages)
+        parallel = config.parallel
+        fewest = max(parallel.pipeline_stages, parallel.sequence_parallel_size)
+        world_size = parallel.world_size or max(topology.world_size, fewest)
         print("\n".join(dry_run_lines(config, source, world_size)))
 
 

@@ -217,9 +217,11 @@ class Trainer(ABC):
             logger.info("step %d has the lowest held-out loss, %.4f", best.step, best.loss)
 
     def _seed(self) -> None:
-        """Make randomness a function of (seed, step, rank), so that none of it has to be saved."""
+        """Make randomness a function of (seed, step, rank), so that none of it has to be saved; the
+        same on ranks that share rows, because they decide alike about them."""
         seed = self.config.optim.seed * 1_000_003 + self.step
-        torch.manual_seed(seed * 65_537 + self.topology.rank)
+        rank = self.topology.rank - self.topology.sequence_rank
+        torch.manual_seed(seed * 65_537 + rank)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

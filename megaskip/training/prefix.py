@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megaskip.arch.prefix import FrozenPrefix
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
+from megaskip.data.collate import placeholder_batch
 from megaskip.data.loader import DataLoader
 from megaskip.data.row_states import (
     RowStates,
@@ -34,7 +35,7 @@ from megaskip.parallel.cached_prefix import (
     sharing_ranks,
 )
 from megaskip.parallel.collectives import gather_from_ranks
-from megaskip.parallel.engine import Engine, placeholder_batch
+from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.summary import human_bytes

@@ -51,7 +51,7 @@ def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
         routers = engine.routers
         _randomise(routers)
         everywhere = case["parts"]
-        batches = [_batch(part, case.get("packed", False)) for part in everywhere]
+        batches = [_mine(part, topology, case.get("packed", False)) for part in everywhere]
         share = len(batches) // topology.num_replicas
         mine = batches[topology.replica * share : (topology.replica + 1) * share]
         cut_off = _keep_cut_off() if case.get("cut_off_keep") else contextlib.nullcontext()
@@ -96,7 +96,7 @@ def _adapt(model: str, case: dict[str, Any]) -> dict[str, Any]:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) / 8)
         share = len(case["parts"]) // topology.num_replicas
         mine = case["parts"][topology.replica * share : (topology.replica + 1) * share]
-        batches = [_batch(part, packed=False) for part in mine]
+        batches = [_mine(part, topology) for part in mine]
         result = engine.train_step(batches, 1e-2)
         gradients = {n: p.grad.clone() for n, p in engine.parameters.items()}
         engine.train_step(batches, 1e-2)
@@ -206,10 +206,18 @@ def trainings(cases: list[list[str]], watched: str) -> list[list[int]]:
     return times
 
 
+def shared_rows(
+    model: str, cases: list[dict[str, Any]], runs: list[list[str]]
+) -> list[dict[str, Any]]:
+    """Return what `gradients` does for each case, after the trainings `runs`."""
+    trainings(runs, model)
+    return gradients(model, cases)
+
+
 def _share(topology: Topology, count: int = 7) -> list[Batch | None]:
     """Return this replica's of `count` batches, and None where there are fewer for it than for
     others."""
-    batches = [_batch(part, packed=False) for part in range(count)]
+    batches = [_mine(part, topology) for part in range(count)]
     mine: list[Batch | None] = list(batches[topology.replica :: topology.num_replicas])
     return mine + [None] * (-(-len(batches) // topology.num_replicas) - len(mine))
 
@@ -319,9 +327,10 @@ def _bytes_of_a_step(model: str, flags: list[str]) -> dict[str, int]:
     real = torch.ones(shape, dtype=torch.bool)
     ids = torch.randint(3, 97, shape)
     places = torch.arange(shape[1]).expand(shape)
-    batch = Batch(input_ids=ids, labels=ids, token_mask=real, prompt_mask=real, position_ids=places)
-    batches = [batch] * config.optim.gradient_accumulation_steps
-    with built(model, flags) as (engine, _):
+    whole = Batch(input_ids=ids, labels=ids, token_mask=real, prompt_mask=real, position_ids=places)
+    with built(model, flags) as (engine, topology):
+        batch = whole.share_of_tokens(topology.sequence_rank, topology.sequence_size)
+        batches = [batch] * config.optim.gradient_accumulation_steps
         for _ in range(2):  # the first step still learns DeepSpeed's prefetch order
             engine.train_step(batches, 0.0)
         held = bytes_by_kind(engine)
@@ -396,7 +405,12 @@ def _gather_all(model: str, flags: list[str]) -> dict[str, torch.Tensor]:
 def built(model: str, flags: list[str]) -> Iterator[tuple[Engine, Topology]]:
     """Yield the engine of a run on a tiny model folder, and this rank's place in it."""
     config = parse_run_config(["--model", model, "--max_grad_norm", "0", *flags])
-    topology = read_topology(os.environ, num_stages=config.parallel.pipeline_stages)
+    parallel = config.parallel
+    topology = read_topology(
+        os.environ,
+        num_stages=parallel.pipeline_stages,
+        sequence_size=parallel.sequence_parallel_size,
+    )
     ds_content = read_ds_config(config.parallel.ds_config, config)
     yield build_engine(config, topology, resolve_source(config.model), ds_content), topology
 
@@ -414,6 +428,11 @@ def patient(silence: int, work: float) -> bool:
     with HeartbeatMonitor(topology, silence=silence):
         time.sleep(work if topology.is_first else 0)
     return True
+
+
+def _mine(seed: int, topology: Topology, packed: bool = False) -> Batch:
+    """Return this rank's share of the tokens of a batch."""
+    return _batch(seed, packed).share_of_tokens(topology.sequence_rank, topology.sequence_size)
 
 
 def _batch(seed: int, packed: bool) -> Batch:

@@ -264,8 +264,8 @@ def start_ranks(
         argv = ["megaskip/evaluation/__main__.py", *flags]
     else:
         argv = [script, *flags]
-    if "--pipeline_stages" in argv:
-        at = argv.index("--pipeline_stages") + 1
+    for flag in {"--pipeline_stages", "--sequence_parallel_size"}.intersection(argv):
+        at = argv.index(flag) + 1
         argv[at] = str(min(int(argv[at]), MOST_RANKS))
     started = start(argv, ranks, output / "log", where=workspace.folder)
     statuses = started.wait(TIMEOUT)

@@ -124,6 +124,16 @@ def test_attention_that_is_told_of_all_rows_goes_with_dense_training_alone() -> 
         ("--compile --ds_config zero3.json", "--compile does not go with --ds_config"),
         ("--compile --pipeline_stages 2", "--compile does not go with --pipeline_stages 2"),
         ("--compile --train full", "--compile does not go with --train full"),
+        *(
+            (
+                f"--sequence_parallel_size 2 {other}",
+                f"--sequence_parallel_size 2 does not go with {other.split()[0]}",
+            )
+            for other in (
+                *("--pipeline_stages 2", "--cache_prefix memory", "--compile", "--train full"),
+                *("--packing", "--budget layer --granularity mlp_token"),
+            )
+        ),
         ("--cache_prefix memory --lora_rank 4", "--cache_prefix does not go with --lora_rank 4"),
     ],
 )

@@ -117,6 +117,32 @@ def test_batch_moves_as_a_whole() -> None:
     assert batch.input_ids.is_meta and batch.prompt_mask.is_meta and batch.segment_ids is None
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_shares_of_the_tokens_of_rows_add_up_to_the_rows(size: int) -> None:
+    rows = [make_row(29, prompt=3, seed=1), make_row(11, seed=2), make_row(17, prompt=4, seed=3)]
+    whole = collate(rows, pad_token_id=0, prompt_tokens=4, pad_to_multiple=8 * size)
+    shares = [whole.share_of_tokens(rank, size) for rank in range(size)]
+    for name in ("input_ids", "labels", "token_mask", "prompt_mask", "position_ids"):
+        together = torch.cat([getattr(share, name) for share in shares], dim=1)
+        assert torch.equal(together, getattr(whole, name)), name
+    for count in ("rows", "samples", "tokens", "supervised"):
+        total = sum(getattr(share.counts, count) for share in shares)
+        assert total == getattr(whole.counts, count), count
+    width, pairs = whole.input_ids.shape[1] // size, []
+    for rank, share in enumerate(shares):
+        row, column = share.predicting // width, share.predicting % width + rank * width
+        pairs += zip(row.tolist(), column.tolist(), share.targets.tolist(), strict=True)
+        assert share.row_tokens.tolist() == [29, 11, 17]
+        assert share.row_prompts.tolist() == [3, 4, 4]
+    expected = [
+        (number, token - 1, int(row.input_ids[token]))
+        for number, row in enumerate(rows)
+        for token in row.supervised.nonzero()[0].tolist()
+    ]
+    assert sorted(pairs) == expected
+    assert whole.share_of_tokens(0, 1) is whole
+
+
 def test_each_epoch_sees_every_row_once_and_batches_cross_epochs() -> None:
     order = GlobalBatchOrder(10, 4, seed=3)
     seen = [i for step in range(5) for i in order.indices(step)]

@@ -9,7 +9,8 @@ import torch
 from tiny_run import alone, rows, tiny_config, tiny_engine, tiny_full_engine
 
 from megaskip.data import Batch, collate
-from megaskip.parallel.engine import placeholder_batch
+from megaskip.data.collate import placeholder_batch
+from megaskip.parallel.position_losses import PositionLosses
 from megaskip.parallel.results import EvalSums, StepSums
 from megaskip.routing import Counts
 
@@ -82,6 +83,25 @@ def test_a_rank_without_a_batch_runs_one_that_counts_for_nothing() -> None:
         assert engine.evaluate([*mine, None], routed=True) == engine.evaluate(mine, routed=True)
         full = tiny_full_engine(tiny_config(), topology)
         assert full.evaluate([*mine, None]) == full.evaluate(mine)
+
+
+def test_held_out_losses_by_position_add_up_to_the_held_out_loss() -> None:
+    batches = [batch(3, seed=1), None, batch(2, seed=2)]
+    with alone() as topology:
+        engine = tiny_engine(tiny_config(), topology)
+        whole = engine.evaluate(batches, routed=True)
+        by_position = PositionLosses(12, topology.device)  # rows have 6 to 13 tokens
+        told = engine.evaluate(batches, routed=True, by_position=by_position)
+        spans = by_position.over_ranks()
+    assert told.loss == pytest.approx(whole.loss)
+    # The first three tokens are the prompt; what lies behind the last span counts in it.
+    assert [(span.first, span.stop) for span in spans] == [
+        *((3, 5), (5, 6), (6, 8), (8, 9), (9, 11), (11, 12)),
+    ]
+    tokens = [span.tokens for span in spans]
+    assert sum(tokens) == sum(each.counts.supervised for each in batches if each is not None)
+    total = sum(span.loss * span.tokens for span in spans)
+    assert total / sum(tokens) == pytest.approx(whole.loss)
 
 
 class Stop(Exception):

@@ -20,11 +20,12 @@ from megaskip.arch.prefix import FrozenPrefix
 from megaskip.config import RouterConfig, RunConfig
 from megaskip.config.run import ModelConfig
 from megaskip.data import Batch, Row, collate
+from megaskip.data.collate import placeholder_batch
 from megaskip.data.row_states import StatesOnDisk, make_folder
 from megaskip.log import quiet_libraries
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.cached_prefix import CachedPrefix, compute_states
-from megaskip.parallel.engine import Engine, placeholder_batch
+from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 
