@@ -3,7 +3,7 @@
 import platform
 import resource
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -77,6 +77,15 @@ def _early_stop(ending: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [("early stop", f"{text}; {best}")]
 
 
+def _by_position(spans: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield a row for each span of positions of the held-out rows."""
+    for span in spans:
+        dense, routed = span["loss_dense"], span["loss_routed"]
+        losses = f"dense {dense:.4f}, routed {routed:.4f} ({routed - dense:+.4f})"
+        name = f"  positions {span['first']} to {span['stop'] - 1}"
+        yield name, f"{losses}, {span['tokens']:,} tokens"
+
+
 def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the closing table from the content of report.json."""
     held_out = report.get("held_out")
@@ -97,6 +106,7 @@ def closing_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             ),
             ("realised capacity, training", _training_capacity(report)),
             ("capacity per layer, held out", capacity_line(held_out["capacity_per_layer"])),
+            *_by_position(held_out.get("by_position", ())),
         ]
     elif held_out:
         rows.append(("held-out loss", f"{held_out['loss']:.4f}"))

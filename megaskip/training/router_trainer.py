@@ -15,12 +15,16 @@ from megaskip.checkpoint.resume import require_same_routers
 from megaskip.checkpoint.routers import WEIGHTS, save_routers, write_router_files
 from megaskip.log import get_logger
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.position_losses import PositionLosses
 from megaskip.routing import PREFIX, RouterSet
 from megaskip.routing.adapters import ADAPTER, is_adapter
 from megaskip.training.loop import Trainer
 from megaskip.training.prefix import PrefixCache
 
 logger = get_logger(__name__)
+
+LONG_ROWS = 2048
+"""Tokens of a row from which on held-out losses are told by position."""
 
 
 @dataclass(kw_only=True)
@@ -88,12 +92,16 @@ class RouterTrainer(Trainer):
         if not held_out:
             return {}
         batches = self.reporter.progress(held_out, "held out")
-        dense = self.engine.evaluate(batches, routed=False, check=self.stop_if_asked)
-        routed = self.engine.evaluate(batches, routed=True, check=self.stop_if_asked)
+        by_position = [self._by_position(), self._by_position()]
+        dense, routed = (
+            self.engine.evaluate(batches, routed=r, by_position=p, check=self.stop_if_asked)
+            for r, p in zip((False, True), by_position, strict=True)
+        )
         layers, base = self.engine.routers.layers, {}
         if self.engine.routers.adapters is not None:
-            without = {"routed": False, "adapted": False}
-            frozen = self.engine.evaluate(batches, **without, check=self.stop_if_asked)
+            frozen = self.engine.evaluate(
+                batches, routed=False, adapted=False, check=self.stop_if_asked
+            )
             base = {"loss_base": frozen.loss}
         return {
             **base,
@@ -102,7 +110,16 @@ class RouterTrainer(Trainer):
             "capacity": routed.capacity,
             "capacity_standard_error": routed.capacity_error,
             "capacity_per_layer": dict(zip(layers, routed.capacity_per_layer, strict=True)),
+            **_span_rows(*by_position),
         }
+
+    def _by_position(self) -> PositionLosses | None:
+        """Return what sums up losses by position; None for rows of which all positions are near,
+        and in pipeline stages."""
+        tokens = self.config.data.seq_length
+        if tokens < LONG_ROWS or self.topology.num_stages > 1:
+            return None
+        return PositionLosses(tokens, self.topology.device)
 
     def scores(self) -> dict[int, Tensor]:
         """Return router scores of the last micro-batch by layer. Collective; the first rank gets
@@ -114,6 +131,27 @@ def _lowest_and_highest(explained: Mapping[int, float]) -> tuple[float, int, flo
     """Return (percent, layer) of the layer that is explained least, and of that explained most."""
     low, high = min(explained, key=explained.__getitem__), max(explained, key=explained.__getitem__)
     return 100 * explained[low], low, 100 * explained[high], high
+
+
+def _span_rows(
+    dense: PositionLosses | None, routed: PositionLosses | None
+) -> dict[str, list[dict[str, float]]]:
+    """Return the losses by span of positions, as they are in reports. Collective."""
+    if dense is None or routed is None:
+        return {}
+    pairs = zip(dense.over_ranks(), routed.over_ranks(), strict=True)
+    return {
+        "by_position": [
+            {
+                "first": span.first,
+                "stop": span.stop,
+                "loss_dense": span.loss,
+                "loss_routed": other.loss,
+                "tokens": span.tokens,
+            }
+            for span, other in pairs
+        ]
+    }
 
 
 class RouterWeights:

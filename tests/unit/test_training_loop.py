@@ -14,6 +14,8 @@ from tiny_run import alone, full_trainer, router_trainer, tiny_config, tiny_data
 
 from megaskip.config.run import OptimConfig
 from megaskip.errors import MegaskipError
+from megaskip.reporting.summary import closing_rows
+from megaskip.training import router_trainer as router_trainer_module
 from megaskip.training.loop import AskedToStop, Trainer
 from megaskip.training.schedule import learning_rate, total_steps
 
@@ -29,13 +31,20 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_run_ends_with_routers_calibrated_and_a_report(tmp_path: Path) -> None:
+def test_a_run_ends_with_routers_calibrated_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_trainer_module, "LONG_ROWS", 512)
     with alone() as topology:
         trainer = router_trainer(tmp_path, topology, tiny_config())
         report = trainer.run()
     assert report["steps"] == len(metrics(tmp_path)) == 6
     assert report["calibrated_capacity"] == trainer.calibrated is not None
     assert {"loss_dense", "loss_routed", "capacity"} <= report["held_out"].keys()
+    (span,) = report["held_out"]["by_position"]  # the tiny rows end within the first of eight
+    assert (span["first"], span["stop"]) == (0, 64)
+    assert span["loss_routed"] == pytest.approx(report["held_out"]["loss_routed"])
+    assert dict(closing_rows(report))["  positions 0 to 63"].startswith("dense ")
     assert set(report["written"]) == {"metrics", "routers", "picture"}
     assert json.loads((tmp_path / "report.json").read_text())["tokens"] == trainer.tokens
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000004", "step_000006"]
