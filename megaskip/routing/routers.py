@@ -129,7 +129,8 @@ class Routers(nn.Module):
         return dict(sorted(self.state.decisions.items()))
 
     def keep(self) -> dict[int, Tensor]:
-        """Return the last forward pass's decisions by layer, [B, 1] or [B, T], 1 = run."""
+        """Return the last forward pass's decisions by layer, [B, 1] or [B, T], 1 = run; of experts
+        the share of a token's that ran."""
         return {layer: decision.per_token() for layer, decision in self.decisions().items()}
 
     def capacity(self) -> float:
