@@ -70,24 +70,36 @@ def order_by_load(load: ExpertLoad) -> list[Expert]:
     return sorted(tokens, key=lambda expert: tokens[expert])
 
 
-def static_drop(
-    engine: Engine, batches: Sequence[Batch | None], order: Sequence[Expert], share: float
-) -> Skipped:
-    """Return what dropping the first experts of `order` comes to at exactly `share`: interpolated
-    between the numbers of experts on either side, whole experts being what can be dropped.
-    Collective."""
-    low, high = 0, len(order)
-    points = {
-        0: Skipped(share=0.0, loss=engine.evaluate(batches, routed=False).loss),
-        high: _dropped(engine, batches, order),
-    }
-    while high - low > 1:
-        middle = (low + high) // 2
-        points[middle] = _dropped(engine, batches, order[:middle])
-        low, high = (middle, high) if points[middle].share <= share else (low, middle)
-    below, above = points[low], points[high]
-    part = (share - below.share) / max(above.share - below.share, 1e-9)
-    return Skipped(share=share, loss=below.loss + part * (above.loss - below.loss))
+class StaticDrop:
+    """Whole experts dropped for every text, in an order; measured on some held-out text."""
+
+    def __init__(
+        self, engine: Engine, batches: Sequence[Batch | None], order: Sequence[Expert]
+    ) -> None:
+        self._engine, self._batches, self._order = engine, batches, order
+        self._measured: dict[int, Skipped] = {}
+
+    def at(self, share: float) -> Skipped:
+        """Return what dropping the first experts comes to at exactly `share`: interpolated between
+        the numbers of experts on either side, whole experts being what can be dropped.
+        Collective."""
+        low, high = 0, len(self._order)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._first(middle).share <= share else (low, middle)
+        below, above = self._first(low), self._first(high)
+        part = (share - below.share) / max(above.share - below.share, 1e-9)
+        return Skipped(share=share, loss=below.loss + part * (above.loss - below.loss))
+
+    def _first(self, count: int) -> Skipped:
+        """Return what dropping the first `count` experts comes to."""
+        if count not in self._measured:
+            routers = self._engine.routers
+            drop_experts(routers, self._order[:count])
+            result = self._engine.evaluate(self._batches, routed=True)
+            drop_experts(routers, ())
+            self._measured[count] = Skipped(share=1 - result.capacity, loss=result.loss)
+        return self._measured[count]
 
 
 def random_drop(engine: Engine, batches: Sequence[Batch], share: float, seed: int) -> Skipped:
@@ -107,10 +119,3 @@ def random_drop(engine: Engine, batches: Sequence[Batch], share: float, seed: in
         loss += result.loss * batch.counts.supervised
         supervised += batch.counts.supervised
     return Skipped(share=1 - kept / units, loss=loss / supervised)
-
-
-def _dropped(engine: Engine, batches: Sequence[Batch | None], dropped: Sequence[Expert]) -> Skipped:
-    drop_experts(engine.routers, dropped)
-    result = engine.evaluate(batches, routed=True)
-    drop_experts(engine.routers, ())
-    return Skipped(share=1 - result.capacity, loss=result.loss)

@@ -30,11 +30,11 @@ from megaskip.parallel.topology import read_topology
 from megaskip.routing import SparseExecutor
 from megaskip.routing.executor import Run
 from megaskip.study.expert_drops import (
+    StaticDrop,
     drop_experts,
     order_by_load,
     order_by_loss,
     random_drop,
-    static_drop,
 )
 from megaskip.training.dry_run import dry_run_lines
 
@@ -378,10 +378,11 @@ def test_experts_are_dropped_in_the_order_of_what_their_pairs_are_worth(engine: 
     order = order_by_loss(engine, text, progress=lambda: calls.append(1))
     assert len(calls) == len(order) == len(set(order)) == 16
     dense = engine.evaluate(text, routed=False).loss
-    half = static_drop(engine, text, order, 0.5)
+    drop = StaticDrop(engine, text, order)
+    half = drop.at(0.5)
     assert half.share == 0.5 and math.isfinite(half.loss)
     assert engine.evaluate(text, routed=True).loss == pytest.approx(dense)
-    assert static_drop(engine, text, order, 0.0).loss == pytest.approx(dense)
+    assert drop.at(0.0).loss == pytest.approx(dense)
     least = order_by_load(measure_load(engine, text))
     counts = measure_load(engine, text).assigned
     assert counts[least[0][0] - 1, least[0][1]] == counts.min()

@@ -24,7 +24,7 @@ from megaskip.checkpoint.routers import fill_routers, read_router_config
 from megaskip.cli.run import run_cli
 from megaskip.config.commands.fit import TextAndModel
 from megaskip.log import quiet_libraries
-from megaskip.study.expert_drops import order_by_load, order_by_loss, random_drop, static_drop
+from megaskip.study.expert_drops import StaticDrop, order_by_load, order_by_loss, random_drop
 
 Losses = dict[str, list[float]]
 """By way to skip, the held-out loss with each seed."""
@@ -63,30 +63,29 @@ def measure(
     """Return the loss of the dense model, and by share those of each way."""
     engine, seeds = job.engine, range(len(runs))
     text = job.loader.calibration(options.rows)
+    order_text = job.loader.calibration(options.order_rows)
     held_out = [batch for batch in job.loader.held_out() if batch is not None]
     fresh = engine.routers.config
     losses = {f"{share:.1%}": Losses() for share in shares}
     with tqdm(desc="experts", unit="pass", disable=None) as bar:
-        by_loss = order_by_loss(engine, text, progress=bar.update)
-    orders = {
-        "static, by loss": by_loss,
-        "static, by load": order_by_load(measure_load(engine, text)),
-    }
+        by_loss = order_by_loss(engine, order_text, progress=bar.update)
+    orders = {"by loss": by_loss, "by load": order_by_load(measure_load(engine, text))}
+    drops = {f"static, {k}": StaticDrop(engine, held_out, order) for k, order in orders.items()}
     for share in shares:
         of_share = losses[f"{share:.1%}"]
-        for name, order in orders.items():
-            of_share[name] = [static_drop(engine, held_out, order, share).loss]
+        for name, drop in drops.items():
+            of_share[name] = [drop.at(share).loss]
         drawn = [random_drop(engine, held_out, share, seed).loss for seed in seeds]
         of_share["random"] = drawn
     for run in runs:
         fill_routers(run / "routers", engine.routers)
         engine.routers.configure(fresh)
         result = calibrate_all(engine, text, held_out, [1 - share for share in shares])
-        result.require_all()
+        for problem in result.problems:
+            print(f"{run}: {problem}")
         for point in result.points:
-            of_share = losses[f"{1 - point.capacity:.1%}"]
-            of_share.setdefault("ours", []).append(point.loss)
-            of_share.setdefault("ours, skipped", []).append(1 - point.held_out)
+            losses[f"{1 - point.capacity:.1%}"].setdefault("ours", []).append(point.loss)
+            print(f"{run}: asked {1 - point.capacity:.1%}, skips {1 - point.held_out:.1%}")
     return {"dense": engine.evaluate(held_out, routed=False).loss, **losses}
 
 
@@ -101,6 +100,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--runs", nargs="+", type=Path, required=True, help="runs of megaskip train, one a seed")
     add("--skip", nargs="+", type=float, default=[12.5, 25, 50], help="percent of all pairs")
     add("--rows", type=int, default=128, help="of text to calibrate on")
+    add("--order_rows", type=int, default=64, help="of text to measure single experts on")
     add("--held_out", type=int, default=256, help="rows to measure on, if --eval_data is not given")
     add("--seq_length", type=int, default=256)
     add("--json", type=Path, help="write the losses there, too")
