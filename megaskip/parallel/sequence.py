@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as collectives_with_gradient
 from torch import Tensor
 
 from megaskip.arch.packing import attention_of
@@ -44,8 +43,7 @@ class SequenceGroup:
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over these ranks, with gradient. Collective among them."""
-        total: Tensor = collectives_with_gradient.all_reduce(tensor, group=self.process_group)
-        return total
+        return _SumOfRanks.apply(tensor, self.process_group)  # type: ignore[no-any-return]
 
     def shared(self, pooling: Pooling, batch: Batch, *, pool: str) -> Pooling:
         """Return the pooling of a batch that holds a share of the tokens of rows, made of what is
@@ -63,6 +61,22 @@ class SequenceGroup:
             unit_mask=pooling.unit_mask if first else torch.zeros_like(pooling.unit_mask),
             add_up=self.add_up,
         )
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """A sum that every rank of a group has: the losses of all of them add up, so each one's share
+    of it gets the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _SumOfRanks.apply(gradient, ctx.group), None
 
 
 def require_sequence_parallel(source: ModelSource, size: int) -> None:
