@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Exported folders in vLLM on a CPU, in .venv-serving (3 GB, made once). Not part of .ci/run: it takes 10 minutes on two
-# cores, and 5 more the first time. Arguments go to pytest.
+# Exported folders in vLLM on a CPU, in .venv-serving (3 GB, made once). Not part of .ci/run: it takes 20 minutes on two
+# cores, and more the first time. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=.venv-serving/bin/python

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from served_models import routed_folder, served, static_folder
 
-from megaskip.errors import ConfigError
+from megaskip.errors import ConfigError, UnsupportedModelError
 
 
 @pytest.mark.parametrize("trusted", [False, True], ids=["as it is", "with --trust-remote-code"])
@@ -54,6 +54,17 @@ def test_routers_that_decide_per_token_are_refused(tmp_path: Path) -> None:
     message = "granularity attn_token: vLLM runs routers that decide"
     with pytest.raises(ConfigError, match=message), served(folder):
         pass
+
+
+def test_attention_backends_that_keep_a_plan_are_refused(tmp_path: Path) -> None:
+    from megaskip.serving.vllm import routed
+
+    folder = routed_folder(tmp_path, "llama", granularity="attn_sequence")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routed, "REBUILT", ("FLASH_ATTN",))
+        message = "CPU_ATTN: .* take one of FLASH_ATTN"
+        with pytest.raises(UnsupportedModelError, match=message), served(folder):
+            pass
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ from megaskip.serving.vllm.layout import (
 )
 from megaskip.serving.vllm.requests import requests_of, slot_follower
 
+REBUILT = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends whose metadata of a batch stays as it is when that of another is made:
+FlashInfer's, for one, share a plan (vLLM 0.32; the first was run, the others were read)."""
+
 
 class RoutedModel:
     """What a routed model adds to vLLM's class of its base."""
@@ -218,6 +222,13 @@ def _require_plain(model: Any, settings: RoutingConfig, config: Any) -> None:
         raise UnsupportedModelError(
             f"{config.model_type}: its attention is vLLM's {', '.join(sorted(kinds))}; routed "
             f"models run with {Attention.__name__} alone"
+        )
+    backends = {m.attn_backend.get_name() for m in model.modules() if isinstance(m, Attention)}
+    if other := sorted(backends.difference(REBUILT)):
+        raise UnsupportedModelError(
+            f"attention backend {', '.join(other)}: what it makes of a batch "
+            f"may not outlive that of another; routed models take one of {', '.join(REBUILT)} "
+            "(--attention-backend)"
         )
     scaled = getattr(config, "residual_multiplier", 1.0) != 1.0
     if scaled and settings.target == "block" and settings.compensation != "none":
