@@ -43,7 +43,8 @@ class SequenceGroup:
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over these ranks, with gradient. Collective among them."""
-        return _SumOfRanks.apply(tensor, self.process_group)  # type: ignore[no-any-return]
+        total: Tensor = _SumOfRanks.apply(tensor, self.process_group)
+        return total
 
     def shared(self, pooling: Pooling, batch: Batch, *, pool: str) -> Pooling:
         """Return the pooling of a batch that holds a share of the tokens of rows, made of what is
