@@ -176,4 +176,6 @@ def require_equal(model: Any, asked: Sequence[list[int]], answers: Sequence[Any]
             step[token].logprob
             for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
         ]
-        torch.testing.assert_close(torch.tensor(given), wanted, rtol=0, atol=2e-4)
+        # Already the dense gemma2 differs by 6e-5 there.
+        atol = 1e-3 if "gemma" in model.config.model_type else 2e-5
+        torch.testing.assert_close(torch.tensor(given), wanted, rtol=0, atol=atol)
