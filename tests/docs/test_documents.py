@@ -32,6 +32,7 @@ OF_OTHER_PROGRAMS = {
     "--hostfile": "deepspeed",
     "--hypothesis-profile": "pytest",
     "--enable-lora": "vLLM",
+    "--enforce-eager": "vLLM",
     "--master_port": "torchrun",
     "--max-model-len": "vLLM",
     "--model_args": "lm-eval",
