@@ -107,18 +107,15 @@ def _measure_depth(part: Part, shape: Shape, setup: Setup, share: float) -> Snap
     engine = make_engine(part.method, shape, setup.device, setup.dtype)
     cases = {case.name: case for case in part.cases}
     batches = {name: make_batch(case, shape.vocabulary) for name, case in cases.items()}
-    attentions = attention_by_case(engine.module.model, part.cases)
+    model: Any = engine.module.model
+    attentions = attention_by_case(model, part.cases)
     observed: dict[str, Row] = {}
-
-    def prepare(name: str) -> None:
-        if attention_of(engine.module.model) != attentions[name]:
-            engine.module.model.set_attn_implementation(attentions[name])
 
     def step(name: str) -> None:
         engine.train_step([batches[name]], _RATE)
 
     def observe(name: str) -> None:
-        prepare(name)
+        model.set_attn_implementation(attentions[name])
         for _ in range(_WARMUP):
             step(name)
         memory = memory_by_kind(engine, lambda: step(name), setup.device)
@@ -126,7 +123,7 @@ def _measure_depth(part: Part, shape: Shape, setup: Setup, share: float) -> Snap
         observed[name] = {"attention": attentions[name], "memory": memory, **calls}
 
     def run(name: str) -> Sample:
-        prepare(name)
+        model.set_attn_implementation(attentions[name])
         return (setup.watch.seconds(lambda: step(name)),)
 
     base, *others = cases
