@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.detach import unroute
 from megaskip.arch.experts import experts_of
-from megaskip.arch.probe import TOKENS, TOLERANCE, ProbeGate, arguments_of, input_like, relative_to
+from megaskip.arch.probe import (
+    TOKENS,
+    TOLERANCE,
+    ProbeGate,
+    arguments_of,
+    input_like,
+    relative_to,
+    worst_of,
+)
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_experts
 from megaskip.errors import UnsupportedModelError
@@ -40,9 +48,7 @@ class ExpertProbeReport:
     def passed(self) -> bool:
         """Return whether an expert that is skipped is gone, the others stay, and keeping is
         exact."""
-        measured = (self.left_out, self.rest, self.bend)
-        # Written so that NaN fails.
-        return self.at_one == 0 and all(distance <= TOLERANCE for distance in measured)
+        return self.at_one == 0 and worst_of([self.left_out, self.rest, self.bend]) <= TOLERANCE
 
     def explain(self, model_type: str) -> str:
         """Return the verdict as an error text."""
@@ -136,7 +142,7 @@ def _measure(run: Run, gate: _ExpertProbeGate, reference: Tensor, index: int) ->
     ]
     return ExpertProbeReport(
         layer=index,
-        left_out=max(left_out),
+        left_out=worst_of(left_out),
         rest=relative(these + others - nothing - everything, added),
         bend=relative(output(ones / 2) - (everything + nothing) / 2, added),
         at_one=float((everything - reference).abs().max()),

@@ -1,6 +1,8 @@
 """Every supported family: fresh routers change nothing, skipping is the identity, gradients
 hold."""
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from torch import nn
 from megaskip import RouterConfig, RouterSet, attach_routers, detach_routers
 from megaskip.arch import probe_layer
 from megaskip.arch.checkpointing import checkpoint_activations
+from megaskip.arch.expert_probe import ExpertProbeReport
+from megaskip.arch.probe import ProbeReport, worst_of
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import SUBLAYER_GRANULARITIES
 from megaskip.errors import ConfigError, UnsupportedModelError
@@ -55,6 +59,15 @@ def test_probe_proves_that_skipping_is_the_identity(family: str) -> None:
     report = probe_layer(tiny_model(family), 3)
     assert report.passed, report.explain(family)
     assert report.at_one == 0
+
+
+@pytest.mark.parametrize("kind", [ProbeReport, ExpertProbeReport])
+def test_a_probe_that_measures_no_number_fails(kind: Any) -> None:
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "layer"]
+    assert kind(layer=3, **dict.fromkeys(names, 0.0)).passed
+    for name in names:
+        assert not kind(layer=3, **(dict.fromkeys(names, 0.0) | {name: math.nan})).passed, name
+    assert math.isnan(worst_of([0.0, math.nan]))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "glm4"])
