@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaskip import data
 from megaskip.arch import attach_routers, find_decoder
-from megaskip.arch.packing import attention_of, choose_packed_attention
+from megaskip.arch.packing import attention_of, choose_packed_attention, takes_lengths
 from megaskip.arch.padding import needs_mask
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.bench.attempts import OUT_OF_MEMORY, Attempts
@@ -107,15 +107,15 @@ def _measure_depth(part: Part, shape: Shape, setup: Setup, share: float) -> Snap
     engine = make_engine(part.method, shape, setup.device, setup.dtype)
     cases = {case.name: case for case in part.cases}
     batches = {name: make_batch(case, shape.vocabulary) for name, case in cases.items()}
-    model: Any = engine.module.model
-    attentions = attention_by_case(model, part.cases)
+    loss: Any = engine.module
+    attentions = attention_by_case(loss.model, part.cases)
     observed: dict[str, Row] = {}
 
     def step(name: str) -> None:
         engine.train_step([batches[name]], _RATE)
 
     def observe(name: str) -> None:
-        model.set_attn_implementation(attentions[name])
+        _run_with(loss, attentions[name])
         for _ in range(_WARMUP):
             step(name)
         memory = memory_by_kind(engine, lambda: step(name), setup.device)
@@ -123,7 +123,7 @@ def _measure_depth(part: Part, shape: Shape, setup: Setup, share: float) -> Snap
         observed[name] = {"attention": attentions[name], "memory": memory, **calls}
 
     def run(name: str) -> Sample:
-        model.set_attn_implementation(attentions[name])
+        _run_with(loss, attentions[name])
         return (setup.watch.seconds(lambda: step(name)),)
 
     base, *others = cases
@@ -147,6 +147,13 @@ def attention_by_case(model: Any, cases: Sequence[Case]) -> dict[str, str]:
         packed = attention_of(model)
         model.set_attn_implementation(own)
     return {case.name: packed if case.segments > 1 else own for case in cases}
+
+
+def _run_with(loss: TaskLoss, attention: str) -> None:
+    """Let a model run with an attention, told of packed samples as `megaskip train` tells it."""
+    model: Any = loss.model
+    model.set_attn_implementation(attention)
+    loss.takes_lengths = takes_lengths(model)
 
 
 def memory_by_kind(engine: StepEngine, step: Any, device: torch.device) -> dict[str, int]:

@@ -14,7 +14,7 @@ from tensor_calls import OperationTape
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaskip.arch import packing
-from megaskip.bench import runner, sanity, worker
+from megaskip.bench import runner, sanity, training, worker
 from megaskip.bench.costs import (
     METHODS,
     attention_flops,
@@ -53,6 +53,7 @@ from megaskip.config.commands.bench import BenchOptions
 from megaskip.errors import ConfigError
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.static_decode import RECORDERS
+from megaskip.parallel.engine import Engine
 
 MICRO = Shape(name="micro", vocabulary=97, hidden=32, mlp=48, layers=6, heads=4, kv_heads=2)
 CASE = Case(name="32", rows=2, real=32)
@@ -115,13 +116,24 @@ def test_training_flops_are_those_that_torch_counts(method: str) -> None:
 def test_packed_rows_run_with_the_attention_that_training_chooses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Here the family's own, eager; on a GPU flash or flex attention."""
+    """Here the family's own, eager, as if it took lengths; on a GPU flash or flex attention."""
+    told: list[tuple[str, bool]] = []
+    step = Engine.train_step
+
+    def note(engine: Any, *args: Any) -> Any:
+        told.append((packing.attention_of(engine.module.model), engine.module.takes_lengths))
+        return step(engine, *args)
+
     monkeypatch.setattr(packing, "_faster", lambda model: ["eager"])
+    takes = lambda model: packing.attention_of(model) == "eager"  # noqa: E731
+    monkeypatch.setattr(training, "takes_lengths", takes)
+    monkeypatch.setattr(Engine, "train_step", note)
     part = Part(
         name="t", kind="train", shape="micro", method="routers", cases=(CASE, PACKED), seconds=1
     )
     rows = list(measure_training(part, setup()))[-1]
     assert [row["attention"] for row in rows] == ["sdpa", "eager"]
+    assert set(told) == {("sdpa", False), ("eager", True)}
 
 
 @pytest.mark.parametrize("granularity", ["", "attn_sequence", "mlp_sequence", "block_sequence"])
