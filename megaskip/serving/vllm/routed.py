@@ -103,11 +103,20 @@ class RequestRouting:
         together = routers.config.router_input == "first"
         if together and layer != routers.layers[0]:
             return
-        for request, prompt in batch.prompts(layer):
-            features = _pooled(hidden_states[prompt])
-            for decided in routers.layers if together else (layer,):
-                logit = routers.router(decided)(features)
-                request.runs[decided] = bool(routers.thresholds.keep(logit, decided) > 0)
+        decided = routers.layers if together else (layer,)
+        asking = list(batch.prompts(layer))
+        if not asking:
+            return
+        # Scored one by one, as a request alone is; the host waits once for all of them.
+        features = [_pooled(hidden_states[prompt]) for _, prompt in asking]
+        keep = [
+            routers.thresholds.keep(routers.router(number)(read), number).flatten()
+            for read in features
+            for number in decided
+        ]
+        runs = iter((torch.cat(keep) > 0).tolist())
+        for request, _ in asking:
+            request.runs |= {number: next(runs) for number in decided}
 
 
 class RoutedSublayer:
