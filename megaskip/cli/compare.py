@@ -42,9 +42,10 @@ methods:
              in all sublayers of the kind, trained as they are, on the same text for as many steps
              (needs peft). How much a training gives by itself, and what fit and training cost
              beside it
-  dense_lora, static_lora, ours_lora
-             LoRA of rank --lora_rank on all linear layers (needs peft), trained with nothing
-             skipped, with the layers of static dropped, and together with routers, for every skip
+  dense_lora, static_lora, greedy_trained_lora, ours_lora
+             LoRA of rank --lora_rank on all linear layers (needs peft), trained on the text with
+             nothing skipped, with the layers of static dropped, together with the maps of
+             greedy_trained, and together with routers, for every skip
   layerwise  separate, with the published hinge as its budget
   distill, noise, sharp, smooth, affine, mlp
              ours with one option more: --distill 0.5, --noise 0.5, --temperature 0.3 or 3,

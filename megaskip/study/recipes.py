@@ -110,7 +110,9 @@ def _run_for(
     if method == CONTROL:
         flags = (*RECIPES[method], *_control_adapters(comparison, skip, options))
         return f"{method}-{skip:.4f}", ("--layers", options.layers, *flags), None
-    lora = ("--lora_rank", str(options.lora_rank)) if method.endswith("_lora") else ()
+    lora: tuple[str, ...] = ()
+    if method.endswith("_lora"):
+        lora = ("--lora_rank", str(options.lora_rank), "--lora_lr", f"{options.lora_lr:g}")
     name = f"{method}-r{options.lora_rank}" if lora else method
     if STATIC.get(method, ("", ""))[1] in LEARNT:
         start = options.output / "fitted" / f"{method}-{skip:.4f}"

@@ -35,8 +35,10 @@ STATIC = {
     "static_trained": ("cosine", "trained"),
     "greedy_trained": ("greedy", "trained"),
     "static_lora": ("cosine", "lora"),
+    "greedy_trained_lora": ("greedy", "trained"),
 }
-"""Methods: (order of the layers, maps in their places; or adapters of what stays)."""
+"""Methods: (order of the layers, maps in their places; or adapters of what stays). A run of a name
+that ends in _lora trains adapters, too."""
 LEARNT = ("trained", "lora")
 """What of these a run trains."""
 

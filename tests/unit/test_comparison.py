@@ -242,12 +242,16 @@ def test_routers_by_cost_are_fitted_once_and_put_at_the_skip(
     assert comparison.routers.config.compensation == "low_rank"
 
 
+@pytest.mark.parametrize(
+    ("method", "without_adapters"),
+    [("static_lora", "static"), ("greedy_trained_lora", "greedy_fitted")],
+)
 def test_adapters_are_measured_with_their_run_and_with_no_other(
-    comparison: Comparison, drops: StaticDrops, tmp_path: Path
+    comparison: Comparison, drops: StaticDrops, tmp_path: Path, method: str, without_adapters: str
 ) -> None:
     base = resolve_source(ModelConfig(model="demo")).describe()
-    start = drops.write_start("static_lora", 0.25, tmp_path / "start", base)
-    static = comparison.measure(drops.policy("static", 0.25)).text
+    start = drops.write_start(method, 0.25, tmp_path / "start", base)
+    plain = comparison.measure(drops.policy(without_adapters, 0.25)).text
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_FOLDER / "backbone")
     routers = load_routers(model, start)
     add_adapters(model, routers, model, RunConfig(adapter=AdapterConfig(lora_rank=2)))
@@ -257,10 +261,10 @@ def test_adapters_are_measured_with_their_run_and_with_no_other(
                 tensor.data.fill_(weight)
         save_routers(tmp_path / "run", routers, base=base)
         taken = comparison.measure(drops.take(tmp_path / "run")).text
-        assert np.allclose(taken.nll, static.nll, rtol=1e-5) == equal
-        np.testing.assert_array_equal(taken.kept, static.kept)
-    again = comparison.measure(drops.policy("static", 0.25)).text
-    np.testing.assert_array_equal(again.nll, static.nll)
+        assert np.allclose(taken.nll, plain.nll, rtol=1e-5) == equal
+        np.testing.assert_array_equal(taken.kept, plain.kept)
+    again = comparison.measure(drops.policy(without_adapters, 0.25)).text
+    np.testing.assert_array_equal(again.nll, plain.nll)
 
 
 def test_what_was_measured_stays_with_what_it_depends_on(

@@ -12,7 +12,7 @@ BASELINES = ("static", "random", "uniform")
 BY_COST = ("by_cost", "by_cost_fitted")
 DROPS = (
     *("greedy", "static_fitted", "greedy_fitted", "static_trained", "greedy_trained"),
-    "static_lora",
+    *("static_lora", "greedy_trained_lora"),
 )
 DENSE_LORA = "dense_lora"
 """Skips nothing: what adapters alone are worth."""
@@ -85,7 +85,9 @@ class CompareOptions(Checked):
     adapter_lr: float = 1e-3
     """Peak learning rate of the adapters of dense_adapted."""
     lora_rank: int = 16
-    """Rank of the adapters of dense_lora (nothing is skipped), static_lora and ours_lora."""
+    """Rank of the adapters of the methods that end in _lora."""
+    lora_lr: float = 2e-4
+    """Their peak learning rate."""
     order_rows: int = 128
     """Calibration rows on which a greedy order is measured."""
     cost_rows: int = 256
@@ -109,7 +111,7 @@ class CompareOptions(Checked):
         counts = ("documents", "pairs", "choice_questions", "steps", "calibration_rows")
         for name in (*counts, "order_rows", "cost_rows", "cost_groups", "parallel", "lora_rank"):
             yield from at_least(name, getattr(self, name), 1)
-        for name in ("continuations", "prefill_runs", "adapter_lr"):
+        for name in ("continuations", "prefill_runs", "adapter_lr", "lora_lr"):
             yield from at_least(name, getattr(self, name), 0)
         for name in ("data", "skip", "seeds", "methods"):
             if not getattr(self, name):
