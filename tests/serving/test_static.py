@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from served_models import (
     FAMILIES,
     LAYERS,
@@ -28,6 +29,17 @@ def test_vllm_gives_the_tokens_of_transformers(
     asked = prompts()
     with served(folder, enforce_eager=True) as engine:
         answers = generate(engine, asked)
+    require_equal(load(folder), asked, answers)
+
+
+def test_compiled_as_vllm_does_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    folder = static_folder(tmp_path, "llama", "attn", "low_rank")
+    asked = prompts()
+    with torch._dynamo.config.patch(disable=False), served(folder) as engine:
+        assert engine.llm_engine.vllm_config.compilation_config.backend == "inductor"
+        answers = generate(engine, asked)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     require_equal(load(folder), asked, answers)
 
 
