@@ -17,10 +17,7 @@ export OMP_NUM_THREADS=1
 if [ $# -gt 0 ]; then
   exec "$python" -m pytest -o timeout=600 "$@"
 fi
-# A process for each file: refused engines leave process groups behind that the next engine trips over.
-for file in tests/serving/test_*.py; do
-  "$python" -m pytest -o timeout=600 "$file"
-done
+"$python" -m pytest -o timeout=600 tests/serving
 # vLLM's second model runner, which is the default on GPUs, by Triton's interpreter.
 VLLM_USE_V2_MODEL_RUNNER=1 exec "$python" -m pytest -o timeout=600 tests/serving/test_routed.py \
   -k "of_which_four_skip or come_and_go or put_off or not_computed"

@@ -111,17 +111,20 @@ def served(folder: Path, **options: Any) -> Iterator[Any]:
 
     gc.freeze()  # vLLM collects eight times an engine, and its imports are a large heap
     settings = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "seed": 0}
-    engine = LLM(
-        str(folder),
-        skip_tokenizer_init=True,
-        distributed_executor_backend="uni",
-        **{**settings, **options},
-    )
     try:
-        yield engine
+        engine = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            distributed_executor_backend="uni",
+            **{**settings, **options},
+        )
+        try:
+            yield engine
+        finally:
+            engine.llm_engine.engine_core.shutdown()
+            del engine
     finally:
-        engine.llm_engine.engine_core.shutdown()
-        del engine
+        # After a refusal, too: it leaves a process group that the next engine would take.
         cleanup_dist_env_and_memory()
 
 
