@@ -16,7 +16,7 @@ from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
 from megaskip.parallel.ds_config import zero3_config
-from megaskip.parallel.estimate_sequence import plan_attention
+from megaskip.parallel.estimate_sequence import plan_attention, plan_without_mask
 from megaskip.parallel.live_bytes import LiveBytes, fake_tensors
 from megaskip.parallel.loading.quantised import planned
 from megaskip.parallel.loading.skeleton import build_uninitialised, quantised_skeleton
@@ -98,6 +98,8 @@ def _micro_step(
     batch, tokens = config.optim.micro_batch_size, -(-config.data.seq_length // size)
     if size > 1:
         plan_attention(model, size)
+    elif not config.data.packing:
+        plan_without_mask(model)
     loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
     routers = None
     if config.model.train == "routers":
@@ -115,8 +117,7 @@ def _micro_step(
         live.ignore(learn.values())
         if routers is not None:
             routers.set_batch(real, real)
-        # On fake tensors transformers always makes its 4-D mask, and repeats grouped keys for it:
-        # what packed and padded rows need.
+        # Of packed rows transformers makes its 4-D mask here, and repeats grouped keys for it.
         hidden = find_decoder(model).decoder(input_ids=ids, use_cache=False)[0]
         activations = live.current
         task = loss.head(hidden.flatten(0, 1), ids.flatten())

@@ -1,5 +1,6 @@
-"""Attention on fake tensors as ranks that share the tokens of rows run it: its shapes and copies,
-without ranks and without DeepSpeed (ulysses.py is the real one).
+"""Attention on fake tensors as real ones run it: without a mask where rows are not packed, and with
+the shapes and copies of ranks that share the tokens of rows, without ranks and without DeepSpeed
+(ulysses.py is the real one).
 
 Shapes: B rows, T tokens of a rank, S ranks, H heads, K key-value heads, E elements of a head.
 """
@@ -16,14 +17,41 @@ from megaskip.arch.packing import attention_of
 def plan_attention(model: Any, size: int) -> None:
     """Let a model on fake tensors run as one of `size` ranks that share rows, which are not
     packed."""
+    _plan(model, f"of_{size}_ranks", size, _shared)
+
+
+def plan_without_mask(model: Any) -> None:
+    """Let a model on fake tensors run whole rows, which are not packed. Eager attention keeps its
+    mask, which is small beside the scores that it writes down."""
+    if attention_of(model) in AttentionInterface():
+        _plan(model, "without_mask", 1, _whole)
+
+
+def _plan(model: Any, suffix: str, size: int, made_of: Callable[..., Any]) -> None:
     own = attention_of(model)
-    name = f"planned_{own}_of_{size}_ranks"
-    AttentionInterface.register(name, _attention(AttentionInterface()[own], size))
+    name = f"planned_{own}_{suffix}"
+    AttentionInterface.register(name, made_of(AttentionInterface()[own], size))
     AttentionMaskInterface.register(name, _mask(AttentionMaskInterface()[own], size))
     model.set_attn_implementation(name)
 
 
-def _attention(own: Callable[..., Any], size: int) -> Callable[..., Any]:
+def _whole(own: Callable[..., Any], size: int) -> Callable[..., Any]:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **told: Any
+    ) -> tuple[Tensor, Any]:
+        """Shapes as below; kernels repeat the keys and values of groups, which fake ones do not."""
+        repeated = getattr(module, "num_key_value_groups", 1)
+        try:
+            module.num_key_value_groups = 1
+            whole = (x.repeat_interleave(repeated, dim=1) for x in (key, value))
+            return own(module, query, *whole, mask, **told)
+        finally:
+            module.num_key_value_groups = repeated
+
+    return attend
+
+
+def _shared(own: Callable[..., Any], size: int) -> Callable[..., Any]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **told: Any
     ) -> tuple[Tensor, Any]:

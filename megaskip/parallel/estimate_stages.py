@@ -10,6 +10,7 @@ from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.stage import DecoderStage, LayerRange
 from megaskip.config import RunConfig
 from megaskip.parallel.estimate import MOMENTS, WEIGHT_AND_GRADIENT, Estimate
+from megaskip.parallel.estimate_sequence import plan_without_mask
 from megaskip.parallel.live_bytes import LiveBytes, fake_tensors
 from megaskip.parallel.loading.quantised import planned
 from megaskip.parallel.loading.skeleton import build_uninitialised, quantised_skeleton, skeleton
@@ -34,6 +35,8 @@ def estimate_stages(
         in_flight = min(len(cuts) - number, config.optim.gradient_accumulation_steps)
         with fake_tensors():
             model = build_uninitialised(source, source.dtype)
+            if not config.data.packing:
+                plan_without_mask(model)
             chunk = config.parallel.loss_chunk_tokens
             stage = DecoderStage(model, layers, chunk_tokens=chunk).eval()
             routers = attach_routers(stage, config.router, register=False, verify=False)

@@ -88,6 +88,17 @@ def write_70b(folder: Path) -> list[str]:
     return ["--model", str(folder), *flags, *ZERO3]
 
 
+def test_rows_that_are_not_packed_are_planned_without_a_mask(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tokens, live = 2048, []
+    for packing in ([], ["--packing"]):
+        flags = ["--seq_length", str(tokens), "--micro_batch_size", "1", *packing]
+        config = parse_run_config(["--model", str(tmp_path), *flags])
+        plan = estimate(config, resolve_source(config.model), world_size=1, ds_content={})
+        live.append(plan.activations + plan.workspace)
+    assert live[1] - live[0] > tokens**2
+
+
 def test_70b_is_planned_from_its_config_alone(tmp_path: Path) -> None:
     config = parse_run_config(write_70b(tmp_path))
     ds_content = read_ds_config(config.parallel.ds_config, config)
