@@ -108,6 +108,7 @@ def export_static(
     chat_template: str | Path | None = None,
     trust_remote_code: bool = False,
     dtype: str | None = None,
+    seq_length: int | None = None,
     verify: bool = False,
 ) -> StaticExport:
     """Write a model without the sublayers that its routers seldom let run, for servers that cannot
@@ -118,7 +119,8 @@ def export_static(
     share, the `count` lowest ones, or those of `layers`. Routers of a static budget (those of
     `megaskip fit` and of runs that start from them) need none of the three: their layers never run,
     and all of them are dropped. Capacities are measured on `rows` rows of `data` (files, folders or
-    hub names as `megaskip train` reads them; the text of the run for a run folder).
+    hub names as `megaskip train` reads them; the text of the run for a run folder), of `seq_length`
+    tokens at most.
     `form` is "hf" for transformers or "decilm" for vLLM. Maps that routers have for what they skip
     stand in the place of what is dropped; `without_compensation` leaves them out, as "decilm"
     needs. `chat_template`, a jinja file, takes the place of the tokenizer's. `dtype` is the type of
@@ -130,7 +132,7 @@ def export_static(
     spec = layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers))
     options = ExportStaticOptions(
         source=_router_source(routers, base, trust_remote_code),
-        text=TextSource(data=tuple(map(str, data)), dtype=dtype),
+        text=TextSource(data=tuple(map(str, data)), dtype=dtype, seq_length=seq_length),
         tokenizer=tokenizer,
         chat_template=None if chat_template is None else str(chat_template),
         rows=rows,
@@ -159,16 +161,18 @@ def calibrate(
     micro_batch_size: int = 4,
     trust_remote_code: bool = False,
     dtype: str | None = None,
+    seq_length: int | None = None,
     output: str | Path | None = None,
 ) -> CalibrationResult:
     """Find the thresholds at which trained routers keep each of `capacities`, and store them.
 
     `routers`, `base` and `trust_remote_code` are as in `convert`. Thresholds are found on `rows`
     rows of `data` (files, folders or hub names as `megaskip train` reads them; the text of the run
-    for a run folder) and checked on `eval_data`, or on text that is held out of `data`. With
-    `allocate` rounds (2 are enough) every layer gets its own threshold, so that less is lost; for
-    decisions per sequence. They are written into the router folder, or into the new folder
-    `output`; then `routers.set_capacity(0.6)`, or that of an exported model, chooses.
+    for a run folder), of `seq_length` tokens at most, and checked on `eval_data`, or on text that
+    is held out of `data`. With `allocate` rounds (2 are enough) every layer gets its own threshold,
+    so that less is lost; for decisions per sequence. They are written into the router folder, or
+    into the new folder `output`; then `routers.set_capacity(0.6)`, or that of an exported model,
+    chooses.
 
     The result has a point for every capacity that the routers keep, and a text in `problems` for
     every other; `require_all()` makes an error of them. Collective where a process group is open.
@@ -177,7 +181,7 @@ def calibrate(
     options = CalibrateOptions(
         source=_router_source(routers, base, trust_remote_code),
         capacity=tuple(capacities),
-        text=TextSource(data=tuple(map(str, data)), dtype=dtype),
+        text=TextSource(data=tuple(map(str, data)), dtype=dtype, seq_length=seq_length),
         eval_data=tuple(map(str, eval_data)),
         rows=rows,
         allocate=allocate,

@@ -125,6 +125,8 @@ def read_as(source: RouterSource, text: TextSource, base: Path) -> tuple[DataCon
     model = dataclasses.replace(model, trust_remote_code=source.trust_remote_code)
     if text.data:
         data = dataclasses.replace(data, data=text.data, eval_data=())
+    if text.seq_length is not None:
+        data = dataclasses.replace(data, seq_length=text.seq_length)
     if text.dtype is not None:
         model = dataclasses.replace(model, dtype=text.dtype)
     return data, model

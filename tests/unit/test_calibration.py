@@ -20,6 +20,7 @@ from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import RunConfig
+from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
@@ -29,6 +30,7 @@ from megaskip.routing import Counts, Measured, RouterSet
 from megaskip.routing.any_budget import AnyBudget
 from megaskip.routing.budget import Budget
 from megaskip.routing.thresholds import Thresholds
+from megaskip.runs.source import read_as
 
 
 def batches(seed: int, count: int = 10) -> list[Batch]:
@@ -129,6 +131,19 @@ def test_capacities_that_are_reached_are_not_lost_with_one_that_is_not(engine: E
     assert [point.capacity for point in result.points] == [0.995]
     (problem,) = result.problems
     assert problem.startswith("--capacity 0.45 does not hold")
+
+
+def test_text_is_read_as_long_as_asked_else_as_the_run_read_it(tmp_path: Path) -> None:
+    config = {"model": {"model": "demo"}, "data": {"data": ["demo"], "seq_length": 96}}
+    (tmp_path / "report.json").write_text(json.dumps({"config": config}))
+    named = RouterSource(routers=tmp_path), {"data": ("text.jsonl",)}
+    trained: tuple[RouterSource, dict[str, Any]] = RouterSource(run=tmp_path), {}
+    for (source, data), default in ((named, 512), (trained, 96)):
+        lengths = [
+            read_as(source, TextSource(**data, seq_length=asked), tmp_path)[0].seq_length
+            for asked in (None, 128)
+        ]
+        assert lengths == [default, 128]
 
 
 def test_text_of_another_kind_is_refused(engine: Engine) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaskip.config.checks import at_least
 from megaskip.config.options import Checked, exactly_one, option
 from megaskip.config.run import DTYPES
 
@@ -34,3 +35,9 @@ class TextSource(Checked):
     """Calibration text, as --data of `megaskip train`, repeatable [that of --run]."""
     dtype: str | None = option(None, choices=DTYPES)
     """Type of the base's weights in memory [that of --run; else as stored]."""
+    seq_length: int | None = option(None, metavar="INT")
+    """Longest row of the text in tokens [that of --run; else 512]."""
+
+    def _problems(self) -> Iterator[str]:
+        if self.seq_length is not None:
+            yield from at_least("seq_length", self.seq_length, 8)
