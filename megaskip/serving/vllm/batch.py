@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import subclass_attention_backend
 
+from megaskip.routing.copies import copy_to
 from megaskip.serving.vllm.requests import ServedRequest, ServedRequests
 
 
@@ -85,7 +86,7 @@ class Batch:
         index = self._selected.get(rows)
         if index is None:
             spans = [torch.arange(*self._spans[row]) for row in rows]
-            index = torch.cat(spans).to(device, non_blocking=True)
+            index = copy_to(torch.cat(spans), device)
             self._selected[rows] = index
         return index
 
@@ -122,7 +123,7 @@ def _select(common: Any, batch: Batch, rows: tuple[int, ...]) -> Any:
     """Return the description of a batch of some rows, from that of all."""
     device = common.query_start_loc.device
     on_host = torch.tensor(rows, dtype=torch.int64)
-    index = on_host.to(device, non_blocking=True)
+    index = copy_to(on_host, device)
     tokens = batch.token_index(rows, device)
     starts = common.query_start_loc_cpu
     lengths = (starts[1:] - starts[:-1])[on_host]
@@ -131,7 +132,7 @@ def _select(common: Any, batch: Batch, rows: tuple[int, ...]) -> Any:
     bound = common.seq_lens_cpu_upper_bound[on_host]
     return dataclasses.replace(
         common,
-        query_start_loc=begins.to(device, non_blocking=True),
+        query_start_loc=copy_to(begins, device),
         query_start_loc_cpu=begins,
         seq_lens=common.seq_lens[index],
         seq_lens_cpu_upper_bound=bound,
