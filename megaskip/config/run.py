@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megaskip.config.adapter import AdapterConfig, adapter_problems
 from megaskip.config.checks import at_least, finite, within
+from megaskip.config.four_bit import four_bit_problems
 from megaskip.config.log import LogConfig
 from megaskip.config.options import Checked, option
 from megaskip.config.parallel import ParallelConfig, sequence_problems
@@ -35,7 +36,8 @@ class ModelConfig(Checked):
     base_dtype: str = option("dtype", choices=("dtype", "nf4"))
     """How the frozen weights are held: in the type of --dtype, or the linear layers in 4 bit (nf4,
     through bitsandbytes), each quantised as it is read; it computes in --dtype. Routers are those
-    of the 16-bit model's folder and are exported on top of it."""
+    of the 16-bit model's folder and are exported on top of it. A folder that bitsandbytes packed in
+    4 bit is read as it is, without this flag."""
     attn_implementation: str = option("auto", metavar="NAME")
     """Attention of the backbone as transformers names it: sdpa, eager, flash_attention_2, ...; auto
     takes what transformers prefers for the family."""
@@ -211,7 +213,8 @@ class RunConfig(Checked):
         )
         yield from self._learning_problems()
         yield from self._attention_problems()
-        yield from self._nf4_problems()
+        if self.model.base_dtype == "nf4":
+            yield from self.four_bit_problems("--base_dtype nf4")
         yield from self._full_problems()
         yield from self._parallel_problems()
         yield from sequence_problems(
@@ -219,6 +222,16 @@ class RunConfig(Checked):
             train=self.model.train,
             packing=self.data.packing,
             by_layer_and_token=self.router.budget == "layer" and self.router.unit == "token",
+        )
+
+    def four_bit_problems(self, base: str) -> Iterator[str]:
+        """Yield what of this run a base in 4 bit, which the lines call `base`, does not do."""
+        return four_bit_problems(
+            base,
+            train=self.model.train,
+            ds_config=self.parallel.ds_config,
+            pipeline_stages=self.parallel.pipeline_stages,
+            lora_rank=self.adapter.lora_rank,
         )
 
     def _learning_problems(self) -> Iterator[str]:
@@ -250,24 +263,6 @@ class RunConfig(Checked):
                 f"{packing}--attn_implementation {attention} does not go with --train_execution "
                 "sparse or --budget static: it is told of all rows of a batch, of which they leave "
                 "some out; take sdpa"
-            )
-
-    def _nf4_problems(self) -> Iterator[str]:
-        if self.model.base_dtype != "nf4":
-            return
-        if self.model.train == "full":
-            yield "--base_dtype nf4 is for a frozen base: --train full changes every weight"
-        file = self.parallel.ds_config
-        if file is not None and self.parallel.pipeline_stages == 1:
-            yield (
-                f"--base_dtype nf4 does not go with ZeRO-3 (--ds_config {file}): DeepSpeed shares "
-                "out a weight by its elements, and 4-bit ones are packed, with "
-                "scales beside them; use replicas, or --pipeline_stages 2 or more"
-            )
-        if self.adapter.lora_rank:
-            yield (
-                "--base_dtype nf4 does not go with --lora_rank: an adapter on 4-bit weights was "
-                "not tried; leave one of them out"
             )
 
     def _full_problems(self) -> Iterator[str]:

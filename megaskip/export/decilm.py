@@ -111,7 +111,7 @@ def _obstacles(hf_config: Any, names: Collection[str]) -> Iterator[str]:
         yield f"its hidden_act is {hf_config.hidden_act}, expected silu"
     if getattr(hf_config, "sliding_window", None) is not None:
         yield f"its attention slides (sliding_window {hf_config.sliding_window})"
-    if getattr(hf_config, "quantization_config", None) is not None:
+    if any(".quant_state." in name for name in names):
         yield "it is quantised"
     if ffn_mult(hf_config.intermediate_size, hf_config.hidden_size) is None:
         yield (

@@ -15,7 +15,7 @@ from megaskip.arch.stage import DecoderStage
 from megaskip.arch.stage_proof import tiny_config, verify_stages
 from megaskip.arch.task_loss import TaskLoss, verify_task_loss
 from megaskip.config import RunConfig
-from megaskip.errors import UnsupportedModelError
+from megaskip.errors import ConfigError, UnsupportedModelError
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_every_rank
 from megaskip.parallel.ds_config import require_dtype, zero3_config
@@ -43,6 +43,7 @@ def build_full_engine(config: RunConfig, topology: Topology, source: ModelSource
     """
     choose_arithmetic(source.dtype, topology.device)
     checked = with_checked_weights(source, topology)
+    require_four_bit_fits(checked, config)
     model = on_every_rank(topology, lambda: load_whole(checked, topology.device)).eval()
     _prepare_packing(model, config)
     masked = _needs_mask(model)
@@ -65,6 +66,7 @@ def build_engine(
     """
     choose_arithmetic(source.dtype, topology.device)
     source = with_checked_weights(source, topology)
+    require_four_bit_fits(source, config)
     if ds_content is not None:
         require_dtype(ds_content, str(source.dtype).removeprefix("torch."))
     require_sequence_parallel(source, topology.sequence_size)
@@ -92,6 +94,15 @@ def build_engine(
     if config.parallel.compile:
         logger.info("%s", compile_layers(loss.model, routers))
     return Engine(loss, routers, config, topology, handle, group)
+
+
+def require_four_bit_fits(source: ModelSource, config: RunConfig) -> None:
+    """Raise ConfigError when a base that lies in 4 bit in its folder does not go with `config`;
+    what --base_dtype nf4 does not go with, the config knows by itself."""
+    base = source.packed_name
+    problems = list(config.four_bit_problems(base)) if base else []
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Engine:

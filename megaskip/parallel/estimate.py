@@ -70,7 +70,7 @@ def estimate(
     weights, gathers = sum(n * s for n, s in parameters), 0
     if ds_content is not None:
         weights, gathers = _zero3_bytes(parameters, layer_numel, world_size, ds_content)
-    if source.base_dtype == "nf4":
+    if source.four_bit is not None:
         weights, largest = planned(quantised_skeleton(source))
         workspace += largest * source.dtype.itemsize
     sizes = {name: torch.Size(shape).numel() for name, shape in trainable}

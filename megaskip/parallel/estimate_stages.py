@@ -43,7 +43,7 @@ def estimate_stages(
             add_adapters(stage, routers, shape, config)
             activations, workspace = _micro_step(stage, routers, config, source.dtype)
         weights = sum(p.numel() * p.element_size() for p in stage.parameters())
-        if source.base_dtype == "nf4":
+        if source.four_bit is not None:
             packed = DecoderStage(quantised_skeleton(source), layers, chunk_tokens=chunk)
             weights, largest = planned(packed)
             workspace += largest * source.dtype.itemsize

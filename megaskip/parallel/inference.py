@@ -31,6 +31,7 @@ from megaskip.inference.static_decode import let_generate_record
 from megaskip.parallel.agree import on_every_rank, on_first_rank
 from megaskip.parallel.build import shard_backbone
 from megaskip.parallel.loading.loaded_values import require_loaded
+from megaskip.parallel.loading.packed_values import require_loaded_packed
 from megaskip.parallel.loading.source import (
     CONFIG_ERRORS,
     ModelSource,
@@ -167,9 +168,9 @@ def _exported_whole(
     made: Any = DroppedForCausalLM if routing is None else MegaskipForCausalLM
     try:
         hf_config = MegaskipConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            shape = made._from_config(copy.deepcopy(hf_config))
         source = source_in(folder, hf_config, backbone)
+        with torch.device("meta"):
+            shape = made._from_config(copy.deepcopy(source.hf_config))
         plan = on_first_rank(topology, lambda: check_weights(source, shape))
         with_adapter = routing is not None and _require_adapter(folder, hf_config)
         options = {"config": hf_config, "dtype": kind or "auto", **read_onto(topology.device)}
@@ -179,6 +180,7 @@ def _exported_whole(
     choose_arithmetic(model.dtype, topology.device)
     model.to(topology.device).eval().requires_grad_(False)
     on_every_rank(topology, lambda: require_loaded(folder, plan, model))
+    on_every_rank(topology, lambda: require_loaded_packed(folder, plan, model))
     if with_adapter:
         load_adapter(model, folder, device=topology.device)
     routers = model.get_submodule(PREFIX) if routing is not None else None

@@ -95,7 +95,7 @@ def preflight(
     everyone: list[Any] = [None] * topology.world_size
     dist.all_gather_object(everyone, mine)
     weights = _weight_bytes(source.folder)
-    if source.base_dtype == "nf4":
+    if source.four_bit is not None:
         weights, _ = planned(quantised_skeleton(source))
     shares = topology.num_stages
     if shares == 1 and config.parallel.ds_config is not None:

@@ -44,9 +44,9 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
     size = config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
     size *= world_size // (num_stages * share)
     size_text = f"{needs.parameters:,} parameters, {source.dtype}"
-    size_text += ", linear layers in 4 bit (nf4)" if source.base_dtype == "nf4" else ""
     rows = [
         ("model", f"{source.folder} ({source.hf_config.model_type}), {size_text}"),
+        *((("base", str(source.four_bit)),) if source.four_bit is not None else ()),
         *_trainable(config, source, needs),
         ("ranks", f"{world_size}, {_engine_name(num_stages, ds_content is not None)}"),
         *([("tokens of a row", f"shared by {share} ranks")] if share > 1 else ()),

@@ -1,12 +1,10 @@
 """The header of a run: what trains, on what, with which data, and what it takes, measured."""
 
-from pathlib import Path
-
 from megaskip.arch.packing import describe_attention
 from megaskip.config import RunConfig
 from megaskip.data.loader import DataLoader
 from megaskip.log import get_logger
-from megaskip.parallel.loading.source import uses_tf32
+from megaskip.parallel.loading.source import ModelSource, uses_tf32
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.protocol import StepEngine
 from megaskip.parallel.shared_moments import describe_sharing
@@ -17,18 +15,19 @@ from megaskip.training.loop import Trainer
 logger = get_logger(__name__)
 
 
-def log_header(trainer: Trainer, folder: Path) -> None:
-    """Log the header of a run on the model in `folder`, on the first rank."""
-    for line in table(header_rows(trainer, folder), title="megaskip"):
+def log_header(trainer: Trainer, source: ModelSource) -> None:
+    """Log the header of a run on the model of `source`, on the first rank."""
+    for line in table(header_rows(trainer, source), title="megaskip"):
         logger.info("%s", line)
 
 
-def header_rows(trainer: Trainer, folder: Path) -> list[tuple[str, str]]:
+def header_rows(trainer: Trainer, source: ModelSource) -> list[tuple[str, str]]:
     """Return the rows of the header."""
     checkpointer = trainer.checkpointer
     base = checkpointer.base
     return [
-        ("model", f"{folder} ({base.model_type}, {base.num_layers} layers)"),
+        ("model", f"{source.folder} ({base.model_type}, {base.num_layers} layers)"),
+        *((("base", str(source.four_bit)),) if source.four_bit is not None else ()),
         *checkpointer.weights.describe(),
         *_sharing(trainer),
         ("engine", _engine_text(trainer.config, trainer.topology, trainer.engine)),
@@ -55,8 +54,6 @@ def _engine_text(config: RunConfig, topology: Topology, engine: StepEngine) -> s
         name = "ZeRO-3" if config.parallel.ds_config else "replicas"
     dtype = next(engine.module.parameters()).dtype
     precision = f"{dtype}, TF32" if uses_tf32(dtype, topology.device) else f"{dtype}"
-    if config.model.base_dtype == "nf4":
-        precision = f"linear layers in 4 bit (nf4), computing in {precision}"
     if topology.sequence_size > 1:
         name += f", {topology.sequence_size} ranks share the tokens of a row,"
     return f"{name} on {topology.world_size} rank(s), {topology.device.type}, {precision}"

@@ -17,7 +17,7 @@ from megaskip.data.demo import with_demo
 from megaskip.data.loader import DataLoader
 from megaskip.log import get_logger, quiet_libraries, set_up_logging
 from megaskip.parallel.agree import attempt_on_first_rank, on_first_rank
-from megaskip.parallel.build import build_engine, build_full_engine
+from megaskip.parallel.build import build_engine, build_full_engine, require_four_bit_fits
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.loading.source import ModelSource, resolve_source
@@ -123,7 +123,9 @@ def _check_first(config: RunConfig, source: ModelSource) -> WeightPlan:
     """Return which stored tensor becomes which weight; raises MegaskipError where that, or a
     tracker, is not fit for use."""
     require_trackers(config.log.trackers)
-    return check_weights(source)
+    plan = check_weights(source)
+    require_four_bit_fits(source, config)
+    return plan
 
 
 def _print_plan(config: RunConfig, topology: Topology, source: ModelSource) -> None:
@@ -131,6 +133,7 @@ def _print_plan(config: RunConfig, topology: Topology, source: ModelSource) -> N
     if topology.is_first:
         require_trackers(config.log.trackers)
         check_what_is_there(source)
+        require_four_bit_fits(source, config)
         config = dataclasses.replace(config, data=with_demo(config.data))
         parallel = config.parallel
         fewest = max(parallel.pipeline_stages, parallel.sequence_parallel_size)
@@ -159,7 +162,7 @@ def _run(job: _Job) -> None:
                 return
             on_first_rank(topology, lambda: reopen(output_dir))
     on_first_rank(topology, lambda: write_run_file(output_dir, config, topology.world_size))
-    log_header(trainer, job.source.folder)
+    log_header(trainer, job.source)
     trainer.run()
 
 

@@ -163,7 +163,7 @@ def describe_states(
         ).hexdigest()[:16],
         "layer": first_routed_layer(config, source),
         "dtype": str(source.dtype),
-        "base_dtype": source.base_dtype,
+        "base_dtype": "dtype" if source.four_bit is None else source.four_bit.quant_type,
         "stored_dtype": str(stored_dtype(config, source)),
         "attention": shape.config._attn_implementation,
         "compiled": config.parallel.compile,

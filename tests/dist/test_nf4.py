@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import tiny_model
 from spawn import run_worker
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from megaskip.config import parse_run_config
 from megaskip.parallel.estimate import estimate
@@ -14,19 +15,34 @@ from megaskip.parallel.estimate_stages import estimate_stages
 from megaskip.parallel.loading.source import resolve_source
 
 pytest.importorskip("bitsandbytes", reason="the [4bit] extra is not installed")
-NF4 = ["--base_dtype", "nf4", "--distill", "0.5", "--capacity", "0.3"]
+FLAGS = ["--distill", "0.5", "--capacity", "0.3"]
+NF4 = ["--base_dtype", "nf4", *FLAGS]
 STAGES = ["--pipeline_stages", "2", "--pipeline_partition", "2", "--activation_checkpointing"]
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+PACKED = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    llm_int8_skip_modules=["lm_head", "down_proj"],  # whose rows are no whole blocks of 64
+)
 
 
 def test_replicas_and_stages_of_a_4_bit_base_are_one_process(tmp_path: Path) -> None:
-    """Loss and gradients of a step; the first stage's layers have no router."""
+    """Loss and gradients of a step, of a base that is packed on loading and of one that lies packed
+    in its folder; the first stage's layers have no router."""
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
-    cases = [{"flags": [*NF4, *flags], "parts": [0, 1]} for flags in ([], STAGES)]
+    packed = tmp_path / "packed"
+    AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=PACKED).save_pretrained(
+        packed
+    )
+    cases = [
+        {"model": str(folder), "flags": [*flags, *engine], "parts": [0, 1]}
+        for folder, flags in ((tmp_path, NF4), (packed, FLAGS))
+        for engine in ([], STAGES)
+    ]
     config = parse_run_config(["--model", str(tmp_path), *NF4, *STAGES])
     source = resolve_source(config.model)
     whole = estimate(config, source, world_size=2, ds_content=None)
-    planned = zip([whole, whole], estimate_stages(config, source), strict=True)
+    planned = [2 * (whole, stage) for stage in estimate_stages(config, source)]
     alone = run_worker("gradients", 1, model=str(tmp_path), cases=cases[:1])[0][0]
     assert all(float(gradient.abs().max()) > 0 for gradient in alone["gradients"].values())
     for results, plans in zip(

@@ -47,7 +47,7 @@ def gradients(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _one_step(model: str, case: dict[str, Any]) -> dict[str, Any]:
-    with built(model, case["flags"]) as (engine, topology):
+    with built(case.get("model", model), case["flags"]) as (engine, topology):
         routers = engine.routers
         _randomise(routers)
         everywhere = case["parts"]

@@ -42,7 +42,8 @@ def load_converted(
     device) has them, by its names.
 
     A model of these layers alone is loaded by transformers, on the CPU; of stored tensors that
-    belong to no layer those in `wanted` are read. Raises MegaskipError for what is missing.
+    belong to no layer those in `wanted` are read. What is packed in the files has no values in
+    it. Raises MegaskipError for what is missing.
     """
     stored = dict(_stored(layers, wanted, plan, source))
     level = transformers.utils.logging.get_verbosity()
@@ -58,7 +59,11 @@ def load_converted(
         )
     finally:
         transformers.utils.logging.set_verbosity(level)
-    missing = sorted(name for name in info["missing_keys"] if _LAYER.search(name))
+    missing = sorted(
+        name
+        for name in info["missing_keys"]
+        if _LAYER.search(name) and _renumbered(name, layers.first) not in plan.packed
+    )
     if missing:
         raise MegaskipError(
             f"no stored tensor becomes {_renumbered(missing[0], layers.first)}, and "

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from megaskip.errors import CheckpointError
+from megaskip.config.four_bit import four_bit_problems
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.log import get_logger
 from megaskip.parallel.collectives import gather_from_ranks
 from megaskip.parallel.loading.joined_values import holds_row, joined_rows, not_joined
@@ -31,11 +32,17 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
     communication, and a rank reads 1/W of the bytes. Models whose stored tensors transformers joins
     or splits on loading (experts), or that store buffers, go through from_pretrained, where rank 0
     reads and scatters. Raises CheckpointError as `check_weights` does, and when the weights in
-    memory are not those of the files.
+    memory are not those of the files, ConfigError for those that are packed in 4 bit.
     """
     import deepspeed
 
     plan = plan_of(source)
+    if base := source.packed_name:
+        raise ConfigError(
+            *four_bit_problems(
+                base, train="routers", ds_config="JSON", pipeline_stages=1, lora_rank=0
+            )
+        )
     offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
     why = _why_scattered(skeleton(source), plan)
     if offload == "nvme" or why:

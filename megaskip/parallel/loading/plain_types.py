@@ -1,7 +1,8 @@
 """Refuses weights that are numbers in a packed form: quantised ones, their scales, their settings.
 
-They are refused on every engine alike: transformers would unpack some of them in one process, on
-some devices, and our readers would take the packed numbers for weights.
+Those in the 4 bit of bitsandbytes that config.json describes are packed_check.py's. All others are
+refused on every engine alike: transformers would unpack some of them in one process, on some
+devices, and our readers would take the packed numbers for weights.
 """
 
 import re
@@ -12,6 +13,11 @@ from typing import Any
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.stored_weights import StoredTensor
 from megaskip.errors import CheckpointError
+from megaskip.parallel.loading.four_bit import (
+    describe_bitsandbytes,
+    is_bitsandbytes,
+    stored_four_bit,
+)
 
 PLAIN = {"F64", "F32", "F16", "BF16"}
 """Types of stored numbers that are weights as they are."""
@@ -27,11 +33,15 @@ _PACKED = re.compile(
 
 
 def require_plain_config(folder: Path) -> None:
-    """Raise CheckpointError when a model's config.json says that its weights are quantised, or that
-    they are in another file than transformers takes by itself."""
+    """Raise CheckpointError when a model's config.json says that its weights are quantised, other
+    than in the 4 bit of bitsandbytes, or that they are in another file than transformers takes by
+    itself."""
     content = read_json(folder / "config.json")
     for settings in (content, *(v for v in content.values() if isinstance(v, dict))):
         for key in _SETTINGS:
+            is_read = settings is content and key == "quantization_config"
+            if is_read and stored_four_bit(settings.get(key)) is not None:
+                continue
             if settings.get(key):
                 raise _quantised(folder, f"config.json has a {key}{_method(settings[key])}")
         dtype = settings.get("dtype") or settings.get("torch_dtype")
@@ -70,10 +80,13 @@ def require_plain_types(
 def _quantised(folder: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{folder}: its weights are quantised ({why}), which no engine of megaskip loads; name the "
-        "model in bfloat16, or dequantize it once with transformers and save_pretrained it"
+        "16-bit model (with --base_dtype nf4 if it is to be in 4 bit), or dequantize this one once "
+        "with transformers and save_pretrained it"
     )
 
 
 def _method(settings: Any) -> str:
+    if is_bitsandbytes(settings):
+        return f", {describe_bitsandbytes(settings)}"
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     return f", {method}" if method else ""

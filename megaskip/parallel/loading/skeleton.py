@@ -50,10 +50,11 @@ def build_uninitialised(source: ModelSource, dtype: torch.dtype) -> nn.Module:
 
 
 def quantised_skeleton(source: ModelSource) -> nn.Module:
-    """Return the model of --base_dtype nf4 without weights, on the meta device."""
+    """Return the model of a 4-bit base without weights, on the meta device."""
+    assert source.four_bit is not None
     with torch.device("meta"):
         model = build_uninitialised(source, source.dtype)
-    quantise_linears(model, source.dtype)
+    quantise_linears(model, source.dtype, source.four_bit)
     return model
 
 

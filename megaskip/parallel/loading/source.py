@@ -3,6 +3,7 @@
 Everything that builds, loads, estimates or describes a base model takes a ModelSource.
 """
 
+import copy
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig
 
+from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import BaseModel, describe_base
 from megaskip.checkpoint.header import require_no_pointer
 from megaskip.checkpoint.stored_weights import ADAPTER
@@ -25,6 +27,7 @@ from megaskip.config import ModelConfig
 from megaskip.config.run import DEMO
 from megaskip.errors import ConfigError
 from megaskip.log import get_logger
+from megaskip.parallel.loading.four_bit import FourBit, stored_four_bit
 from megaskip.parallel.loading.weight_plan import WeightPlan
 
 logger = get_logger(__name__)
@@ -50,15 +53,16 @@ class ModelSource:
     revision: str | None
     """Branch, tag or commit that was asked for; None for the default one."""
     hf_config: Any
-    """The content of config.json. Shared by all users, so builders change copies of it."""
+    """The content of config.json, but for what `four_bit` says. Shared by all users, so builders
+    change copies of it."""
     dtype: torch.dtype
     """Type of the weights in memory."""
     attn_implementation: str | None
     """Attention as transformers names it; None takes what transformers prefers for the family."""
     trust_remote_code: bool
     """Whether code in the folder may run."""
-    base_dtype: str = "dtype"
-    """How weights are held: in `dtype`, or linear layers in 4 bit ("nf4"), computing in `dtype`."""
+    four_bit: FourBit | None = None
+    """How linear layers are packed, computing in `dtype`; None for a base that is in `dtype`."""
     weights: WeightPlan | None = None
     """Which stored tensor becomes which weight; None until its files are checked."""
 
@@ -66,6 +70,13 @@ class ModelSource:
     def text_config(self) -> Any:
         """Return the part of the config that describes the decoder."""
         return self.hf_config.get_text_config(decoder=True)
+
+    @property
+    def packed_name(self) -> str:
+        """Return what messages call a base that lies in 4 bit in its folder; "" for any other."""
+        if self.four_bit is None or not self.four_bit.is_stored:
+            return ""
+        return f"--model {self.name}, in 4 bit ({self.four_bit}),"
 
     @property
     def build_options(self) -> dict[str, Any]:
@@ -98,8 +109,24 @@ def resolve_source(config: ModelConfig, folder: Path | None = None) -> ModelSour
 
 
 def source_in(folder: Path, hf_config: Any, config: ModelConfig) -> ModelSource:
-    """Return the source of a model whose folder and HF config are known already."""
+    """Return the source of a model whose folder and HF config are known already.
+
+    Raises ConfigError for --base_dtype nf4 on a folder that is in 4 bit already, CheckpointError
+    where there is no config.json.
+    """
     attention = config.attn_implementation
+    # Of the file, for `hf_config` may be that of an earlier source.
+    four_bit = stored_four_bit(read_json(folder / "config.json").get("quantization_config"))
+    if four_bit is not None:
+        if config.base_dtype == "nf4":
+            raise ConfigError(
+                f"--base_dtype nf4: {folder} is in 4 bit already ({four_bit}); leave it out"
+            )
+        # Models are built with plain layers, which quantise_linears replaces.
+        hf_config = copy.deepcopy(hf_config)
+        vars(hf_config).pop("quantization_config", None)
+    elif config.base_dtype == "nf4":
+        four_bit = FourBit()
     return ModelSource(
         name=config.model,
         folder=folder,
@@ -108,7 +135,7 @@ def source_in(folder: Path, hf_config: Any, config: ModelConfig) -> ModelSource:
         dtype=_weight_dtype(config, hf_config),
         attn_implementation=None if attention == "auto" else attention,
         trust_remote_code=config.trust_remote_code,
-        base_dtype=config.base_dtype,
+        four_bit=four_bit,
     )
 
 

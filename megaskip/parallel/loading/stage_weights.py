@@ -16,6 +16,7 @@ from megaskip.errors import MegaskipError, UnsupportedModelError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.converted import load_converted, makes_same_layers
 from megaskip.parallel.loading.loaded_values import require_same_weight
+from megaskip.parallel.loading.packed_values import read_packed
 from megaskip.parallel.loading.quantised import (
     is_quantised,
     quantise_linears,
@@ -48,30 +49,37 @@ def load_stage(
     """
     plan = plan_of(source)
     model = _without_weights(source)
-    stored_as_named = {name for name, _ in model.named_parameters()} <= plan.stored.keys()
+    named = plan.stored.keys() | plan.packed.keys()
+    stored_as_named = {name for name, _ in model.named_parameters()} <= named
     if not stored_as_named and not makes_same_layers(model, layers):
-        if source.base_dtype == "nf4":
+        if source.four_bit is not None:
             raise UnsupportedModelError(
-                f"{source.hf_config.model_type}: --base_dtype nf4 reads weights one by one, and "
-                "this family's layers differ by their number; leave it out"
+                f"{source.hf_config.model_type}: a base in 4 bit is read weight by weight, and "
+                "this family's layers differ by their number; name the 16-bit model, without "
+                "--base_dtype nf4"
             )
         logger.info("every rank reads the whole model (its layers differ by their number)")
         whole = load_whole(source, torch.device("cpu"))
         return take_apart(whole).eval().to(device)
-    if source.base_dtype == "nf4":
-        quantise_linears(model, source.dtype)
+    if source.four_bit is not None:
+        quantise_linears(model, source.dtype, source.four_bit)
     names, exact = _stored_names(model), _kept_exact(model)
     stage = take_apart(model).eval()
     # Buffers count that are stored, such as the bias by which experts are chosen.
     buffers = [buffer for buffer in stage.buffers() if names.get(id(buffer)) in plan.stored]
     wanted = {names[id(empty)]: empty for empty in (*stage.parameters(), *buffers)}
-    if wanted.keys() <= plan.stored.keys():
-        stored = _from_files(source.folder, {name: plan.stored[name] for name in wanted})
+    packed_there = {name: plan.packed[name] for name in wanted if name in plan.packed}
+    plain = wanted.keys() - packed_there.keys()
+    if plain <= plan.stored.keys():
+        stored = _from_files(source.folder, {name: plan.stored[name] for name in plain})
     else:
-        stored = iter(load_converted(model, layers, set(wanted), plan, source).items())
-    filled: dict[int, Tensor] = {}
+        stored = iter(load_converted(model, layers, plain, plan, source).items())
+    filled: dict[int, Tensor] = {
+        id(wanted[name]): weight
+        for name, weight in read_packed(source.folder, packed_there, device)
+    }
     for name, tensor in stored:
-        if name not in wanted:
+        if name not in plain:
             continue
         if is_quantised(wanted[name]):
             packed = quantised(tensor, wanted[name], device, source.dtype)

@@ -6,7 +6,7 @@ applies the rules by which transformers loads. What differs is refused before an
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,24 @@ from megaskip.errors import CheckpointError
 from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.loading.conversion_check import missing_after_conversion
+from megaskip.parallel.loading.packed_check import (
+    NOTHING_BESIDE,
+    Beside,
+    require_packed,
+    require_plain_head,
+    without_companions,
+)
 from megaskip.parallel.loading.plain_types import (
     require_plain_config,
     require_plain_names,
     require_plain_types,
 )
+from megaskip.parallel.loading.quantised import packed_names
 from megaskip.parallel.loading.skeleton import skeleton
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.stored_values import same_values
 from megaskip.parallel.loading.weight_plan import (
+    PackedWeight,
     Renamed,
     WeightPlan,
     ignored_by_transformers,
@@ -72,31 +81,37 @@ def check_weights(source: ModelSource, shape: Any | None = None) -> WeightPlan:
     CheckpointError for a folder that cannot be loaded alike on every engine: what
     `read_stored_weights` refuses; quantised weights; a weight that is missing, of another shape or
     there twice; tensors of layers or modules that the config does not have; a head that is stored
-    though the config says that it is the embedding.
+    though the config says that it is the embedding; of 4-bit weights what `require_packed` refuses.
     """
     folder = source.folder
     require_plain_config(folder)
     stored = read_stored_weights(folder)
     model: Any = skeleton(source) if shape is None else shape
     weights = model.state_dict()
-    renamed = rename_as_transformers(model, stored.tensors)
+    tensors, beside = stored.tensors, NOTHING_BESIDE
+    if source.four_bit is not None and source.four_bit.is_stored:
+        tensors, beside = without_companions(tensors)
+    renamed = rename_as_transformers(model, tensors)
     extra = _extra(model, renamed, weights)
     require_plain_names(folder, extra)
-    direct = _direct(folder, renamed, weights)
+    packed = _packed(source, model, weights, renamed, beside)
+    direct = _direct(folder, renamed, weights, packed)
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     direct |= _tied(folder, direct, tied)
     _require_shapes(source, direct, weights)
-    missing = _without_own_tensor(model, weights, direct)
+    missing = _without_own_tensor(model, weights, direct.keys() | packed.keys())
     if renamed.converted:
         _require_plain_parts(folder, renamed.converted)
-        missing = missing_after_conversion(source, model, stored.tensors.values(), missing)
-    _require_all(folder, missing, len(weights), stored.tensors)
+        plain = [tensor for tensor in tensors.values() if tensor.name not in beside]
+        missing = missing_after_conversion(source, model, plain, missing)
+    _require_all(folder, missing, len(weights), tensors)
     _require_no_other_model(folder, model, extra)
     converted = {n: t for n, t in renamed.converted.items() if n in weights}
     plan = WeightPlan(
         stored=direct,
         converted=converted,
         joined={n: converted[n] for n in converted if _keeps_rows(n, renamed, weights)},
+        packed=packed,
         notes=tuple(_notes(extra, stored.unread)),
     )
     for note in plan.notes:
@@ -104,10 +119,26 @@ def check_weights(source: ModelSource, shape: Any | None = None) -> WeightPlan:
     return plan
 
 
+def _packed(
+    source: ModelSource,
+    model: Any,
+    weights: Mapping[str, Tensor],
+    renamed: Renamed,
+    beside: Beside,
+) -> dict[str, PackedWeight]:
+    """Return where the weights lie that are packed in the files; empty for a 16-bit folder."""
+    if source.four_bit is None or not source.four_bit.is_stored:
+        return {}
+    asked = {name: weights[name] for name in packed_names(model, source.four_bit)}
+    require_plain_head(source.folder, model, asked)
+    return require_packed(source.folder, source.four_bit, asked, renamed.direct, beside)
+
+
 def _direct(
-    folder: Path, renamed: Renamed, weights: Mapping[str, Tensor]
+    folder: Path, renamed: Renamed, weights: Mapping[str, Tensor], packed: Collection[str]
 ) -> dict[str, StoredTensor]:
-    """Return the stored tensor of each weight that has one of its own, once its type is plain."""
+    """Return the stored tensor of each weight that has one of its own and is not packed, once its
+    type is plain."""
     direct: dict[str, StoredTensor] = {}
     for name, tensors in renamed.direct.items():
         if name not in weights:
@@ -117,6 +148,8 @@ def _direct(
                 f"{folder}: {tensors[0].name} and {tensors[1].name} are both the model's {name}; "
                 "keep one of them"
             )
+        if name in packed:
+            continue
         is_floating = weights[name].dtype.is_floating_point
         require_plain_types(folder, name, tensors, is_floating=is_floating)
         direct[name] = tensors[0]
@@ -143,11 +176,12 @@ def _tied(
 
 
 def _without_own_tensor(
-    model: Any, weights: Mapping[str, Tensor], direct: Mapping[str, StoredTensor]
+    model: Any, weights: Mapping[str, Tensor], own: Collection[str]
 ) -> dict[str, Tensor]:
-    """Return the weights that are not stored as they are, but for those that a family may lack."""
+    """Return the weights without `own` tensor in the files, but for those that a family may
+    lack."""
     optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)")
-    return {n: w for n, w in weights.items() if n not in direct and not optional.search(n)}
+    return {n: w for n, w in weights.items() if n not in own and not optional.search(n)}
 
 
 def _require_plain_parts(folder: Path, converted: Mapping[str, tuple[StoredTensor, ...]]) -> None:

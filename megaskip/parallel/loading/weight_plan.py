@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -12,6 +12,20 @@ from megaskip.checkpoint.stored_weights import StoredTensor
 
 _JOINS = {"MergeModulelist", "Concatenate"}
 """Operations of transformers after which matrices still have their rows, if they are as wide."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedWeight:
+    """A weight that bitsandbytes has packed in 4 bit, and where it lies."""
+
+    weight: StoredTensor
+    """uint8 [n/2, 1]: two of its n numbers a byte."""
+    beside: Mapping[str, StoredTensor]
+    """What it is restored from, by what follows its name in theirs: absmax, quant_map, ..."""
+    shape: tuple[int, ...]
+    """Of what is restored."""
+    blocksize: int
+    """Numbers with one scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +40,8 @@ class WeightPlan:
     weights come of it, under the first of them."""
     joined: Mapping[str, tuple[StoredTensor, ...]]
     """Of `converted`, the weights that consist of the rows of all these matrices."""
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
+    """By the model's names: what is packed in 4 bit, and in none of the others."""
     notes: tuple[str, ...] = ()
     """What is in the folder and not in the model, in words."""
 

@@ -21,7 +21,7 @@ def load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
     Every rank calls it by itself. Raises CheckpointError as `check_weights` does, and when the
     weights in memory are not those of the files.
     """
-    if source.base_dtype == "nf4":
+    if source.four_bit is not None:
         return _load_quantised(source, device or torch.device("cpu"))
     plan = plan_of(source)
     try:
@@ -43,8 +43,8 @@ def load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
 
 
 def _load_quantised(source: ModelSource, device: torch.device) -> nn.Module:
-    """Return the model as a single stage, whose weights are quantised one by one as they are
-    read."""
+    """Return the model as a single stage, whose weights are packed one by one as they are read, or
+    read packed."""
     from megaskip.parallel.loading.stage_weights import load_stage  # which needs load_whole
 
     depth = source.text_config.num_hidden_layers
