@@ -201,8 +201,18 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "state_cut": (_tensor(STATE, lambda t: t[:-9]), "is no description of a packed weight"),
     "state_no_object": (
         _tensor(STATE, lambda t: torch.tensor([49], dtype=torch.uint8)),
-        "says quant_type None, expected nf4",
+        "is no description of a packed weight",
     ),
+    "state_deep": (
+        _tensor(STATE, lambda t: torch.full((4000,), 91, dtype=torch.uint8)),
+        "is no description of a packed weight",
+    ),
+    "state_more": (_state(nested_offset=1.0), "says nested_offset, expected blocksize, dtype"),
+    "offset_missing": (
+        _state(nested_blocksize=256, nested_dtype="float32"),
+        "does not say nested_offset",
+    ),
+    "float_blocks": (_state(blocksize=64.0), "says blocksize 64.0, expected 32 or 64"),
     "other_shape": (_state(shape=[64, 32]), r"says shape \[64, 32\], expected \[64, 64\]"),
     "odd_blocks": (_state(blocksize=48), "says blocksize 48, expected 32 or 64"),
     "ragged": (_state(blocksize=128), "64 numbers, which are no whole blocks of 128"),

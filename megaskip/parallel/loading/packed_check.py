@@ -3,7 +3,7 @@ from headers and from the few bytes in which it describes itself."""
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,41 +148,58 @@ def _state(
 ) -> dict[str, Any]:
     """Return what a packed weight says of itself, once all of it is what can be read."""
     tensor = _companion(folder, weight, companions, STATE + four_bit.quant_type)
-    length = math.prod(tensor.shape)
-    try:
-        if tensor.dtype != "U8" or not 0 < length <= _LONGEST_STATE:
-            raise ValueError("no text")
-        state = json.loads(bytes(read_block(folder, tensor, 0, length).tolist()).decode())
-    except ValueError as error:
+    state = _description(folder, tensor)
+    allowed = _allowed(four_bit, shape, nested="nested_blocksize" in state)
+    keys = {*allowed, "nested_offset"} if "nested_blocksize" in state else {*allowed}
+    for key in sorted(state.keys() ^ keys):
+        said = "says" if key in state else "does not say"
         raise CheckpointError(
-            f"{folder}: {tensor.name} is no description of a packed weight ({error}); copy or "
-            "download the model again"
-        ) from None
-    for key, allowed in _allowed(four_bit, shape, state).items():
-        value = state.get(key) if isinstance(state, dict) else None
-        if value not in allowed:
-            expected = " or ".join(map(str, allowed))
+            f"{folder}: {tensor.name} {said} {key}, expected {', '.join(sorted(keys))}; the model "
+            "is broken, or packed by a bitsandbytes that is not known here"
+        )
+    for key, values in allowed.items():
+        # 64.0 is equal to 64, and no size.
+        if repr(state[key]) not in map(repr, values):
             raise CheckpointError(
-                f"{folder}: {tensor.name} says {key} {value!r}, expected {expected}; "
-                f"{_NOT_OF_THE_CONFIG}"
+                f"{folder}: {tensor.name} says {key} {state[key]!r}, expected "
+                f"{' or '.join(map(str, values))}; {_NOT_OF_THE_CONFIG}"
             )
     offset = state.get("nested_offset", 0.0)
-    if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
+    if not isinstance(offset, float) or not math.isfinite(offset):
         raise CheckpointError(
             f"{folder}: {tensor.name} says nested_offset {offset!r}, expected a number; the model "
             "is broken, name another one"
         )
-    return dict(state)
+    return state
 
 
-def _allowed(four_bit: FourBit, shape: tuple[int, ...], state: Any) -> dict[str, Collection[Any]]:
-    """Return the values that each entry of a description may have."""
-    allowed: dict[str, Collection[Any]] = {
+def _description(folder: Path, tensor: StoredTensor) -> dict[str, Any]:
+    """Return the JSON object that is stored in a tensor of bytes."""
+    length = math.prod(tensor.shape)
+    try:
+        if tensor.dtype != "U8" or not 0 < length <= _LONGEST_STATE:
+            raise ValueError("it is no text")
+        state = json.loads(bytes(read_block(folder, tensor, 0, length).tolist()).decode())
+        if not isinstance(state, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder}: {tensor.name} is no description of a packed weight ({error}); copy or "
+            "download the model again"
+        ) from None
+    return state
+
+
+def _allowed(
+    four_bit: FourBit, shape: tuple[int, ...], *, nested: bool
+) -> dict[str, Sequence[Any]]:
+    """Return the values that each entry of a description may have, but for nested_offset."""
+    allowed: dict[str, Sequence[Any]] = {
         "quant_type": (four_bit.quant_type,),
         "blocksize": _BLOCKSIZES,
         "dtype": _DTYPES,
         "shape": (list(shape),),
     }
-    if isinstance(state, dict) and "nested_blocksize" in state:
+    if nested:
         allowed |= {"nested_blocksize": (_NESTED_BLOCKSIZE,), "nested_dtype": ("float32",)}
     return allowed
