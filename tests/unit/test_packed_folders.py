@@ -230,6 +230,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         _settings(bnb_4bit_quant_storage="bfloat16"),
         "quantised .*nf4 in bfloat16, where nf4 or fp4 in uint8 is read",
     ),
+    "odd_names": (
+        _settings(llm_int8_skip_modules=["lm_head", "("]),
+        "quantised .*llm_int8_skip_modules .*which are no names of modules",
+    ),
     "eight_bit": (
         _settings(load_in_4bit=False, load_in_8bit=True),
         r"quantised \(.*bitsandbytes in 8 bit\).*the 16-bit model \(with --base_dtype nf4",

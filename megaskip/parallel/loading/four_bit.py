@@ -1,6 +1,7 @@
 """Linear layers in 4 bit by bitsandbytes: packed as they are read (--base_dtype nf4), or as they
 lie in a folder. Knows settings, not tensors."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,7 @@ def stored_four_bit(settings: Any) -> FourBit | None:
     kind = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
     kept = settings.get("llm_int8_skip_modules")
     storage = settings.get("bnb_4bit_quant_storage") or _STORAGE
-    are_names = kept is None or (isinstance(kept, list) and all(isinstance(k, str) for k in kept))
-    if kind not in QUANT_TYPES or storage != _STORAGE or not are_names:
+    if kind not in QUANT_TYPES or storage != _STORAGE or not _are_patterns(kept):
         return None
     return FourBit(
         quant_type=kind,
@@ -61,9 +61,26 @@ def describe_bitsandbytes(settings: dict[str, Any]) -> str:
     """Return the words for settings of bitsandbytes that are not read."""
     if not _is_4_bit(settings):
         return "bitsandbytes in 8 bit"
+    kept = settings.get("llm_int8_skip_modules")
+    if not _are_patterns(kept):
+        return f"bitsandbytes with llm_int8_skip_modules {kept!r}, which are no names of modules"
     storage = settings.get("bnb_4bit_quant_storage") or _STORAGE
     kind = settings.get("bnb_4bit_quant_type", "fp4")
     return f"bitsandbytes {kind} in {storage}, where nf4 or fp4 in {_STORAGE} is read"
+
+
+def _are_patterns(kept: Any) -> bool:
+    """Return whether transformers can compare names of modules with `kept`, as patterns."""
+    if kept is None:
+        return True
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        return False
+    try:
+        for name in kept:
+            re.compile(f"(?:{name})")
+    except re.error:
+        return False
+    return True
 
 
 def _is_4_bit(settings: dict[str, Any]) -> bool:
