@@ -10,6 +10,10 @@ transformers_utils/{config,model_arch_config_convertor}.py of 2026, transformers
 - A layer without attention has no `input_layernorm`, one without MLP no `post_attention_layernorm`;
   tensors of those names would not load. Layer 0 keeps its attention.
 - An MLP's size is int(2 * ffn_mult * hidden_size / 3), rounded up to a multiple of 256.
+
+llama.cpp's converter reads the same fields (conversion/deci.py, run in tests/serving/llamacpp). There
+a last layer without attention and MLP must not be (src/models/deci.cpp picks the tokens whose logits
+are asked for in the last layer, behind its attention), so the model ends before it.
 """
 
 import shutil
@@ -55,6 +59,7 @@ def decilm_config(
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{stem}.DeciLMConfig"},
+        "num_hidden_layers": _depth(hf_config, dropped),
         "block_configs": _blocks(hf_config, dropped),
     }
 
@@ -91,8 +96,14 @@ def _blocks(hf_config: Any, dropped: Mapping[str, Sequence[int]]) -> list[dict[s
             "attention": _block("n_heads_in_group", group, layer in dropped.get("attn", ())),
             "ffn": _block("ffn_mult", mult, layer in dropped.get("mlp", ())),
         }
-        for layer in range(hf_config.num_hidden_layers)
+        for layer in range(_depth(hf_config, dropped))
     ]
+
+
+def _depth(hf_config: Any, dropped: Mapping[str, Sequence[int]]) -> int:
+    """Return the number of layers up to the last one that still computes something."""
+    gone = set(dropped.get("attn", ())) & set(dropped.get("mlp", ()))
+    return 1 + max(layer for layer in range(hf_config.num_hidden_layers) if layer not in gone)
 
 
 def _block(field: str, value: float | None, no_op: bool) -> dict[str, Any]:

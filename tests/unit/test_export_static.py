@@ -315,6 +315,19 @@ def test_decilm_config_says_what_each_layer_has(tmp_path: Path) -> None:
     assert "model.layers.1.post_attention_layernorm.weight" in stored_names(folder)
 
 
+def test_decilm_ends_with_the_last_layer_that_computes_something(tmp_path: Path) -> None:
+    model = tiny_model("llama", **WIDE)
+    model.save_pretrained(tmp_path / "base")
+    dropped_from(tmp_path, sublayers("block", [4, 5]), "decilm")
+    config = read_json(tmp_path / "out/config.json")
+    assert config["num_hidden_layers"] == len(config["block_configs"]) == 4
+    model.model.layers = model.model.layers[:4]
+    ids = whole_ids(2, 12)
+    with torch.no_grad():
+        found, expected = load_decilm(tmp_path / "out")(ids), model.eval()(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
