@@ -11,9 +11,9 @@ transformers_utils/{config,model_arch_config_convertor}.py of 2026, transformers
   tensors of those names would not load. Layer 0 keeps its attention.
 - An MLP's size is int(2 * ffn_mult * hidden_size / 3), rounded up to a multiple of 256.
 
-llama.cpp's converter reads the same fields (conversion/deci.py, run in tests/serving/llamacpp). There
-a last layer without attention and MLP must not be (src/models/deci.cpp picks the tokens whose logits
-are asked for in the last layer, behind its attention), so the model ends before it.
+llama.cpp's converter reads the same fields (conversion/deci.py; run in tests/serving/llamacpp).
+There a last layer without attention and MLP must not be (src/models/deci.cpp picks the tokens whose
+logits are asked for in the last layer, behind its attention), so the model ends before it.
 """
 
 import shutil

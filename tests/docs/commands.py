@@ -91,9 +91,11 @@ SAME_COMMAND = {
 }
 
 EXIST = (
-    r"bash (launch/quickstart|tests/run|tests/lowest|tests/serving/run)\.sh",
+    r"bash (launch/quickstart|tests/run|tests/lowest|tests/serving/(run|gguf))\.sh",
     # It needs vLLM, whose environment tests/serving/run.sh makes.
     r"python tools/bench/serving\.py",
+    # It needs llama.cpp, whose environment tests/serving/gguf.sh makes.
+    r"python tools/make/decilm_to_gguf\.py",
     r"\. launch/setup\.sh( dev)?",
     r"python tests/(two_nodes|faults/faults)\.py",
     # They start ranks of their own, one after another, which takes a minute.

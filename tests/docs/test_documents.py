@@ -39,6 +39,8 @@ OF_OTHER_PROGRAMS = {
     "--moments": "tests/faults",
     "--nodes": "sbatch",
     "--nproc_per_node": "torchrun",
+    "--outfile": "llama.cpp",
+    "--outtype": "llama.cpp",
     "--only": "tests/faults",
     "--port": "vLLM",
     "--standalone": "torchrun",
