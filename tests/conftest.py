@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,16 @@ def a_process_group_of_its_own() -> Iterator[None]:
     _leave_group()
     yield
     _leave_group()
+
+
+@pytest.fixture(autouse=True)
+def a_log_that_no_command_has_set_up() -> None:
+    """Take back what commands of earlier tests did to the log of their process: which files share a
+    process is chance."""
+    ours = logging.getLogger("megaskip")
+    ours.handlers.clear()
+    ours.propagate = True
+    ours.setLevel(logging.NOTSET)
 
 
 def _leave_group() -> None:

@@ -1,7 +1,6 @@
 """Data are tokenised once, whole or not at all, split without leaks, streamed in the same order."""
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import re
@@ -113,9 +112,8 @@ MIXED = [
 
 
 @pytest.fixture
-def mixed(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """Return a config whose data are a folder with all sorts of losses; the log is heard."""
-    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
+def mixed(config: DataConfig, tmp_path: Path) -> DataConfig:
+    """Return a config whose data are a folder with all sorts of losses."""
     folder = tmp_path / "mixed"
     folder.mkdir()
     write_lines(folder / "train.jsonl", MIXED)

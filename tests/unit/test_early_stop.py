@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -69,10 +68,9 @@ def test_a_run_that_gets_worse_stops_and_keeps_its_best(
 
 
 def test_a_best_evaluation_whose_state_was_not_kept_counts_no_more(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A run that asks for --early_stop only when it goes on, or was killed before it was kept."""
-    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
     config = diverging()
     without = dataclasses.replace(config, log=dataclasses.replace(config.log, early_stop=0))
     with alone() as topology:

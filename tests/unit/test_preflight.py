@@ -160,7 +160,6 @@ def test_a_cpu_that_emulates_bfloat16_is_said_to_be_slow(
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr("torch.set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: instructions)
-    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
     slow = "--dtype float32 needs twice the memory"
     with caplog.at_level(logging.INFO):
         choose_arithmetic(dtype, torch.device("cpu"))

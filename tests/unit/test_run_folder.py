@@ -1,7 +1,6 @@
 """Which folder a run writes into, and that no other run is lost or mixed with it there."""
 
 import dataclasses
-import logging
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -54,10 +53,7 @@ def test_a_start_that_fails_leaves_no_folder(
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_nothing_to_go_on_from_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
+def test_nothing_to_go_on_from_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = dataclasses.replace(RESUME.checkpoint, output_dir=str(tmp_path / "new"))
     with caplog.at_level("INFO"):
         folder, checkpoint = choose_run_folder(dataclasses.replace(RESUME, checkpoint=asked))
@@ -88,9 +84,8 @@ def test_two_jobs_do_not_write_into_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_that_goes_on_is_not_finished(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
     (tmp_path / "report.json").write_text("{}")
     assert is_finished(tmp_path)
     config = RouterConfig(layers="2-3", calibrated=((0.5, 0.4),))

@@ -1,7 +1,6 @@
 """A run takes its steps, stops when asked, goes on where it was, and ends with a report."""
 
 import json
-import logging
 import math
 import os
 import signal
@@ -133,9 +132,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_its_step(tmp_path: Path
 
 
 def test_without_held_out_rows_nothing_is_measured_and_that_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("megaskip"), "propagate", True)
     with alone() as topology, caplog.at_level("WARNING"):
         data = tiny_data(held_out=0)
         report = router_trainer(tmp_path, topology, tiny_config(), data).run()

@@ -1,7 +1,6 @@
 """The gate for weights: every engine and command says the same of a model folder, in one line."""
 
 import dataclasses
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,14 +45,6 @@ from megaskip.training.job import train
 
 CPU = torch.device("cpu")
 ALONE = read_topology({})
-
-
-@pytest.fixture(autouse=True)
-def the_log_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take back what commands do to the log of their process."""
-    ours = logging.getLogger("megaskip")
-    for name, value in {"handlers": [], "propagate": True, "level": logging.NOTSET}.items():
-        monkeypatch.setattr(ours, name, value)
 
 
 @pytest.fixture(scope="module")
