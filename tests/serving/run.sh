@@ -17,7 +17,7 @@ export OMP_NUM_THREADS=1
 if [ $# -gt 0 ]; then
   exec "$python" -m pytest -o timeout=600 "$@"
 fi
-"$python" -m pytest -o timeout=600 tests/serving
+"$python" -m pytest -o timeout=600 tests/serving/test_*.py
 # vLLM's second model runner, which is the default on GPUs, by Triton's interpreter.
 VLLM_USE_V2_MODEL_RUNNER=1 exec "$python" -m pytest -o timeout=600 tests/serving/test_routed.py \
   -k "of_which_four_skip or come_and_go or put_off or not_computed"
