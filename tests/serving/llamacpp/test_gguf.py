@@ -161,7 +161,9 @@ def test_llama_cpp_gives_the_tokens_of_transformers(
 ) -> None:
     base = write_base(tmp_path / "base", tokenizer_files, rope_parameters=ROPE[rope])
     folder, model = without(base, tmp_path, DROPPED[dropped])
-    require_equal(model, converted(folder, THEIRS), prompts())
+    # Theirs alone asks transformers for a config class, which it does not have for scaled rope.
+    script = THEIRS if rope == "plain" else OURS
+    require_equal(model, converted(folder, script), prompts())
 
 
 def test_the_dense_model_differs_as_little(tokenizer_files: Path, tmp_path: Path) -> None:
