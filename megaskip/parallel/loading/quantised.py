@@ -42,10 +42,10 @@ def quantise_linears(model: Any, dtype: torch.dtype, four_bit: FourBit) -> int:
     replace_with_bnb_linear(model, _kept(model, four_bit), quantization_config=settings)
     layers = [module for module in model.modules() if is_quantised(getattr(module, "weight", None))]
     if not layers:
-        why = "could be in 4 bit, as its folder says"
+        why = "it has no linear layer that could be in 4 bit, as its folder says"
         if not four_bit.is_stored:
-            why = "--base_dtype nf4 could quantise; leave it out"
-        raise UnsupportedModelError(f"{model.config.model_type}: it has no linear layer that {why}")
+            why = "it has no linear layer that --base_dtype nf4 could quantise; leave it out"
+        raise UnsupportedModelError(f"{model.config.model_type}: {why}")
     for layer in layers:
         # With it a layer that ran once without gradient packs its weights anew, and from then on
         # has no gradient, on CPUs that multiply bfloat16.
