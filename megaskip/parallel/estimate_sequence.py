@@ -17,25 +17,28 @@ from megaskip.arch.packing import attention_of
 def plan_attention(model: Any, size: int) -> None:
     """Let a model on fake tensors run as one of `size` ranks that share rows, which are not
     packed."""
-    _plan(model, f"of_{size}_ranks", size, _shared)
+    own = AttentionInterface()[attention_of(model)]
+    _run_with(model, _shared(own, size), f"of_{size}_ranks", size)
 
 
 def plan_without_mask(model: Any) -> None:
     """Let a model on fake tensors run whole rows, which are not packed. Eager attention keeps its
     mask, which is small beside the scores that it writes down."""
-    if attention_of(model) in AttentionInterface():
-        _plan(model, "without_mask", 1, _whole)
+    own = attention_of(model)
+    if own in AttentionInterface():
+        _run_with(model, _whole(AttentionInterface()[own]), "without_mask", 1)
 
 
-def _plan(model: Any, suffix: str, size: int, made_of: Callable[..., Any]) -> None:
+def _run_with(model: Any, attention: Callable[..., Any], suffix: str, size: int) -> None:
+    """Let `model` run with `attention` on rows that `size` ranks share, without a mask."""
     own = attention_of(model)
     name = f"planned_{own}_{suffix}"
-    AttentionInterface.register(name, made_of(AttentionInterface()[own], size))
+    AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, _mask(AttentionMaskInterface()[own], size))
     model.set_attn_implementation(name)
 
 
-def _whole(own: Callable[..., Any], size: int) -> Callable[..., Any]:
+def _whole(own: Callable[..., Any]) -> Callable[..., Any]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **told: Any
     ) -> tuple[Tensor, Any]:
