@@ -3,7 +3,7 @@
     megaskip compare --model path/to/model --data train.jsonl --eval_data heldout.jsonl \\
         --blimp path/to/blimp --skip 12.5,25,37.5,50 --seeds 0,1,2 --output comparison
 
-Trains what is to be trained (runs that exist are taken as they are), puts every method at the same
+Trains what is to be trained (runs that are there are taken), puts every method at the same
 shares of all attention skipped, and writes into the output folder
 
   report.html             all figures and tables, in one file that needs nothing else

@@ -113,10 +113,14 @@ def _run_for(
     lora: tuple[str, ...] = ()
     if method.endswith("_lora"):
         lora = ("--lora_rank", str(options.lora_rank), "--lora_lr", f"{options.lora_lr:g}")
+    rank = ("--compensation_rank", str(options.compensation_rank))
     name = f"{method}-r{options.lora_rank}" if lora else method
-    if STATIC.get(method, ("", ""))[1] in LEARNT:
+    kind = STATIC.get(method, ("", ""))[1]
+    if kind in LEARNT:
         start = options.output / "fitted" / f"{method}-{skip:.4f}"
         learns = lora or ("--distill", "0.5")
+        if kind == "trained":
+            learns += rank
         return f"{name}-{skip:.4f}", ("--init_routers", str(start), *learns), start
     if method not in RECIPES:
         return "", (), None
@@ -126,6 +130,8 @@ def _run_for(
     if method in _FOR_ONE_SKIP:
         capacity = 1 - comparison.share(skip)
         asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
+        if method == "compensated":
+            asked += rank
         return f"{name}-{capacity:.4f}", (*layers, *RECIPES[method], *asked), None
     low = 1 - comparison.share(max(options.shares))
     middle = 1 - comparison.share(statistics.mean(options.shares))
@@ -159,7 +165,7 @@ def train_flags(options: CompareOptions, training: Training) -> list[str]:
     # What is measured here is carved off the same text, and must not be trained on.
     held_out = 16 if options.eval_data else options.documents
     flags += ["--calibration_rows", str(options.calibration_rows), "--held_out", str(held_out)]
-    flags += ["--dtype", "float32", "--save_every", "0", "--output_dir", str(training.folder)]
+    flags += ["--dtype", options.dtype, "--save_every", "0", "--output_dir", str(training.folder)]
     flags += training.flags
     flags += ["--resume", "auto"]  # one that was interrupted while it calibrated
     return flags + (["--cache_dir", options.cache_dir] if options.cache_dir else [])

@@ -63,7 +63,8 @@ class ComparisonReport:
         """Draw the figures and print the table."""
         output, name = self.options.output, Path(self.options.model).name
         draw(self.points, output / "pareto.png", title=f"{name}: loss against cost")
-        draw_layers(self.points, output / "layers.png", title=f"{name}: what is skipped")
+        if any(point.skipped > 0 for point in self.points):
+            draw_layers(self.points, output / "layers.png", title=f"{name}: what is skipped")
         print("  ".join(HEADER))
         for row in table_rows(self.points):
             print("  ".join(row))

@@ -22,6 +22,7 @@ from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import BY_COST, CostRouters
+from megaskip.study.earlier_runs import require_as_asked
 from megaskip.study.ledger import Job, Ledger
 from megaskip.study.measured import Measured
 from megaskip.study.over_seeds import contrasts
@@ -79,10 +80,14 @@ class Workbench:
 
     def train(self, jobs: Sequence[Job], gpu: int | None) -> None:
         """Train what `jobs` need and is not there, and count what that takes; runs in processes of
-        their own see the GPU `gpu` alone, or all."""
+        their own see the GPU `gpu` alone, or all. Raises ConfigError for a run that is there with
+        other settings."""
         if self._options.no_training:
             return
         needed = {job.training.folder: (job, job.training) for job in jobs if job.training}
+        for _, training in needed.values():
+            asked = parse_run_config(train_flags(self._options, training))
+            require_as_asked(training.folder, asked)
         for job, training in needed.values():
             if training.start is not None and not training.is_done:
                 self._drops.write_start(job.method, job.skip, training.start, self._base)

@@ -2,15 +2,18 @@
 ranks."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
 from megaskip.config.commands.compare import CompareOptions
+from megaskip.errors import ConfigError
 from megaskip.parallel.topology import LAUNCHER_VARIABLES
 from megaskip.study.job import compare
 
@@ -37,6 +40,31 @@ def options(tmp_path: Path) -> CompareOptions:
         prefill_runs=0,
         output=tmp_path / "out",
     )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> CompareOptions:
+    """Return options whose only run is trained and measured."""
+    options = CompareOptions(
+        model="demo",
+        data=("demo",),
+        documents=4,
+        skip=(25.0,),
+        seeds=(0,),
+        methods=("dense_lora",),
+        ours="dense_lora",
+        layers="1-6",
+        steps=2,
+        dtype="bfloat16",
+        seq_length=32,
+        calibration_rows=8,
+        lora_rank=2,
+        prefill_runs=0,
+        output=tmp_path_factory.mktemp("compare"),
+    )
+    with launched():
+        compare(options)
+    return options
 
 
 @contextlib.contextmanager
@@ -67,3 +95,31 @@ def test_ranks_share_out_the_work_and_nothing_is_measured_twice(options: Compare
     assert random["tasks"]["words"]["acc_norm"] == random["choice"]
     assert random["tasks"]["blimp"]["acc"] == random["pairs"]
     assert "words" in (options.output / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 3}, "was trained with max_steps 2, --steps asks for 3"),
+        ({"dtype": "float32"}, "was trained with dtype bfloat16, --dtype asks for float32"),
+        ({"layers": "1-5"}, "was trained with layers 1-6, --layers asks for 1-5"),
+        ({"lora_lr": 0.5}, "was trained with lora_lr 0.0002, --lora_lr or --adapter_lr asks"),
+        ({"data": ("demo:2",)}, "was trained with data"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_taken_for_what_is_asked(
+    trained: CompareOptions, changed: dict[str, Any], message: str
+) -> None:
+    with launched(), pytest.raises(ConfigError, match=message):
+        compare(dataclasses.replace(trained, **changed))
+
+
+def test_a_run_with_the_same_settings_is_taken(
+    trained: CompareOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.run", None)  # nothing is trained
+    with launched():
+        compare(trained)
+        compare(dataclasses.replace(trained, steps=3, no_training=True))
+    run = json.loads((trained.output / "runs" / "dense_lora-r2-s0" / "run.json").read_text())
+    assert run["config"]["model"]["dtype"] == "bfloat16"

@@ -7,6 +7,7 @@ from pathlib import Path
 from megaskip.config.checks import at_least
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import SUBLAYER_GRANULARITIES
+from megaskip.config.run import DTYPES
 
 BASELINES = ("static", "random", "uniform")
 BY_COST = ("by_cost", "by_cost_fitted")
@@ -76,6 +77,8 @@ class CompareOptions(Checked):
     """As --layers of `megaskip train`."""
     steps: int = 300
     """Steps of each training, 16 rows each."""
+    dtype: str = option("float32", choices=DTYPES)
+    """As --dtype of `megaskip train`, for the trainings; all is measured in float32."""
     seq_length: int = 256
     """Longest sample in tokens."""
     calibration_rows: int = 512
