@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 
 def four_bit_problems(
-    base: str, *, train: str, ds_config: str | None, pipeline_stages: int, lora_rank: int
+    base: str, *, train: str, ds_config: str | None, pipeline_stages: int
 ) -> Iterator[str]:
     """Yield what of these settings a 4-bit base does not do; `base` is what the lines call it."""
     if train == "full":
@@ -14,9 +14,4 @@ def four_bit_problems(
             f"{base} does not go with ZeRO-3 (--ds_config {ds_config}): DeepSpeed shares out a "
             "weight by its elements, and 4-bit ones are packed, with scales beside them; use "
             "replicas, or --pipeline_stages 2 or more"
-        )
-    if lora_rank:
-        yield (
-            f"{base} does not go with --lora_rank: an adapter on 4-bit weights was not tried; "
-            "leave --lora_rank out, or take a 16-bit base"
         )

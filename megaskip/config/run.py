@@ -231,7 +231,6 @@ class RunConfig(Checked):
             train=self.model.train,
             ds_config=self.parallel.ds_config,
             pipeline_stages=self.parallel.pipeline_stages,
-            lora_rank=self.adapter.lora_rank,
         )
 
     def _learning_problems(self) -> Iterator[str]:

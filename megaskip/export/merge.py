@@ -21,15 +21,15 @@ def merged_tensors(
 ) -> dict[AdaptedLayer, StoredTensor]:
     """Return the stored tensor of each weight that is adapted.
 
-    Raises UnsupportedModelError when one is not stored as it is, but joined with others.
+    Raises UnsupportedModelError when one is not stored as it is, but joined with others or packed.
     """
     chosen = {}
     for layer in adapters.layers:
         name = f"{adapters.name_of(layer)}.weight"
         if name not in plan.stored:
             raise UnsupportedModelError(
-                f"{base} does not store {name} as it is, so --merge cannot add the adapter to it; "
-                "leave --merge out"
+                f"{base} does not store {name} as it is, but joined with others or packed in 4 "
+                "bit, so --merge cannot add the adapter to it; leave --merge out"
             )
         chosen[layer] = plan.stored[name]
     return chosen

@@ -19,7 +19,6 @@ from megaskip.study.cost_routers import BY_COST
 from megaskip.study.ledger import Job, share_of
 from megaskip.study.pareto import table_rows
 from megaskip.study.recipes import training_of
-from megaskip.study.training_costs import CONTROL
 from megaskip.study.workbench import DENSE, Workbench
 
 logger = get_logger(__name__)
@@ -42,7 +41,6 @@ def compare(options: CompareOptions) -> None:
     topology = alone(launched)
     config = _run_config(options)
     source = with_checked_weights(resolve_source(config.model), topology)
-    _require_no_adapters(source, options)
     with process_group(topology, timeout=600):
         comparison = _open(config, topology, source, options)
         bench = Workbench(comparison, source, topology, options)
@@ -63,17 +61,6 @@ def compare(options: CompareOptions) -> None:
             report = bench.report(jobs)
             report.write()
             report.show()
-
-
-def _require_no_adapters(source: ModelSource, options: CompareOptions) -> None:
-    """Raise ConfigError where a method that trains adapters meets a base in 4 bit: here, not after
-    the methods before it."""
-    adapted = [m for m in options.methods if m.endswith("_lora") or m == CONTROL]
-    if source.packed_name and adapted:
-        raise ConfigError(
-            f"{source.packed_name} does not go with --methods {', '.join(adapted)}: an adapter on "
-            "4-bit weights was not tried; leave them out, or name the 16-bit model"
-        )
 
 
 def _run_config(options: CompareOptions) -> RunConfig:

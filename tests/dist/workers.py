@@ -90,10 +90,6 @@ def adapters(model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _adapt(model: str, case: dict[str, Any]) -> dict[str, Any]:
     with built(model, case["flags"]) as (engine, topology):
         _randomise(engine.routers)
-        generator = torch.Generator().manual_seed(6)
-        with torch.no_grad():
-            for tensor in engine.routers.adapters.tensors().values():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / 8)
         share = len(case["parts"]) // topology.num_replicas
         mine = case["parts"][topology.replica * share : (topology.replica + 1) * share]
         batches = [_mine(part, topology) for part in mine]
@@ -420,6 +416,10 @@ def _randomise(routers: Any) -> None:
     with torch.no_grad():
         for parameter in routers.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        if routers.adapters is not None:
+            generator.manual_seed(6)
+            for parameter in routers.adapters.tensors().values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
 
 
 def patient(silence: int, work: float) -> bool:

@@ -17,14 +17,14 @@ from tiny_run import alone, rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from megaskip.arch import attach_routers
+from megaskip.arch.adapters import add_adapters
 from megaskip.arch.stage import DecoderStage, layer_ranges
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.checkpoint import save_routers
 from megaskip.checkpoint.routers import load_routers
-from megaskip.config import ModelConfig, RouterConfig, parse_run_config
-from megaskip.config.commands.compare import CompareOptions
+from megaskip.config import AdapterConfig, ModelConfig, RouterConfig, RunConfig, parse_run_config
 from megaskip.data import collate
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from megaskip.export.folder import export_folder
 from megaskip.export.static_folder import export_static, require_exportable
 from megaskip.parallel.build import build_engine
@@ -37,7 +37,6 @@ from megaskip.parallel.loading.stage_weights import load_stage
 from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.parallel.loading.whole import load_whole
 from megaskip.parallel.measure import bytes_by_kind
-from megaskip.study.job import compare
 from megaskip.training.job import train
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the [4bit] extra is not installed")
@@ -301,7 +300,6 @@ def test_numbers_that_are_not_restored_as_stored_are_refused(
     ("flags", "message"),
     [
         (["--ds_config", "ds_configs/zero3.json"], "does not go with ZeRO-3"),
-        (["--lora_rank", "4"], "does not go with --lora_rank"),
         (["--train", "full"], "is for a frozen base"),
         (["--base_dtype", "nf4"], "is in 4 bit already .* leave it out"),
     ],
@@ -315,16 +313,9 @@ def test_what_a_packed_base_does_not_do_is_refused(
         assert "\n" not in str(caught.value)
 
 
-def test_evaluating_under_zero3_and_comparing_adapters_are_refused(
-    packed: Path, tmp_path: Path
-) -> None:
+def test_evaluating_under_zero3_is_refused(packed: Path) -> None:
     with pytest.raises(ConfigError, match="does not go with ZeRO-3"):
         load_partitioned(source_of(packed), {})
-    options = CompareOptions(
-        model=str(packed), data=("demo",), methods=("ours", "ours_lora"), output=tmp_path / "c"
-    )
-    with pytest.raises(ConfigError, match="does not go with --methods ours_lora"):
-        compare(options)
 
 
 # -- exports
@@ -347,3 +338,28 @@ def test_routers_on_a_packed_base_are_exported_with_it(packed: Path, tmp_path: P
     assert export_static(require_exportable(packed, static, "hf"), static, {"attn": [1]}).removed
     dropped = load_for_inference(str(static), Placement.on(CPU)).model
     assert torch.equal(logits_of(exact(dropped)), expected)
+
+
+def test_an_adapter_on_a_packed_base_is_exported_beside_it(packed: Path, tmp_path: Path) -> None:
+    """peft puts it on the 4-bit layers that transformers loads; it cannot be merged into them."""
+    peft = pytest.importorskip("peft")
+    trained = loaded(packed)
+    routers = attach_routers(trained, RouterConfig(layers="1-1"), register=False, verify=False)
+    add_adapters(trained, routers, trained, RunConfig(adapter=AdapterConfig(lora_rank=2)))
+    without = logits_of(trained)
+    with torch.no_grad():
+        for tensor in routers.adapters.tensors().values():
+            tensor.add_(0.05)
+    expected = logits_of(trained)
+    assert not torch.allclose(expected, without, atol=1e-3)
+    folder = save_routers(tmp_path / "routers", routers)
+    exported = tmp_path / "exported"
+    export_folder(folder, packed, exported)
+    plain = peft.PeftModel.from_pretrained(
+        loaded(exported, trust_remote_code=True), exported / "adapter"
+    )
+    torch.testing.assert_close(logits_of(plain), expected)
+    ours = load_for_inference(str(exported), Placement.on(CPU)).model
+    assert torch.equal(logits_of(exact(ours)), expected)
+    with pytest.raises(UnsupportedModelError, match="packed in 4 bit, so --merge cannot"):
+        export_folder(folder, packed, tmp_path / "merged", merge=True)

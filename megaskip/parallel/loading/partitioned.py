@@ -39,9 +39,7 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
     plan = plan_of(source)
     if base := source.packed_name:
         raise ConfigError(
-            *four_bit_problems(
-                base, train="routers", ds_config="JSON", pipeline_stages=1, lora_rank=0
-            )
+            *four_bit_problems(base, train="routers", ds_config="JSON", pipeline_stages=1)
         )
     offload = ds_config["zero_optimization"].get("offload_param", {}).get("device")
     why = _why_scattered(skeleton(source), plan)
