@@ -104,6 +104,7 @@ def export_static(
     rows: int = 256,
     form: str = "hf",
     without_compensation: bool = False,
+    merge: bool = False,
     tokenizer: str | None = None,
     chat_template: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -123,8 +124,9 @@ def export_static(
     tokens at most.
     `form` is "hf" for transformers or "decilm" for vLLM. Maps that routers have for what they skip
     stand in the place of what is dropped; `without_compensation` leaves them out, as "decilm"
-    needs. `chat_template`, a jinja file, takes the place of the tokenizer's. `dtype` is the type of
-    the weights while it is measured. `verify` compares logits with those of the base whose
+    needs. `merge` adds a LoRA adapter of the routers to the weights that stay. `chat_template`, a
+    jinja file, takes the place of the tokenizer's. `dtype` is the type of the weights while it is
+    measured. `verify` compares logits with those of the base whose
     sublayers are off.
 
     Raises ConfigError, DataError, CheckpointError or UnsupportedModelError.
@@ -141,6 +143,7 @@ def export_static(
         layers=spec,
         format=form,
         without_compensation=without_compensation,
+        merge=merge,
         output=Path(output),
         verify=verify,
     )

@@ -2,9 +2,11 @@
 
     megaskip drop --model path/to/model --data text.jsonl --drop 25 --output smaller
     megaskip drop --model path/to/model --data text.jsonl --drop 25 --nproc 8 --output smaller
+    megaskip drop --model path/to/model --data text.jsonl --drop 25 --lora_rank 16 --output smaller
 
 Runs `megaskip fit`, `megaskip train --init_routers` and `megaskip export-static`, and prints each
-command. Only the maps train. What is done is kept in --work_dir, so a command that was interrupted
+command. Only the maps train, and with --lora_rank adapters of all layers that stay, which are then
+merged into the weights. What is done is kept in --work_dir, so a command that was interrupted
 goes on when it is given again. OUTPUT loads with transformers alone.
 """
 

@@ -1,12 +1,13 @@
 """An adapter added to the weights that it adapts, in copied shards of the base."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megaskip.checkpoint.header import read_header
 from megaskip.checkpoint.stored_weights import StoredTensor
 from megaskip.errors import UnsupportedModelError
 from megaskip.parallel.loading.weight_plan import WeightPlan
@@ -41,17 +42,28 @@ def merged_files(adapters: AdapterSet, plan: WeightPlan, base: Path) -> set[str]
 
 
 def merge_adapter(
-    folder: Path, names: Mapping[str, str], adapters: AdapterSet, plan: WeightPlan, base: Path
+    folder: Path,
+    names: Mapping[str, str],
+    adapters: AdapterSet,
+    plan: WeightPlan,
+    base: Path,
+    *,
+    without: Collection[str] = (),
 ) -> None:
     """Add an adapter to the copies in `folder` of the shards of `base`; `names` has what a file is
-    called there. In float32, rounded once to the stored type; one weight at a time is in memory."""
+    called there, `without` the stored tensors that it lacks. In float32, rounded once to the stored
+    type; one weight at a time is in memory."""
     for layer, stored in merged_tensors(adapters, plan, base).items():
-        with safe_open(base / stored.file, framework="pt") as handle:
+        if stored.name in without:
+            continue
+        path = folder / names.get(stored.file, stored.file)
+        with safe_open(path, framework="pt") as handle:
             weight = handle.get_tensor(stored.name)
-        content = merged(weight, adapters.delta(layer))
-        with open(folder / names.get(stored.file, stored.file), "r+b") as file:
-            file.seek(stored.offset)
-            file.write(content.contiguous().view(torch.uint8).numpy().tobytes())
+        content = merged(weight, adapters.delta(layer)).contiguous()
+        header, start = read_header(path)  # a shard that lost tensors has others' offsets
+        with open(path, "r+b") as file:
+            file.seek(start + header[stored.name]["data_offsets"][0])
+            file.write(content.view(torch.uint8).numpy().tobytes())
 
 
 def merged(weight: Tensor, delta: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from megaskip.arch.sites import find_sites
 from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_tensors
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import save_routers
+from megaskip.checkpoint.weight_index import SINGLE
 from megaskip.config import ModelConfig, RouterConfig
 from megaskip.config.commands.export_static import FORMATS
 from megaskip.errors import ConfigError, UnsupportedModelError
-from megaskip.export.base_weights import put_base_weights, require_safetensors
+from megaskip.export.base_weights import RENAMED_SINGLE, put_base_weights, require_safetensors
 from megaskip.export.bundle import CODE, bundled_code
 from megaskip.export.card import use_text, write_card
 from megaskip.export.decilm import NORMS, decilm_config, require_decilm, write_decilm_code
@@ -33,6 +34,7 @@ from megaskip.export.folder import (
     require_new,
     size_of,
 )
+from megaskip.export.merge import merge_adapter, merged_files
 from megaskip.export.shards import names_of_dropped, stack_of_layers
 from megaskip.export.static import WORDS, describe_dropped
 from megaskip.export.static_maps import SHARD, StaticMaps, norms_behind, stored_maps
@@ -41,6 +43,7 @@ from megaskip.parallel.loading.skeleton import skeleton
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.routing import RouterSet
+from megaskip.routing.adapters import AdapterSet
 
 _SUMMARY = (
     "A model without some of its sublayers, chosen with routers (Router-Tuning, arXiv 2410.13184)."
@@ -104,6 +107,7 @@ def export_static(
     dropped: Mapping[str, Sequence[int]],
     *,
     maps: StaticMaps | None = None,
+    adapters: AdapterSet | None = None,
     name: str = "",
     tokenizer: Any | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -112,15 +116,21 @@ def export_static(
     """Write `output` from a base model without the `dropped` sublayers, whole or not at all.
 
     `dropped` has the layers by attn or mlp, as `sublayers` returns it; `maps` are what stands in
-    their place (hf alone); `name` is the base's hub id, if known; `tokenizer` takes the place of
-    the base's; `facts` are rows of the model card; `progress` is told the bytes of each shard that
-    is done. Shards that lose nothing are hard links. Raises CheckpointError, ConfigError or
+    their place (hf alone); `adapters` are added to the weights that stay; `name` is the base's hub
+    id, if known; `tokenizer` takes the place of the base's; `facts` are rows of the model card;
+    `progress` is told the bytes of each shard that is done. Shards that keep all their bytes are
+    hard links. Raises CheckpointError, ConfigError or
     UnsupportedModelError.
     """
     if maps is not None and base.form == "decilm":
         raise ConfigError(NO_MAPS_IN_DECILM)
     _require_droppable(base.source, dropped, "" if maps is None else maps.site)
     gone, added = _changed_tensors(base, dropped, maps)
+    source = base.source
+    merging = None
+    if adapters is not None:
+        assert source.weights is not None
+        merging = adapters, source.weights, source.folder
     done = StaticExport(folder=output, mode="overlay")
     with new_folder(output) as folder:
         if added:
@@ -130,14 +140,19 @@ def export_static(
             base.source.folder,
             base.weight_map,
             without=gone,
+            rewritten=merged_files(*merging) if merging else (),
             beside=dict.fromkeys(added, SHARD),
             progress=progress,
         )
         done.linked, done.removed, done.notes = weights.linked, weights.removed, weights.notes
+        if merging:
+            names = {SINGLE: RENAMED_SINGLE} if added else {}
+            merge_adapter(folder, names, *merging, without=gone)
         put_rest(folder, base.source.folder, tokenizer)
         _put_config(folder, base, dropped, maps)
-        rows = {"dropped": describe_dropped(dropped), **_map_rows(maps), **(facts or {})}
-        _put_card(folder, base, base_name(name, base.source.folder), rows)
+        made_from = base_name(name, source.folder)
+        rows = _base_rows(made_from, adapters) | {"dropped": describe_dropped(dropped)}
+        _put_card(folder, base, made_from, rows | _map_rows(maps) | dict(facts or {}))
     done.written = size_of(output) - done.linked
     return done
 
@@ -161,9 +176,17 @@ def _put_card(folder: Path, base: StaticBase, made_from: str, rows: Mapping[str,
         made_from,
         title="with sublayers dropped",
         summary=_SUMMARY,
-        rows={"base model": f"{made_from}, frozen", **rows},
+        rows=rows,
         use=use_text(base.form, made_from),
     )
+
+
+def _base_rows(made_from: str, adapters: AdapterSet | None) -> dict[str, str]:
+    """Return the card's rows on the base and an adapter that is merged into it."""
+    if adapters is None:
+        return {"base model": f"{made_from}, frozen"}
+    merged = f"{made_from}, an adapter merged into it"
+    return {"base model": merged, "adapter": adapters.describe()}
 
 
 def _map_rows(maps: StaticMaps | None) -> dict[str, str]:
@@ -194,10 +217,15 @@ def _put_config(
 
 
 def verify_static(
-    folder: Path, base: Path, target: str, layers: Sequence[int], maps: StaticMaps | None = None
+    folder: Path,
+    base: Path,
+    target: str,
+    layers: Sequence[int],
+    maps: StaticMaps | None = None,
+    adapters: AdapterSet | None = None,
 ) -> Verified:
     """Compare the logits of `folder`, in a fresh process, with those of its base whose `target` is
-    forced off in `layers`, with `maps` as the compensations.
+    forced off in `layers`, with `maps` as the compensations and `adapters` in the weights.
 
     Routers that have not learnt score 0.5; under a threshold above that they skip everything.
     """
@@ -210,6 +238,8 @@ def verify_static(
             compensation = routers.router(layer).compensation
             assert compensation is not None
             compensation.load_state_dict(dict(tensors))
+        if adapters is not None:
+            routers.take_adapters(adapters)
         return verify_folder(folder, base, save_routers(Path(scratch) / "never", routers))
 
 

@@ -4,11 +4,12 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
 from megaskip.arch.trainable import describe_layers
-from megaskip.checkpoint.adapters import has_adapter
+from megaskip.checkpoint.adapters import has_adapter, read_adapter
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.hub import require_hub
 from megaskip.checkpoint.routers import read_router_config
@@ -29,6 +30,7 @@ from megaskip.export.static_measure import TextMeasure
 from megaskip.export.verify import Verified
 from megaskip.log import get_logger, quiet_libraries
 from megaskip.reporting.summary import human_bytes, table
+from megaskip.routing.adapters import AdapterSet
 from megaskip.runs.source import chosen_tokenizer, find_routers
 
 logger = get_logger(__name__)
@@ -49,6 +51,8 @@ class StaticOutcome:
     """Rows of the model card on what was measured and left out."""
     maps: StaticMaps | None = None
     """What stands in the place of what is dropped; None for nothing."""
+    adapters: AdapterSet | None = None
+    """What is merged into the weights that stay; None for nothing."""
     verified: Verified | None = None
     """The comparison with the base whose sublayers are off; None where it was not asked for."""
 
@@ -96,11 +100,7 @@ def drop_and_export(
             f"{routers.folder} skips experts by token (expert_token), which leaves no sublayer to "
             "drop for good; megaskip convert writes the routed model"
         )
-    if has_adapter(routers.folder):
-        raise ConfigError(
-            f"{routers.folder} has a LoRA adapter, which a static export cannot take along yet; "
-            "megaskip convert --merge writes a routed model with it"
-        )
+    adapters = _adapter_to_merge(options, routers.folder)
     tokenizer = chosen_tokenizer(
         options.tokenizer, options.source, base, template=options.chat_template
     )
@@ -124,6 +124,7 @@ def drop_and_export(
         options.output,
         dropped,
         maps=maps,
+        adapters=adapters,
         name=described.name if described is not None else "",
         tokenizer=tokenizer,
         facts=facts,
@@ -132,7 +133,7 @@ def drop_and_export(
     seconds = time.monotonic() - begun
     verified = None
     if options.verify:
-        verified = verify_static(done.folder, base, config.target, layers, maps)
+        verified = verify_static(done.folder, base, config.target, layers, maps, adapters)
     return StaticOutcome(
         done=done,
         seconds=seconds,
@@ -140,7 +141,21 @@ def drop_and_export(
         capacity=capacity,
         facts=facts,
         maps=maps,
+        adapters=adapters,
         verified=verified,
+    )
+
+
+def _adapter_to_merge(options: ExportStaticOptions, routers: Path) -> AdapterSet | None:
+    """Return the adapter that --merge adds to the weights; raises ConfigError where there is one
+    without --merge, or none with it."""
+    if has_adapter(routers) == options.merge:
+        return read_adapter(routers)
+    if options.merge:
+        raise ConfigError(f"--merge: {routers} has no adapter; leave it out")
+    raise ConfigError(
+        f"{routers} has a LoRA adapter, without which it is another model; --merge adds it to the "
+        "weights that stay"
     )
 
 
@@ -204,9 +219,12 @@ def _summary(outcome: StaticOutcome) -> list[tuple[str, str]]:
         [] if maps is None else [("in their place", f"a compensation each, {maps.describe()}")]
     )
     facts["capacity per layer"] = _capacity_text(outcome.capacity, gone)
+    adapters = outcome.adapters
+    in_weights = [] if adapters is None else [("merged into the rest", adapters.describe())]
     return [
         ("dropped", describe_dropped(outcome.dropped)),
         *instead,
+        *in_weights,
         *facts.items(),
         ("dropped weights", human_bytes(done.removed)),
         ("written", f"{human_bytes(done.written)} in {outcome.seconds:.2f} s"),

@@ -90,7 +90,8 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
     """Compare logits and routers of `folder`, in a fresh process without megaskip, with the trained
     ones.
 
-    Both in float32 on the CPU. A folder without `routing` has no routers to compare. Raises
+    Both in float32 on the CPU. A folder without `routing` has no routers to compare, and an adapter
+    in its weights, if `routers` have one. Raises
     CheckpointError when the folder does not load.
     """
     ids = _probe_ids(base, text)
@@ -109,7 +110,7 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
             )
         loaded = load_file(target)
     routing = read_json(folder / "config.json").get("routing")
-    trained = _trained(base, routers, ids, routing or {})
+    trained = _trained(base, routers, ids, {"adapter": MERGED} if routing is None else routing)
     expected = trained.pop("logits")
     if routing is None:
         trained = {}

@@ -29,6 +29,8 @@ def drop(options: DropOptions) -> None:
     set_up_logging(rank=0)
     require_new(options.output)
     require_hub(options.hub)
+    if options.adapter.lora_rank:
+        _require_mergeable(options)
     work = options.work_dir or options.output.with_name(f"{options.output.name}.work")
     _begin(work, options)
     fitted, run = work / "fitted", work / "run"
@@ -41,12 +43,30 @@ def drop(options: DropOptions) -> None:
     _start([*command, *where, "--verify"])
 
 
+def _require_mergeable(options: DropOptions) -> None:
+    """Raise ConfigError for a base to whose weights no adapter can be added, before one trains."""
+    from megaskip.config import ModelConfig
+    from megaskip.parallel.loading.source import find_model_folder, resolve_source
+
+    base = options.base
+    model = ModelConfig(
+        model=base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    source = resolve_source(model, find_model_folder(model, weights=False))
+    if source.packed_name:
+        raise ConfigError(
+            f"--lora_rank is merged into the weights at the end, and those of {base.model} are "
+            "packed in 4 bit; name the 16-bit model, or leave --lora_rank out"
+        )
+
+
 def _begin(work: Path, options: DropOptions) -> None:
     """Record in the work folder what is asked; raises ConfigError where it was begun with other
     flags: what is done there belongs to those."""
     asked = {
         **dataclasses.asdict(options.base),
         **dataclasses.asdict(options.plan),
+        **dataclasses.asdict(options.adapter),
         **{name: getattr(options, name) for name in ("steps", "batch_size", "distill")},
     }
     asked = json.loads(json.dumps(asked))  # as it will be read back
@@ -104,14 +124,16 @@ def _train_flags(options: DropOptions, fitted: Path) -> list[str]:
         "distill": options.distill,
         "resume": "auto",
     }
-    return _base_flags(options) + _flags(values)
+    adapter = dataclasses.asdict(options.adapter) if options.adapter.lora_rank else {}
+    return _base_flags(options) + _flags(values | adapter)
 
 
 def _export_flags(options: DropOptions, work: Path) -> list[str]:
     base = options.base
     trusted = ["--trust_remote_code"] if base.trust_remote_code else []
     if options.steps:  # the run knows its tokenizer and template
-        return ["--run", str(work / "run"), *trusted]
+        merge = ["--merge"] if options.adapter.lora_rank else []
+        return ["--run", str(work / "run"), *merge, *trusted]
     values = {"tokenizer": base.tokenizer, "chat_template": base.chat_template}
     return ["--routers", str(work / "fitted"), *_flags(values), *trusted]
 

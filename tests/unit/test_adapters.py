@@ -241,15 +241,40 @@ def test_exports_with_an_adapter_are_the_trained_model(
     assert (tmp_path / "out" / embedding).samefile(tmp_path / "base" / embedding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_static_export_has_the_adapter_in_the_weights_that_stay(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    exportable(tmp_path, dtype)
+    source = ["--routers", str(tmp_path / "routers"), "--base", str(tmp_path / "base")]
+    out = ["--output", str(tmp_path / "out"), "--layers", "3-4"]
+    export_static([*source, *out, "--merge"], "megaskip export-static")
+    ids = whole_ids(2, 9)
+    trained = load_for_inference(tmp_path / "routers", base=tmp_path / "base", dtype="float32")
+    exported = load_for_inference(tmp_path / "out", dtype="float32")
+    skipped = {layer: float(layer not in (3, 4)) for layer in trained.routers.layers}
+    with torch.no_grad():
+        with trained.routers.override(skipped):
+            expected = trained.model(ids).logits
+            with trained.routers.adapters.disabled():
+                without = trained.model(ids).logits
+        logits = exported.model(ids).logits
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(logits, expected, atol=tolerance)
+    assert not torch.allclose(logits, without, atol=5 * tolerance)
+
+
 def test_exports_that_cannot_have_the_adapter_are_refused(tmp_path: Path) -> None:
     exportable(tmp_path)
     source = ["--routers", str(tmp_path / "routers"), "--base", str(tmp_path / "base")]
     out = ["--output", str(tmp_path / "out")]
-    with pytest.raises(ConfigError, match="a static export cannot take along yet"):
+    with pytest.raises(ConfigError, match="has a LoRA adapter, .* --merge adds it"):
         export_static([*source, *out, "--layers", "3-4"], "megaskip export-static")
     save_routers(tmp_path / "plain", attach_routers(tiny_model()))
     plain = ["--routers", str(tmp_path / "plain"), "--base", str(tmp_path / "base")]
     with pytest.raises(ConfigError, match="has no adapter; leave it out"):
         convert([*plain, *out, "--merge"], "megaskip convert")
+    with pytest.raises(ConfigError, match="has no adapter; leave it out"):
+        export_static([*plain, *out, "--layers", "3-4", "--merge"], "megaskip export-static")
     with pytest.raises(ConfigError, match="--mode adapter has none of the base"):
         convert([*source, *out, "--merge", "--mode", "adapter"], "megaskip convert")

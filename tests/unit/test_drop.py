@@ -11,6 +11,7 @@ from megaskip.calibration.static_drop import Fitted, candidate_layers
 from megaskip.cli import drop, fit
 from megaskip.config.commands.fit import DropPlan
 from megaskip.errors import ConfigError
+from megaskip.parallel.loading.source import DEMO_FOLDER
 
 SMALL = ["--model", "demo", "--data", "demo"]
 
@@ -62,6 +63,29 @@ def test_work_that_was_begun_with_other_flags_is_not_taken_for_this_command(
     assert len(started) == 6
     recorded = json.loads((tmp_path / "smaller.work/drop.json").read_text())
     assert recorded["drop"] == 25.0
+
+
+def test_adapters_train_with_the_maps_and_are_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("megaskip.runs.drop._start", started.append)
+    argv = [*SMALL, "--output", str(tmp_path / "smaller"), "--lora_rank", "4", "--lora_lr", "1e-3"]
+    drop.main([*argv, "--compensation", "none"])
+    fitted, trained, exported = started
+    assert {"--lora_rank=4", "--lora_lr=0.001"} <= set(trained)
+    assert "--merge" in exported and not any("lora" in flag for flag in fitted)
+    for flags, message in (
+        (["--steps", "0"], "--lora_rank needs --steps"),
+        (["--lora_start", "2"], "--lora_start 2 with --budget static"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            drop.main([*argv, *flags])
+    config = json.loads((DEMO_FOLDER / "backbone/config.json").read_text())
+    packed = {"load_in_4bit": True, "quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
+    with pytest.raises(ConfigError, match="are packed in 4 bit; name the 16-bit model"):
+        drop.main([*argv, "--model", str(tmp_path)])
 
 
 def test_an_export_of_fitted_maps_has_the_tokenizer_and_template_they_were_fitted_with(

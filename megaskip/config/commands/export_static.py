@@ -36,6 +36,9 @@ class ExportStaticOptions(Checked):
     without_compensation: bool = False
     """Leave out the maps that routers have for what they skip: nothing then stands where sublayers
     were (what decilm needs)."""
+    merge: bool = False
+    """Of routers that were trained with LoRA: add the adapter to the weights that stay, which are
+    then written anew."""
     output: Path = option(metavar="FOLDER")
     """New folder to write."""
     verify: bool = False

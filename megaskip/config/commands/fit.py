@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megaskip.config.adapter import AdapterConfig, adapter_problems
 from megaskip.config.checks import at_least
 from megaskip.config.commands.hub import HubTarget
 from megaskip.config.options import Checked, option
@@ -105,8 +106,10 @@ class DropOptions(Checked):
 
     base: TextAndModel
     plan: DropPlan
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     steps: int = 300
-    """Steps of training the maps together; 0 exports them as they are fitted."""
+    """Steps of training the maps (and the adapters of --lora_rank) together; 0 exports the maps as
+    they are fitted."""
     batch_size: int = 16
     """Rows of a step."""
     distill: float = 0.5
@@ -135,8 +138,24 @@ class DropOptions(Checked):
                 f"{self.base.micro_batch_size} rows on {self.nproc} rank(s); choose a multiple of "
                 f"{self.rows_at_once}"
             )
-        if self.plan.compensation == "none" and self.steps:
-            yield "--compensation none has nothing to train; add --steps 0"
+        yield from self._adapter_problems()
+
+    def _adapter_problems(self) -> Iterator[str]:
+        if not self.adapter.lora_rank:
+            if self.plan.compensation == "none" and self.steps:
+                yield "--compensation none has nothing to train; add --steps 0, or --lora_rank"
+            return
+        if not self.steps:
+            yield "--lora_rank needs --steps: with --steps 0 nothing trains"
+            return
+        yield from adapter_problems(
+            self.adapter,
+            budget="static",
+            train="routers",
+            lr=1.0,
+            max_steps=self.steps,
+            cache_prefix=None,
+        )
 
     @property
     def rows_at_once(self) -> int:
