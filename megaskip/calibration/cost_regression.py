@@ -55,6 +55,22 @@ class CostRegression:
         """Return whether rows are so wide that `sketch` and `choose_features` come first."""
         return self._hidden_size > _MOST_FEATURES
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Return what is added up behind the choice of features, to be changed in place."""
+        return {"moments": self._moments}
+
+    @property
+    def features(self) -> Tensor | None:
+        """Return the chosen features, float32 [D, k]; None before, or where rows are narrow."""
+        return self._features
+
+    def skip_choice(self) -> None:
+        """Have features of zero where there are to be some, to be filled with stored ones."""
+        if self.needs_features:
+            self._features = torch.zeros_like(self._probe)
+            del self._probe, self._products
+
     def sketch(self, inputs: Tensor) -> None:
         """Take in rows [N, D] from which the features are chosen."""
         x = inputs.float()

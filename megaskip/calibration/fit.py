@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megaskip.calibration.fit_progress import MAPS, SAVED_EVERY, FitProgress
+from megaskip.calibration.fit_progress import SAVED_EVERY, FitProgress
 from megaskip.calibration.low_rank_fit import LowRankFit
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
@@ -21,6 +21,7 @@ from megaskip.routing import RouterSet
 _SKETCHED = 4
 """One in so many batches chooses the features, the others are regressed on them."""
 _FIRST, _SECOND = "features", "regression"
+_MAPS = "maps"
 
 
 @torch.no_grad()
@@ -46,9 +47,9 @@ def fit_compensation(
     if not batches:
         raise ConfigError("there is no text to fit compensations on; give more --data")
     fits = _Fits(routers, ridge, engine.device)
-    if progress is not None and progress.stage == MAPS:
-        progress.restore(_maps_of(routers), everywhere=True)
-        return progress.explained
+    if progress is not None and _MAPS in progress.results:
+        progress.restore_fitted(_maps_of(routers))
+        return {int(layer): share for layer, share in progress.results[_MAPS].items()}
     done = 0 if progress is None else fits.go_on(progress)
     first = max(len(batches) // _SKETCHED, 1)
     with routers.disabled(), fits.listening():
@@ -65,7 +66,7 @@ def fit_compensation(
             fits.observe(engine, batches[0], check)
     explained = fits.finish()
     if progress is not None:
-        progress.keep_maps(_maps_of(routers), explained)
+        progress.keep_result(_MAPS, explained, _maps_of(routers))
     return explained
 
 
@@ -112,41 +113,24 @@ class _Fits:
 
     def keep(self, progress: FitProgress, batches: int) -> None:
         """Add the sums of all ranks up on the first one, and keep them. Collective."""
-        for fit in self._by_layer.values():
-            for total in fit.sums.values():
-                sum_over_ranks(total)
-                if not progress.is_first:
-                    total.zero_()
-        progress.keep(self._phase, batches, self._sums() | self._features())
+        progress.keep_sums(_SECOND if self._has_features else _FIRST, batches, self._by_layer)
 
     def go_on(self, progress: FitProgress) -> int:
         """Take up the sums that were kept; return how many batches are in them. Collective."""
-        if not progress.stage:
+        if progress.stage not in (_FIRST, _SECOND):
             return 0
         if progress.stage == _SECOND:
             for fit in self._by_layer.values():
                 fit.skip_first_phase()
-            progress.restore(self._features(), everywhere=True)
-        progress.restore(self._sums(), everywhere=False)
+        progress.restore_sums(self._by_layer)
         return progress.batches
 
     @property
-    def _phase(self) -> str:
-        return _SECOND if self._features() else _FIRST
-
-    def _sums(self) -> dict[str, Tensor]:
-        return {
-            f"{layer}.{name}": total
-            for layer, fit in self._by_layer.items()
-            for name, total in fit.sums.items()
-        }
-
-    def _features(self) -> dict[str, Tensor]:
-        by_name = {f"{layer}.features": fit.features for layer, fit in self._by_layer.items()}
-        return {name: features for name, features in by_name.items() if features is not None}
+    def _has_features(self) -> bool:
+        return any(fit.features is not None for fit in self._by_layer.values())
 
     def begin_second_phase(self) -> None:
-        if self._phase == _SECOND:  # it goes on behind there
+        if self._has_features:  # it goes on behind there
             return
         for fit in self._by_layer.values():
             fit.begin_second_phase(sum_over_ranks)

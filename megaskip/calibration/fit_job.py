@@ -5,9 +5,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from megaskip._version import __version__
-from megaskip.calibration.fit_progress import FitProgress
-from megaskip.calibration.opened import Opened, opened, topology_of
+from megaskip.calibration.opened import opened, topology_of
 from megaskip.calibration.static_drop import (
     Fitted,
     candidate_layers,
@@ -39,7 +37,8 @@ def fit(options: FitOptions) -> None:
         depth = job.source.text_config.num_hidden_layers
         _, count = candidate_layers(plan, depth)
         hidden = None if topology.is_first else True
-        progress = _progress(options, job)
+        settings = {**dataclasses.asdict(base), **dataclasses.asdict(plan)}
+        progress = job.progress(options.output, settings)
         fitted = fit_static_drop(
             job.engine, job.loader, plan, count, hidden=hidden, progress=progress
         )
@@ -59,20 +58,6 @@ def _router_config(plan: DropPlan, depth: int) -> RouterConfig:
         compensation=plan.compensation,
         compensation_rank=plan.compensation_rank,
     )
-
-
-def _progress(options: FitOptions, job: Opened) -> FitProgress:
-    """Return what an earlier start of this fit has done. Collective."""
-    settings = {
-        **dataclasses.asdict(options.base),
-        **dataclasses.asdict(options.plan),
-        "base": job.source.describe().to_json(),
-        "text": job.loader.data.fingerprint,
-        "ranks": job.topology.world_size,
-        "version": __version__,
-    }
-    path = options.output.with_name(f"{options.output.name}.partial.safetensors")
-    return FitProgress(path, settings, job.topology)
 
 
 def _next(options: FitOptions) -> str:

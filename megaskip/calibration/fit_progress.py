@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,9 +27,21 @@ logger = get_logger(__name__)
 SAVED_EVERY = 32
 """Batches of each rank. A number and not a time: where sums are added up decides their last
 bits."""
-MAPS = "maps"
-"""The stage in which the maps are done."""
 _NOTHING = "nothing"
+
+
+class Regression(Protocol):
+    """What adds up rows, of features that are chosen first where there are any."""
+
+    @property
+    def sums(self) -> Mapping[str, Tensor]:
+        """Return what is added up, to be changed in place."""
+        ...
+
+    @property
+    def features(self) -> Tensor | None:
+        """Return the features that are chosen; None before, or without."""
+        ...
 
 
 class FitProgress:
@@ -43,30 +55,74 @@ class FitProgress:
         self._fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         stored = on_first_rank(topology, self._read_metadata)
         self.stage: str = stored.get("stage", "")
-        """What the tensors are: "" for none, the name of a phase, or MAPS."""
+        """What the sums are of; "" where there are none."""
         self.batches: int = stored.get("batches", 0)
         """How many batches of each rank are in the sums."""
-        self.explained: dict[int, float] = {int(k): v for k, v in stored.get("explained", [])}
         self.losses: dict[tuple[int, ...], float] = {
             tuple(layers): loss for layers, loss in stored.get("losses", [])
         }
         """What was measured for the order: loss by dropped layers."""
-        self._tensors: dict[str, Tensor] = {}
+        self.results: dict[str, Any] = stored.get("results", {})
+        """What came of each step that is done, as JSON, by its name."""
+        self._sums: dict[str, Tensor] = {}
+        self._fitted: dict[str, Tensor] = {}
+        """Of the steps that are done; written with whatever comes after them."""
         if stored:
-            logger.info(
-                "goes on from %s: %s, %d batches a rank, %d orders tried",
-                *(path, self.stage or "nothing fitted", self.batches, len(self.losses)),
-            )
+            logger.info("goes on from %s: %s", path, self._describe())
 
-    @property
-    def is_first(self) -> bool:
-        """Return whether this rank goes on with the sums."""
-        return self._topology.is_first
+    def restore_sums(self, regressions: Mapping[int, Regression]) -> None:
+        """Copy the stored features into those of `regressions`, by layer, on every rank, and the
+        sums into theirs on the first one. Collective."""
+        if features := _features(regressions):
+            self._restore(features, everywhere=True)
+        self._restore(_sums(regressions), everywhere=False)
 
-    def restore(self, into: Mapping[str, Tensor], *, everywhere: bool) -> None:
-        """Copy the stored tensors into tensors of their names; on the first rank alone, or on
-        every rank. Collective."""
+    def keep_sums(self, stage: str, batches: int, regressions: Mapping[int, Regression]) -> None:
+        """Add the sums of all ranks up on the first one, and write them, with `batches` of each
+        rank in them. Collective."""
+        sums = _sums(regressions)
+        for total in sums.values():
+            sum_over_ranks(total)
+            if not self._topology.is_first:
+                total.zero_()
+        self.stage, self.batches = stage, batches
+        self._sums = sums | _features(regressions)
+        self._write()
 
+    def restore_fitted(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what a step has fitted into tensors of these names, on every rank. Collective."""
+        self._restore(tensors, everywhere=True)
+        self._fitted |= tensors
+
+    def keep_result(
+        self, step: str, result: Any, fitted: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write what came of a step that is done, as JSON, and the tensors that it fitted, which
+        are the same on all ranks. Collective."""
+        self.stage, self.batches, self._sums = "", 0, {}
+        self.results[step] = result
+        self._fitted |= fitted or {}
+        self._write()
+
+    def keep_loss(self, layers: tuple[int, ...], loss: float) -> None:
+        """Write what was measured with `layers` dropped. Collective."""
+        self.losses[layers] = loss
+        self._write()
+
+    def remove(self) -> None:
+        """Remove the file: what was fitted is written. Collective."""
+        on_first_rank(self._topology, lambda: self._path.unlink(missing_ok=True))
+
+    def _describe(self) -> str:
+        """Return what is done in a line of the log."""
+        steps = list(self.results)
+        steps += [f"{self.stage} of {self.batches} batches a rank"] if self.stage else []
+        steps += [f"{len(self.losses)} orders tried"] if self.losses else []
+        return ", ".join(steps)
+
+    # -- the file
+
+    def _restore(self, into: Mapping[str, Tensor], *, everywhere: bool) -> None:
         def read() -> None:
             try:
                 with safe_open(self._path, framework="pt") as file:
@@ -83,27 +139,6 @@ class FitProgress:
             for tensor in into.values():
                 sum_over_ranks(tensor)
 
-    def keep(self, stage: str, batches: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors of the first rank, which are summed over all. Collective."""
-        self.stage, self.batches, self._tensors = stage, batches, dict(tensors)
-        self._write()
-
-    def keep_maps(self, maps: Mapping[str, Tensor], explained: Mapping[int, float]) -> None:
-        """Write the maps, which are done. Collective."""
-        self.explained = dict(explained)
-        self.keep(MAPS, self.batches, maps)
-
-    def keep_loss(self, layers: tuple[int, ...], loss: float) -> None:
-        """Write what was measured with `layers` dropped. Collective."""
-        self.losses[layers] = loss
-        self._write()
-
-    def remove(self) -> None:
-        """Remove the file: what was fitted is written. Collective."""
-        on_first_rank(self._topology, lambda: self._path.unlink(missing_ok=True))
-
-    # -- the file
-
     def _write(self) -> None:
         on_first_rank(self._topology, self._write_file)
 
@@ -111,15 +146,16 @@ class FitProgress:
         content = {
             "stage": self.stage,
             "batches": self.batches,
-            "explained": list(self.explained.items()),
             "losses": [[list(layers), loss] for layers, loss in self.losses.items()],
+            "results": self.results,
         }
         metadata = {"fingerprint": self._fingerprint, "content": json.dumps(content)}
+        tensors = self._fitted | self._sums
         draft = self._path.with_name(f".{self._path.name}.tmp")
         with write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                write_tensors(draft, self._tensors or {_NOTHING: torch.zeros(1)}, metadata)
+                write_tensors(draft, tensors or {_NOTHING: torch.zeros(1)}, metadata)
             except SafetensorError as error:  # a full disk
                 raise CheckpointError(f"cannot write {self._path}: {error}") from None
             os.replace(draft, self._path)
@@ -139,3 +175,16 @@ class FitProgress:
                 "name another --output"
             )
         return dict(content)
+
+
+def _sums(regressions: Mapping[int, Regression]) -> dict[str, Tensor]:
+    return {
+        f"{layer}.{name}": total
+        for layer, regression in regressions.items()
+        for name, total in regression.sums.items()
+    }
+
+
+def _features(regressions: Mapping[int, Regression]) -> dict[str, Tensor]:
+    by_name = {f"{layer}.features": each.features for layer, each in regressions.items()}
+    return {name: features for name, features in by_name.items() if features is not None}

@@ -4,9 +4,13 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from megaskip._version import __version__
+from megaskip.calibration.fit_progress import FitProgress
 from megaskip.config import (
     DataConfig,
     ModelConfig,
@@ -36,6 +40,18 @@ class Opened:
     loader: DataLoader
     source: ModelSource
     topology: Topology
+
+    def progress(self, output: Path, settings: Mapping[str, Any]) -> FitProgress:
+        """Return what an earlier start of the job with these settings has done, from a file beside
+        the folder that it writes. Raises CheckpointError as FitProgress does. Collective."""
+        known = {
+            "base": self.source.describe().to_json(),
+            "text": self.loader.data.fingerprint,
+            "ranks": self.topology.world_size,
+            "version": __version__,
+        }
+        path = output.with_name(f"{output.name}.partial.safetensors")
+        return FitProgress(path, {**settings, **known}, self.topology)
 
 
 def topology_of(base: TextAndModel) -> Topology:

@@ -4,18 +4,25 @@ So scores of different layers are comparable, and one threshold for all skips wh
 router is trained (docs/lab.md says how this compares with straight-through training).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megaskip.calibration.cost_regression import CostRegression, LinearCost
+from megaskip.calibration.fit_progress import FitProgress
 from megaskip.calibration.unit_costs import deal_groups, measure_costs, read_by_routers
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
 from megaskip.parallel.collectives import sum_over_ranks
 from megaskip.parallel.engine import Engine
-from megaskip.routing import AffineRouter
+from megaskip.routing import AffineRouter, RouterSet
+
+SAVED_EVERY = 8
+"""Batches of each rank, as in a fit of maps; each takes many passes here."""
+_SUMS, _COSTS = "sums of costs", "costs"
+_NUMBERS = ("bias", "mean", "spread", "explained")
+"""Of a LinearCost."""
 
 
 def fit_routers(
@@ -26,6 +33,7 @@ def fit_routers(
     distill: float = 1.0,
     seed: int = 0,
     check: Callable[[], object] = lambda: None,
+    progress: FitProgress | None = None,
 ) -> dict[int, LinearCost]:
     """Fill the routers of all routed layers from `batches` of all ranks, as many on each; return
     by layer what was fitted.
@@ -34,7 +42,8 @@ def fit_routers(
     fits the same. Each takes a forward and a backward pass for each of `groups` of layers, which
     skip together: about one over the share that is to be skipped. `distill` is the share of each
     label that is the dense model's prediction: its costs scatter less than those of the text.
-    `check` is called before each batch.
+    `check` is called before each batch. With `progress` it goes on from where that stands, and
+    keeps it up.
     Collective. Raises ConfigError for other routers than affine ones, and without text.
     """
     routers = engine.routers
@@ -49,21 +58,15 @@ def fit_routers(
             f"{everywhere} batch of text is too little to fit routers on: half of it judges what "
             "is fitted to the other half; give more --data or --cost_rows"
         )
-    fits = {
-        layer: CostRegression(routers.hidden_size, seed=layer, device=engine.device)
-        for layer in routers.layers
-    }
-    _choose_features(engine, batches, fits)
-    for turn, batch in enumerate(batches):
-        check()
-        number = engine.number_over_replicas(turn)
-
-        def observe(layer: int, read: Tensor, costs: Tensor, half: int = number % 2) -> None:
-            fits[layer].observe(read, costs, half=half)
-
-        dealt = deal_groups(routers.layers, groups, seed + number)
-        measure_costs(engine, batch, dealt, observe, distill=distill, seed=seed + number)
-    fitted = {layer: fit.solve(sum_over_ranks) for layer, fit in fits.items()}
+    if progress is not None and _COSTS in progress.results:
+        fitted = _restored(routers, progress)
+    else:
+        fits = _regressions(
+            engine, batches, groups, distill=distill, seed=seed, check=check, progress=progress
+        )
+        fitted = {layer: fit.solve(sum_over_ranks) for layer, fit in fits.items()}
+        if progress is not None:
+            _keep(fitted, progress)
     _fill(engine, fitted)
     return fitted
 
@@ -79,6 +82,65 @@ def split_off(
         taken = int((number + 1) * share) > int(number * share)
         (first if taken else others).append(batch)
     return first, others
+
+
+def _regressions(
+    engine: Engine,
+    batches: Sequence[Batch | None],
+    groups: int,
+    *,
+    distill: float,
+    seed: int,
+    check: Callable[[], object],
+    progress: FitProgress | None,
+) -> dict[int, CostRegression]:
+    """Return by layer the regression that has seen the costs of all batches. Collective."""
+    routers = engine.routers
+    fits = {
+        layer: CostRegression(routers.hidden_size, seed=layer, device=engine.device)
+        for layer in routers.layers
+    }
+    done = 0
+    if progress is not None and progress.stage == _SUMS:
+        for fit in fits.values():
+            fit.skip_choice()
+        progress.restore_sums(fits)
+        done = progress.batches
+    else:
+        _choose_features(engine, batches, fits)
+    for turn, batch in enumerate(batches):
+        if turn < done:
+            continue
+        check()
+        number = engine.number_over_replicas(turn)
+
+        def observe(layer: int, read: Tensor, costs: Tensor, half: int = number % 2) -> None:
+            fits[layer].observe(read, costs, half=half)
+
+        dealt = deal_groups(routers.layers, groups, seed + number)
+        measure_costs(engine, batch, dealt, observe, distill=distill, seed=seed + number)
+        if progress is not None and (turn + 1) % SAVED_EVERY == 0:
+            progress.keep_sums(_SUMS, turn + 1, fits)
+    return fits
+
+
+def _keep(fitted: Mapping[int, LinearCost], progress: FitProgress) -> None:
+    """Write what was fitted. Collective."""
+    numbers = {
+        str(layer): {name: getattr(cost, name) for name in _NUMBERS}
+        for layer, cost in fitted.items()
+    }
+    weights = {f"{layer}.cost": cost.weight for layer, cost in fitted.items()}
+    progress.keep_result(_COSTS, numbers, weights)
+
+
+def _restored(routers: RouterSet, progress: FitProgress) -> dict[int, LinearCost]:
+    """Return what an earlier start has fitted. Collective."""
+    size = routers.hidden_size
+    weights = {layer: torch.zeros(size, dtype=torch.float64) for layer in routers.layers}
+    progress.restore_fitted({f"{layer}.cost": weight for layer, weight in weights.items()})
+    numbers = progress.results[_COSTS]
+    return {layer: LinearCost(weight=weights[layer], **numbers[str(layer)]) for layer in weights}
 
 
 @torch.no_grad()

@@ -8,9 +8,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megaskip.calibration.capacities import CalibrationResult, calibrate_all, with_points
+from megaskip.calibration.capacities import (
+    CalibratedCapacity,
+    CalibrationResult,
+    calibrate_all,
+    with_points,
+)
 from megaskip.calibration.cost_regression import LinearCost
+from megaskip.calibration.equal_scores import give_directions
 from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.fit_progress import FitProgress
 from megaskip.calibration.opened import Opened, opened, topology_of
 from megaskip.calibration.router_fit import fit_routers, split_off
 from megaskip.checkpoint.atomic import write_json
@@ -18,8 +25,10 @@ from megaskip.checkpoint.routers import save_routers
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.config.commands.fit_routers import FitRoutersOptions
 from megaskip.config.paths import require_new
+from megaskip.data import Batch
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
+from megaskip.parallel.engine import Engine
 from megaskip.reporting.progress import ProgressBatches
 from megaskip.reporting.summary import table, versions
 
@@ -92,8 +101,11 @@ def fit_routers_job(options: FitRoutersOptions) -> None:
         topology,
         activation_checkpointing=recompute,
     ) as job:
-        fitted = _fit(job, options)
+        settings = {n: v for n, v in dataclasses.asdict(options).items() if n != "output"}
+        progress = job.progress(options.output, settings)
+        fitted = _fit(job, options, progress)
         on_first_rank(topology, lambda: _write(options.output, job, fitted, options.capacity))
+        progress.remove()
     if topology.is_first:
         rows = [
             *fitted.rows(),
@@ -115,28 +127,70 @@ def _router_config(options: FitRoutersOptions, depth: int) -> RouterConfig:
     )
 
 
-def _fit(job: Opened, options: FitRoutersOptions) -> FittedRouters:
-    """Fit maps and routers, and find the thresholds. Collective."""
+def _fit(job: Opened, options: FitRoutersOptions, progress: FitProgress) -> FittedRouters:
+    """Fit maps and routers, and find the thresholds; go on from where `progress` stands.
+    Collective."""
     engine, hidden = job.engine, None if job.topology.is_first else True
     text = job.loader.calibration(options.rows + options.cost_rows)
     cost_rows, rows = split_off(text, options.cost_rows / (options.rows + options.cost_rows))
     explained: dict[int, float] = {}
     if options.compensation != "none":
-        explained = fit_compensation(engine, ProgressBatches(rows, "maps", disable=hidden))
+        maps = ProgressBatches(rows, "maps", disable=hidden)
+        explained = fit_compensation(engine, maps, progress=progress)
     costs = fit_routers(
         engine,
         ProgressBatches(cost_rows, "costs", disable=hidden),
         groups=options.groups,
         distill=options.distill,
         seed=options.base.seed,
+        progress=progress,
     )
     held_out = ProgressBatches(job.loader.held_out(), "held out", disable=hidden)
-    with tqdm(total=len(options.capacity), desc="calibrating", disable=hidden) as bar:
-        passes = ProgressBatches(rows, "a pass", disable=hidden)
-        calibrated = calibrate_all(engine, passes, held_out, options.capacity, progress=bar.update)
-    dense_loss = engine.evaluate(held_out, routed=False).loss
-    calibrated = dataclasses.replace(calibrated, dense_loss=dense_loss)
+    calibrated = dataclasses.replace(
+        _thresholds(engine, rows, held_out, options.capacity, progress, hidden=hidden),
+        dense_loss=engine.evaluate(held_out, routed=False).loss,
+    )
     return FittedRouters(costs=costs, explained=explained, calibrated=calibrated)
+
+
+def _thresholds(
+    engine: Engine,
+    rows: Sequence[Batch | None],
+    held_out: Sequence[Batch | None],
+    capacities: Sequence[float],
+    progress: FitProgress,
+    *,
+    hidden: bool | None,
+) -> CalibrationResult:
+    """Return the thresholds of all capacities, each kept in `progress` once it is found.
+    Collective."""
+    alike, points, problems = engine.routers.config, [], []
+    passes = ProgressBatches(rows, "a pass", disable=hidden)
+    for capacity in tqdm(sorted(set(capacities), reverse=True), desc="calibrating", disable=hidden):
+        step = f"capacity {capacity}"
+        if step not in progress.results:
+            engine.routers.configure(alike)
+            result = calibrate_all(engine, passes, held_out, [capacity])
+            progress.keep_result(step, _to_json(result))
+        elif progress.results[step]["directions"]:
+            give_directions(engine.routers)
+        points += [_point(content) for content in progress.results[step]["points"]]
+        problems += progress.results[step]["problems"]
+    return CalibrationResult(points=tuple(reversed(points)), problems=tuple(problems))
+
+
+def _to_json(result: CalibrationResult) -> dict[str, Any]:
+    return {
+        "points": [dataclasses.asdict(point) for point in result.points],
+        "problems": list(result.problems),
+        "directions": bool(result.equal_logits),
+    }
+
+
+def _point(content: Mapping[str, Any]) -> CalibratedCapacity:
+    given = content["threshold"]
+    threshold = given if isinstance(given, float) else tuple(given)
+    return CalibratedCapacity(**{**content, "threshold": threshold})
 
 
 def _write(output: Path, job: Opened, fitted: FittedRouters, asked: Sequence[float]) -> None:

@@ -10,6 +10,9 @@ each layer predicts this cost from what the router reads. Scores of all layers a
 so one threshold skips what is cheapest; it is found for each --capacity, and checked on held-out
 text. OUTPUT is a router folder: `megaskip convert --routers OUTPUT` writes a Hugging Face folder,
 and `megaskip train --init_routers OUTPUT` goes on from it.
+
+What is done so far is kept in OUTPUT.partial.safetensors: the same command on as many ranks goes on
+after a stop, and ends with the same numbers.
 """
 
 from collections.abc import Sequence

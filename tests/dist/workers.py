@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tensor_calls import AttentionMasks
 
-from megaskip.calibration import fit
+from megaskip.calibration import fit, router_fit
 from megaskip.calibration.allocation import allocate, skip_costs
 from megaskip.calibration.drop_order import greedy_drop_order
 from megaskip.calibration.fit import fit_compensation
@@ -167,26 +167,29 @@ def _fit(model: str, flags: list[str]) -> dict[str, Any]:
 def _fit_that_is_killed(
     engine: Engine, topology: Topology, mine: list[Batch | None], path: Path
 ) -> list[bool]:
-    """Return for kills in both phases whether the fit that goes on has the bits of one that was not
-    killed."""
-    fit.SAVED_EVERY = 1
+    """Return for kills in both phases of the maps, and among the costs, whether the fit that goes
+    on has the bits of one that was not killed."""
+    fit.SAVED_EVERY = router_fit.SAVED_EVERY = 1
 
     def maps_after(*kills: int) -> dict[str, torch.Tensor]:
-        for kill in (*kills, len(mine) + 1):
+        for kill in (*kills, len(mine) + 3):
             left = iter(range(kill))
 
             def check(left: Iterator[int] = left) -> None:
                 if next(left, None) is None:
                     raise InterruptedError
 
+            for parameter in engine.routers.parameters():  # as those of a new start
+                parameter.data.zero_()
             with contextlib.suppress(InterruptedError):
                 progress = FitProgress(path, {"batches": len(mine)}, topology)
                 fit_compensation(engine, mine, check=check, progress=progress)
+                fit_routers(engine, mine[:2], groups=1, check=check, progress=progress)
         progress.remove()
         return {n: p.clone() for n, p in engine.routers.named_parameters()}
 
     whole = maps_after()
-    again = [maps_after(kill) for kill in (1, len(mine) - 1)]
+    again = [maps_after(*kills) for kills in ((1,), (len(mine) - 1, 2))]
     return [all(torch.equal(found[name], whole[name]) for name in whole) for found in again]
 
 

@@ -256,31 +256,33 @@ def test_a_fit_that_was_killed_goes_on_and_ends_with_the_same_bits(
     assert said == [0, 0, 2, 2, 2, 4, 6]
     assert found == explained
     again, progress = make_engine(compensation=kind), progress_in(rows=8)
-    assert progress.stage == "maps"
+    assert list(progress.results) == ["maps"]
     assert fit_compensation(again, [None], check=killed_after(0), progress=progress) == explained
     for fitted in (engine, again):
         for name, tensor in whole.routers.state_dict().items():
             assert torch.equal(fitted.routers.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("compensation", ["none", "low_rank"])
 def test_an_order_that_was_killed_measures_nothing_twice(
-    make_engine: Any, progress_in: Any
+    make_engine: Any, progress_in: Any, compensation: str
 ) -> None:
-    engine, text = make_engine(compensation="none"), batches(2)
-    expected = greedy_drop_order(engine, text, 3)
-    measured = []
+    text = batches(2)
 
-    def killed() -> None:
-        measured.append(None)
-        if len(measured) == 3:
-            raise Killed
+    def order(calls: int, kept: FitProgress | None = None) -> Any:
+        engine = make_engine(compensation=compensation)
+        if compensation != "none":
+            fit_compensation(engine, text, progress=kept)
+        return greedy_drop_order(engine, text, 3, progress=killed_after(calls), kept=kept)
 
-    with pytest.raises(Killed):
-        greedy_drop_order(engine, text, 3, progress=killed, kept=progress_in(rows=8))
+    expected = order(99)
+    for calls in (2, 4):
+        with pytest.raises(Killed):
+            order(calls, progress_in(rows=8))
     progress = progress_in(rows=8)
-    assert list(progress.losses) == [(), (1,), (2,)]
-    assert greedy_drop_order(engine, text, 3, kept=progress) == expected
-    assert len(progress_in(rows=8).losses) > 3
+    assert list(progress.losses) == [(), (1,), (2,), (3,), (4,)]
+    assert order(99, progress) == expected
+    assert len(progress_in(rows=8).losses) > 5
     progress.remove()
     assert not progress_in(rows=8).losses
 

@@ -1,24 +1,33 @@
 """Routers in closed form: what skipping costs, measured by gradients and regressed on states."""
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from families import tiny_model
-from test_fit import batches, kl_to_dense
+from test_fit import Killed, batches, killed_after, kl_to_dense
 from torch import Tensor
 
 from megaskip import RouterConfig, attach_routers
 from megaskip.arch.task_loss import TaskLoss
-from megaskip.calibration import cost_regression
+from megaskip.calibration import cost_regression, router_fit_job
+from megaskip.calibration.allocation import UnreachedError
+from megaskip.calibration.capacities import CalibrationResult, calibrate_all
 from megaskip.calibration.cost_regression import CostRegression
+from megaskip.calibration.fit import fit_compensation
+from megaskip.calibration.fit_progress import FitProgress
 from megaskip.calibration.router_fit import fit_routers, split_off
+from megaskip.calibration.router_fit_job import fit_routers_job
 from megaskip.calibration.threshold import calibrate_threshold
 from megaskip.calibration.unit_costs import deal_groups, measure_costs, points_on_the_way
 from megaskip.config import SUBLAYER_GRANULARITIES, RunConfig
-from megaskip.errors import ConfigError
+from megaskip.config.commands.fit import TextAndModel
+from megaskip.config.commands.fit_routers import FitRoutersOptions
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
 
@@ -166,3 +175,70 @@ def test_routers_that_cannot_predict_costs_are_refused(make_engine: Any) -> None
         fit_routers(make_engine(router="linear"), batches(4), groups=2)
     with pytest.raises(ConfigError, match="too little"):
         fit_routers(make_engine(), batches(1), groups=2)
+
+
+def test_a_fit_that_was_killed_goes_on_and_ends_with_the_same_bits(
+    make_engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_regression, "_MOST_FEATURES", 12)
+    monkeypatch.setattr("megaskip.calibration.router_fit.SAVED_EVERY", 2)
+    file, text, said = tmp_path / "out.partial.safetensors", batches(5), []
+
+    def fitted(calls: int) -> tuple[Any, dict[str, Tensor]]:
+        engine = make_engine(granularity="mlp_token", compensation="low_rank")
+        progress = FitProgress(file, {}, read_topology({}))
+        said.append((list(progress.results), progress.batches))
+        fit_compensation(engine, text, progress=progress)
+        killed = killed_after(calls)
+        costs = fit_routers(engine, text, groups=2, check=killed, progress=progress)
+        return {n: (c.mean, c.explained) for n, c in costs.items()}, engine.routers.state_dict()
+
+    expected, whole = fitted(99)
+    file.unlink()
+    for calls in (3, 2):
+        with pytest.raises(Killed):
+            fitted(calls)
+    for calls in (1, 0):  # the second time all is done
+        costs, weights = fitted(calls)
+        assert costs == expected
+        assert all(torch.equal(weights[name], tensor) for name, tensor in whole.items())
+    assert said[2:] == [(["maps"], 2), (["maps"], 4), (["maps", "costs"], 0)]
+
+
+def test_a_job_that_was_killed_between_capacities_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TextAndModel(model="demo", data=("demo",), seq_length=32, held_out=8, micro_batch_size=2)
+    options = FitRoutersOptions(
+        base=text,
+        layers="1,2",
+        capacity=(0.5, 0.75),
+        compensation="bias",
+        rows=16,
+        cost_rows=16,
+        groups=1,
+        output=tmp_path / "whole",
+    )
+    with pytest.raises(UnreachedError, match="--capacity 0.75 does not hold") as of_whole:
+        fit_routers_job(options)
+    begun: list[float] = []
+
+    def killed(*args: Any, **settings: Any) -> CalibrationResult:
+        begun.extend(args[3])
+        if len(begun) == 2:
+            raise Killed
+        return calibrate_all(*args, **settings)
+
+    monkeypatch.setattr(router_fit_job, "calibrate_all", killed)
+    options = dataclasses.replace(options, output=tmp_path / "again")
+    with pytest.raises(Killed):
+        fit_routers_job(options)
+    with pytest.raises(CheckpointError, match="is of a fit with other flags"):
+        fit_routers_job(dataclasses.replace(options, groups=2))
+    with pytest.raises(UnreachedError) as of_both:
+        fit_routers_job(options)
+    assert str(of_both.value) == str(of_whole.value)
+    assert begun == [0.75, 0.5, 0.5]
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "again"}
