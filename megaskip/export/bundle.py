@@ -22,6 +22,7 @@ _MODULES = {
         "config/checks",
         "config/routing",
         "routing/copies",
+        "routing/precision",
         "routing/decision",
         "routing/pooling",
         "routing/executor",
@@ -47,6 +48,7 @@ _MODULES = {
     "dropped": (
         *_MODELS,
         "routing/copies",
+        "routing/precision",
         "routing/decision",
         "inference/kept",
         "inference/dropped",

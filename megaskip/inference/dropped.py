@@ -4,7 +4,7 @@ cache holds nothing.
 Shapes: B rows, T tokens, D hidden, r rank of a map.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from megaskip.arch.sites import find_sites
 from megaskip.inference.hf import AdaptedModel
 from megaskip.inference.kept import KeptRows, can_store_some, is_offloaded, store_rows_in
 from megaskip.routing.decision import SelectedRows
+from megaskip.routing.precision import without_autocast, without_cast
 
 DROPPABLE = ("attn", "mlp")
 MAP_KINDS = ("bias", "low_rank")
@@ -104,6 +105,10 @@ class Substitute(nn.Module):
         self.register_module("down", None)
         self.register_module("up", None)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # model.half() is about the model's weights; maps stay float32, as they were trained.
+        return super()._apply(without_cast(fn), recurse)
+
     def add_map(self, kind: str, hidden_size: int, rank: int) -> None:
         """Give it a map of zeros, one of MAP_KINDS; a rank is for "low_rank" alone."""
         if kind == "bias":
@@ -115,7 +120,8 @@ class Substitute(nn.Module):
     def update(self, hidden_states: Tensor) -> Tensor:
         """Return what is added to the residual [B, T, D], in the type of what is read."""
         if self.down is not None and self.up is not None:
-            mapped: Tensor = self.up(self.down(hidden_states))
+            with without_autocast(hidden_states.device):
+                mapped: Tensor = self.up(self.down(hidden_states))
             return mapped.to(hidden_states.dtype)
         if self.bias is not None:
             return self.bias.to(hidden_states.dtype).expand_as(hidden_states)

@@ -13,6 +13,7 @@ from megaskip.routing.decision import RoutingDecision, send_together
 from megaskip.routing.executor import Kwargs, Run
 from megaskip.routing.kept_units import put_rows_back
 from megaskip.routing.pooling import Pooling
+from megaskip.routing.precision import without_autocast
 from megaskip.routing.router import Router
 from megaskip.routing.state import RoutingState
 from megaskip.routing.thresholds import Thresholds
@@ -47,7 +48,11 @@ class Gate:
         """Decide from the layer's normalised input [B, T, D], for the update sites that follow in
         it."""
         known = self._state.cached.get(self.layer) or self._state.ahead.get(self.layer)
-        decision = known.on(hidden_states.device) if known else self._decide(hidden_states)
+        if known:
+            decision = known.on(hidden_states.device)
+        else:
+            with without_autocast(hidden_states.device):
+                decision = self._decide(hidden_states)
         self._settle(decision)
         if "attn" not in self.skips and self._state.executor.reads_decisions:
             decision.send_to_host()  # while the attention runs
@@ -75,7 +80,8 @@ class Gate:
     ) -> Tensor:
         """Decide about each token at each of its experts, and run those that are kept; arguments
         and result as of `run_pairs`."""
-        decision = self._decide_pairs(hidden_states, index)
+        with without_autocast(hidden_states.device):
+            decision = self._decide_pairs(hidden_states, index)
         self._settle(decision)
         weights = self._weighted(weights)
         return self._state.executor.experts(run, hidden_states, index, weights, decision)
@@ -121,7 +127,8 @@ class Gate:
 
     def _compensation(self, read: Tensor) -> Tensor:
         assert self._router.compensation is not None
-        return self._router.compensation(read)  # type: ignore[no-any-return]
+        with without_autocast(read.device):
+            return self._router.compensation(read)  # type: ignore[no-any-return]
 
     def _compensated(self, update: Tensor, read: Tensor | None) -> Tensor:
         """Return the update [B, T, D] with the compensation added where units are skipped: units
@@ -134,11 +141,12 @@ class Gate:
         if skipped.none:
             return update
         if skipped.all:
-            return update + self._compensation(read)
+            return update + self._compensation(read).to(update.dtype)
         rows = read if by_row else read.flatten(0, 1)
         added = self._compensation(rows.index_select(0, skipped.index))
         whole = update if by_row else update.flatten(0, 1)
-        return whole.index_add(0, skipped.index, added).view_as(update)
+        # Under autocast a sublayer's update has another type than what it reads.
+        return whole.index_add(0, skipped.index, added.to(whole.dtype)).view_as(update)
 
     # -- decisions
 

@@ -5,7 +5,8 @@ decision in a row.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from megaskip.routing.executor import Executor
 from megaskip.routing.experts import Experts
 from megaskip.routing.gate import Gate
 from megaskip.routing.pooling import Pooling
+from megaskip.routing.precision import without_cast
 from megaskip.routing.router import Router, make_router
 from megaskip.routing.state import RoutingState
 from megaskip.routing.thresholds import Thresholds
@@ -59,6 +61,10 @@ class Routers(nn.Module):
             first, *first.followers = gates.values()
             for follower in first.followers:
                 follower.follows = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # model.half() is about the model's weights: rounded routers decide otherwise.
+        return super()._apply(without_cast(fn), recurse)  # type: ignore[no-untyped-call]
 
     @property
     def choices(self) -> int:

@@ -270,16 +270,22 @@ def test_cache_holds_nothing_for_dropped_attentions(tmp_path: Path) -> None:
         assert (layer.keys is None) == (index in LAYERS)
 
 
-def test_maps_stay_float32_in_a_model_of_bfloat16(tmp_path: Path) -> None:
+def test_maps_stay_float32_in_a_model_of_16_bit(tmp_path: Path) -> None:
     folder, _ = static(tmp_path, dtype="bfloat16")
     small = load(folder)
     assert small.dtype == torch.bfloat16
-    kinds = {str(p.dtype) for n, p in small.named_parameters() if ".down." in n or ".up." in n}
-    assert kinds == {"torch.float32"}
-    others = {p.dtype for n, p in small.named_parameters() if "self_attn.q_proj" in n}
-    assert others == {torch.bfloat16}
-    with torch.no_grad():
-        assert small(whole_ids(2, 8)).logits.dtype == torch.bfloat16
+    stored = load_file(folder / "compensation.safetensors")
+    for dtype in (torch.bfloat16, torch.float16):
+        parameters = dict(small.to(dtype).named_parameters())
+        assert all(torch.equal(parameters.pop(name), tensor) for name, tensor in stored.items())
+        assert {p.dtype for p in parameters.values()} == {dtype}
+        with torch.no_grad():
+            assert small(whole_ids(2, 8)).logits.dtype == dtype
+    substitute = small.get_decoder().layers[LAYERS[0]].self_attn
+    read = torch.randn(1, 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        update = substitute.update(read)
+    assert torch.equal(update, substitute.update(read))
 
 
 def test_model_saves_and_loads_again(tmp_path: Path) -> None:
