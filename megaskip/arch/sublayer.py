@@ -171,8 +171,11 @@ def route_layer(layer: nn.Module, sites: Sites, gate: SublayerGate) -> list[nn.M
 @functools.cache
 def routed_class(base: type, mixin: type) -> type:
     """Return the subclass of `base` that asks a gate; one per pair, so that class comparisons
-    hold."""
-    return type(f"Routed{base.__name__}", (mixin, base), {"__module__": base.__module__})
+    hold.
+
+    It has the name of `base`, by which device maps and FSDP know what they must not split.
+    """
+    return type(base.__name__, (mixin, base), {"__module__": base.__module__})
 
 
 def _route(

@@ -15,6 +15,7 @@ from megaskip import RouterConfig, attach_routers, detach_routers
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.expert_probe import probe_experts
 from megaskip.arch.experts import find_experts
+from megaskip.arch.sublayer import RoutedSublayer
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.capacities import CalibratedCapacity
 from megaskip.calibration.equal_scores import give_directions
@@ -233,7 +234,7 @@ def test_a_dense_layer_of_a_mixture_is_refused_and_the_model_stays_as_it_was() -
     config = RouterConfig(granularity="expert_token", layers=(1, 2))
     with pytest.raises(UnsupportedModelError, match="layer 1 has no experts"):
         attach_routers(model, config, verify=False)
-    assert not any("Routed" in type(module).__name__ for module in model.modules())
+    assert not any(isinstance(module, RoutedSublayer) for module in model.modules())
 
 
 def test_experts_with_a_norm_behind_them_are_refused_with_numbers() -> None:
@@ -245,7 +246,7 @@ def test_experts_with_a_norm_behind_them_are_refused_with_numbers() -> None:
     assert report.bend > 0.1 and report.left_out < 1e-3
     with pytest.raises(UnsupportedModelError, match=r"departure from affine in keep: [1-9]"):
         attach_routers(model, EXPERTS)
-    assert not any("Routed" in type(module).__name__ for module in model.modules())
+    assert not any(isinstance(module, RoutedSublayer) for module in model.modules())
 
 
 @pytest.mark.parametrize(
