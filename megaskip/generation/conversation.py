@@ -15,7 +15,7 @@ from megaskip.config.commands.generate import GenerateOptions
 from megaskip.data.plain_text import PlainTextEncoder
 from megaskip.data.template import TEMPLATE_ERRORS, choose_template
 from megaskip.data.vocabulary import require_known_token
-from megaskip.errors import DataError
+from megaskip.errors import ConfigError, DataError
 from megaskip.generation.prompts import Messages
 from megaskip.generation.record import RunRecord
 from megaskip.reporting.token_map import TokenMap, token_map_texts
@@ -33,6 +33,12 @@ class Conversation:
     pictures: int = 0
 
     def __post_init__(self) -> None:
+        routers = self.model.get_submodule(PREFIX)
+        if self.options.static and getattr(routers.executor, "drops_tokens", False):
+            raise ConfigError(
+                "--static does not go with a folder of --kv drop: a static cache holds the keys "
+                "of all tokens; leave it out"
+            )
         self.start_over()
 
     def start_over(self) -> None:

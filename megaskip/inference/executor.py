@@ -116,8 +116,11 @@ class InferenceExecutor:
         cache_layer = _layer_of(cache, layer) if cache is not None else None
         if cache_layer is not None and not isinstance(cache_layer, KeptTokens):
             if not can_store_some(cache, cache_layer):
-                _warn_dense(cache, cache_layer)
-                return _multiplied(run(hidden_states, **kwargs), decision)
+                raise NotImplementedError(
+                    'megaskip: this model was exported with kv="drop", in which later tokens do '
+                    f"not see what is skipped, and {_described(cache, cache_layer)} cannot hold a "
+                    "part of the keys and values; use a DynamicCache"
+                )
             cache_layer = store_tokens_in(
                 cache, layer, hidden_states.shape[0], hidden_states.device
             )
@@ -153,10 +156,14 @@ def _layer_of(cache: Any, layer: int) -> Any:
     return cache.layers[layer]
 
 
+def _described(cache: Any, layer: Any) -> str:
+    return "an offloaded cache" if is_offloaded(cache) else type(layer).__name__
+
+
 def _warn_dense(cache: Any, layer: Any) -> None:
-    what = "an offloaded cache" if is_offloaded(cache) else type(layer).__name__
     warnings.warn(
-        f"megaskip: {what} cannot hold a part of the keys and values, so routed layers are "
-        "computed in full and multiplied; use a DynamicCache to save what is skipped",
+        f"megaskip: {_described(cache, layer)} cannot hold a part of the keys and values, "
+        "so routed layers are computed in full and multiplied; use a DynamicCache to save what is "
+        "skipped",
         stacklevel=2,
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from data_samples import CHATML, fast_tokenizer
+from routed_models import as_exported, trained
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
@@ -316,6 +317,12 @@ def test_a_prompt_with_a_token_beyond_the_embedding_is_one_line(exported: Path) 
     conversation = Conversation(model=model, tokenizer=tokenizer, options=parse(["--model", "x"]))
     with pytest.raises(DataError, match="a prompt: token 1536 is beyond the model's vocabulary"):
         conversation.answer([{"role": "user", "content": "Hi @@odd"}])
+
+
+def test_a_static_cache_for_a_model_that_drops_keys_is_refused() -> None:
+    model = as_exported(*trained("llama", "attn_token"), kv="drop")
+    with pytest.raises(ConfigError, match="--static does not go with a folder of --kv drop"):
+        Conversation(model=model, tokenizer=None, options=parse(["--model", "x", "--static"]))
 
 
 def test_answers_do_not_take_the_place_of_prompts(tmp_path: Path) -> None:
