@@ -11,6 +11,7 @@ from megaskip.arch.decoder import DecoderParts
 from megaskip.arch.experts import experts_of
 from megaskip.arch.sites import find_sites
 from megaskip.arch.sublayer import route_experts, route_layer
+from megaskip.routing.pooling import Pooling
 from megaskip.routing.routers import Routers
 
 
@@ -60,7 +61,13 @@ def _set_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return
     is_sequence = routers.config.unit == "sequence"
     cached = cached_decisions(kwargs.get("past_key_values")) if is_sequence else {}
-    state.begin(None if cached else routers.pooling(_token_mask(args, kwargs)), cached)
+    state.begin(None if cached else _pooling(routers, args, kwargs), cached)
+
+
+def _pooling(routers: Routers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pooling:
+    real = real_tokens(args, kwargs)
+    packs = routers.config.unit == "sequence"
+    return routers.pooling(real, segment_ids=_segments(args, kwargs, real) if packs else None)
 
 
 def _remember(
@@ -81,14 +88,14 @@ def _cache_decisions(routers: Routers, given: Any, output: Any) -> None:
         put_decisions(cache, routers.decisions())
 
 
-def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return bool [B, T] of the tokens of this call (the last T columns of a mask that covers the
-    cache)."""
+def real_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return bool [B, T] of the tokens of a model's call that are real (the last T columns of a
+    mask that covers the cache)."""
     inputs = args[0] if args else kwargs.get("input_ids")
     if inputs is None:
         inputs = kwargs["inputs_embeds"]
     batch, tokens = inputs.shape[:2]
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    mask = _argument("attention_mask", 1, args, kwargs)
     if isinstance(mask, dict):
         mask = next(iter(mask.values()))
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -100,3 +107,25 @@ def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     # layers with a sliding window, too.
     itself = mask[:, 0, :, :tokens].diagonal(dim1=-2, dim2=-1)
     return (itself if mask.dtype == torch.bool else itself == 0).expand_as(everything)
+
+
+def _segments(args: tuple[Any, ...], kwargs: dict[str, Any], real: Tensor) -> Tensor | None:
+    """Return int64 [B, T], the number of each token's sample in a packed row; None where every row
+    is one sample.
+
+    By the rule of transformers, which keeps samples apart where positions do not go up by one and
+    there is neither a mask nor a cache.
+    """
+    position_ids = _argument("position_ids", 2, args, kwargs)
+    given = (_argument("attention_mask", 1, args, kwargs), kwargs.get("past_key_values"))
+    if position_ids is None or position_ids.dim() != 2 or any(x is not None for x in given):
+        return None
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not bool(begins.any()):
+        return None
+    return nn.functional.pad(begins.long().cumsum(-1), (1, 0)).expand(real.shape)
+
+
+def _argument(name: str, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return an argument of the decoder that is given by its place or by its name; None without."""
+    return args[index] if len(args) > index else kwargs.get(name)

@@ -29,8 +29,9 @@ routers = load_routers(model, "this folder")
 ```""",
     "routed": f"""{_LOAD_FOLDER} Pad on the left for batches
 and pass the attention mask. Decisions and what is saved live in the cache: the default
-`DynamicCache` saves, a static cache computes everything. A sequence is judged by the whole text of
-its first forward pass; to score an answer after a prompt, pass `prompt_mask` (true on the prompt).
+`DynamicCache` saves, a static cache does so where sequences decide. A sequence is judged by the
+whole text of its first forward pass; to score an answer after a prompt, pass `prompt_mask` (true on
+the prompt).
 """,
     "hf": _LOAD_FOLDER,
     "decilm": """```bash

@@ -6,14 +6,15 @@ A config describes the routers in `routing`.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
+from megaskip.arch.decision_cache import cached_decisions
 from megaskip.arch.decoder import find_decoder
 from megaskip.arch.experts import routed_experts
-from megaskip.arch.wiring import wire
+from megaskip.arch.wiring import real_tokens, wire
 from megaskip.config.routing import KV_CHOICES, RoutingConfig
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.hf import AdaptedModel
@@ -45,9 +46,11 @@ class RoutedModel(StaticGeneration, AdaptedModel):
         routers = Routers(settings, layers, size, executor=executor, experts=experts)
         wire(parts, routers)
         self.add_module(PREFIX, routers)  # type: ignore[attr-defined]
-        # First: where the model is the decoder itself, the decoder's own hook asks for it.
-        self.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
-        self.register_forward_hook(_release, always_call=True)  # type: ignore[attr-defined]
+        # On the decoder, too: peft calls the model's forward, so that no hook of the model runs.
+        for module in dict.fromkeys((self, parts.decoder)):
+            # First: the decoder's own hook asks for it.
+            module.register_forward_pre_hook(_take_prompt_mask, with_kwargs=True, prepend=True)  # type: ignore[attr-defined]
+            module.register_forward_hook(_release, always_call=True)  # type: ignore[attr-defined]
 
     def _skip_require(self, path: Any, missing: Any) -> None:
         """Raise OSError when the stored weights lack routers: fresh ones skip nothing."""
@@ -113,6 +116,15 @@ _JUDGED_BY_PROMPT = (
     "its first forward pass, which must hold the whole prompt and nothing else, and keep that in "
     "the cache. Leave it out, or use routers that decide per token"
 )
+_JUDGED_ALREADY = (
+    "prompt_mask says what a sequence is judged by, and those of this cache were judged in their "
+    "first forward pass; leave it out of calls that continue a text"
+)
+_NO_TRACE = (
+    "what a routed model computes depends on the text that it reads, so torch.export, "
+    "torch.jit.trace and ONNX cannot record it; megaskip export-static makes a model of which they "
+    "can"
+)
 _NO_CONTINUOUS_BATCHING = (
     "megaskip models do not run under continuous batching: it puts all requests into one row, "
     "where a router cannot tell them apart. Use generate() on a padded batch"
@@ -136,15 +148,18 @@ def _take_prompt_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> A
     """Let `model(..., prompt_mask=...)` say which tokens a sequence is judged by."""
     routers = _routers_of(module)
     routers.state.lock.acquire()
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise NotImplementedError(_NO_TRACE)
     prompt_mask = kwargs.pop("prompt_mask", None)
     if prompt_mask is None:
         return args, kwargs
-    mask = kwargs.get("attention_mask")
-    real = torch.ones_like(prompt_mask) if not isinstance(mask, Tensor) else mask
-    routers.set_batch(real.bool(), prompt_mask.bool())
+    if cached_decisions(kwargs.get("past_key_values")):
+        raise ValueError(_JUDGED_ALREADY)
+    routers.set_batch(real_tokens(args, kwargs), prompt_mask.bool())
     return args, kwargs
 
 
 def _routers_of(module: Any) -> Routers:
-    routers: Routers = module.get_submodule(PREFIX)
+    """Return the routers of a routed model or of its decoder."""
+    routers: Routers = module.__dict__.get("_skip_routers") or module.get_submodule(PREFIX)
     return routers

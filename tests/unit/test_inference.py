@@ -1,19 +1,22 @@
 """Inference leaves out what is skipped, and changes nothing else."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
+from families import tiny_model
 from packaging.version import Version
-from routed_models import VOCABULARY, as_exported, padded_ids, trained, whole_ids
+from routed_models import VOCABULARY, as_exported, padded_ids, randomise, trained, whole_ids
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from megaskip import RouterConfig, attach_routers
 from megaskip.config import SUBLAYER_GRANULARITIES
-from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.routed import MegaskipModel
 
 KINDS = [(granularity, "keep") for granularity in SUBLAYER_GRANULARITIES]
@@ -261,21 +264,16 @@ def test_a_cache_that_was_reset_is_as_good_as_new(granularity: str, kv: str) -> 
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
-def test_static_cache_of_token_routers_computes_everything_and_says_so(granularity: str) -> None:
-    kv = "drop" if granularity == "attn_token" else "keep"
+def test_static_cache_of_token_routers_computes_everything(granularity: str) -> None:
     model = as_exported(*trained("llama", granularity))
     ids, mask = padded_ids()
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, attention_mask=mask, **options)
-    if kv == "drop":
-        model.skip_routers.executor._drop = True
-        with pytest.warns(UserWarning, match="computed in full"):
-            found = model.generate(
-                ids, attention_mask=mask, cache_implementation="static", **options
-            )
-    else:
-        found = model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
-    assert torch.equal(found, expected)
+    options["cache_implementation"] = "static"
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
+    model.skip_routers.executor._drop = True
+    with pytest.raises(NotImplementedError, match='kv="drop".* StaticLayer cannot hold a part'):
+        model.generate(ids, attention_mask=mask, **options)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
@@ -335,18 +333,112 @@ def test_a_decoder_alone_takes_a_prompt_mask_for_one_call() -> None:
         assert torch.equal(model(others)[0], short)
 
 
+def test_a_prompt_mask_counts_however_the_model_is_called() -> None:
+    model = as_exported(*trained("llama"))
+    ids, mask = padded_ids()
+    real = mask.bool()
+    prompt_mask = torch.arange(12).expand_as(ids) < 10  # padding is no prompt
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    pairs = torch.ones(12, 12, dtype=torch.bool).tril() & real[:, None, None]
+    masked = {"position_ids": positions, "prompt_mask": prompt_mask}
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, **masked).logits
+        plain = model(ids, attention_mask=mask, position_ids=positions).logits
+        ways = {
+            "past the hooks, as peft does": model.forward(ids, attention_mask=mask, **masked),
+            "by place": model(ids, mask, **masked),
+            "by pairs": model(ids, attention_mask=pairs, **masked),
+        }
+    assert not torch.allclose(expected[real], plain[real])
+    for way, out in ways.items():
+        torch.testing.assert_close(out.logits[real], expected[real], rtol=0, atol=1e-5, msg=way)
+
+
+def test_a_prompt_mask_for_what_a_cache_has_judged_is_refused() -> None:
+    model = as_exported(*trained("llama", "mlp_sequence"))
+    ids, cache = whole_ids(2, 6), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache)
+        with pytest.raises(ValueError, match="leave it out of calls that continue a text"):
+            model(ids[:, 4:], past_key_values=cache, prompt_mask=torch.ones(2, 2))
+        model(ids[:, 4:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
+def test_samples_of_a_packed_row_are_judged_one_by_one(granularity: str) -> None:
+    model = as_exported(*trained("llama", granularity))
+    ids, lengths = whole_ids(2, 15), (7, 3, 5)
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand_as(ids)
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions[:1], use_cache=False).logits
+        keep = model.skip_routers.keep()
+        alone = [model(sample, use_cache=False).logits for sample in ids.split(lengths, dim=1)]
+    assert any((k != k[:, :1]).any() for k in keep.values())
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity", "maps"),
+    [("llama", "mlp_sequence", "low_rank"), ("mixtral", "expert_token", "none")],
+)
+def test_routers_and_maps_are_float32_in_a_model_that_is_not(
+    family: str, granularity: str, maps: str
+) -> None:
+    model = tiny_model(family)
+    routers = attach_routers(model, RouterConfig(granularity=granularity, compensation=maps))
+    randomise(routers)
+    exported = as_exported(model, routers)
+    stored = {name: tensor.clone() for name, tensor in exported.skip_routers.named_parameters()}
+    read = torch.randn(1, 3, 32)
+    for half in (False, True):
+        if half:
+            exported.bfloat16()
+            assert exported.get_input_embeddings().weight.dtype == torch.bfloat16
+        for name, tensor in exported.skip_routers.named_parameters():
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, stored[name]), name
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not half):
+            exported(whole_ids(4, 9))
+            for layer, decision in exported.skip_routers.decisions().items():
+                assert decision.logit.dtype == torch.float32
+                if maps != "none":
+                    update = exported.skip_routers.gates[layer]._compensation(read)
+                    with torch.autocast("cpu", enabled=False):
+                        expected = routers.router(layer).compensation(read)
+                    assert torch.equal(update, expected)
+
+
+def test_a_routed_layer_is_never_split_over_devices() -> None:
+    """Device maps and FSDP know by the names of classes what must stay whole."""
+    model = as_exported(*trained("llama", "block_sequence"))
+    layers = model.get_decoder().layers
+    assert {type(layer).__name__ for layer in layers} <= set(model._no_split_modules)
+    sizes = {0: 50_000, 1: 50_000, "cpu": 10**6}
+    placed = accelerate.infer_auto_device_map(
+        model, max_memory=sizes, no_split_module_classes=list(model._no_split_modules)
+    )
+    assert {0, 1} <= set(placed.values())
+    assert all(re.fullmatch(r"model\.layers\.\d+", name) for name in placed if ".layers." in name)
+
+
+def test_recording_what_depends_on_the_text_is_refused() -> None:
+    model = as_exported(*trained("llama"))
+    with pytest.raises(NotImplementedError, match="depends on the text"):
+        torch.jit.trace(model, whole_ids(1, 5))
+    with pytest.raises(NotImplementedError, match="depends on the text"):
+        torch.export.export(model, (whole_ids(1, 5),))
+    model(whole_ids(1, 5))
+
+
 class OtherLayer(DynamicLayer):
     """Stands for cache layers of other libraries: full of tricks that ours knows nothing of."""
 
 
-@pytest.mark.parametrize(("granularity", "kv"), [("attn_sequence", "keep"), ("attn_token", "drop")])
-def test_unknown_cache_layers_hold_everything_and_say_so(granularity: str, kv: str) -> None:
-    model = as_exported(*trained("llama", granularity), kv=kv)
+def test_unknown_cache_layers_hold_everything_and_say_so() -> None:
+    model = as_exported(*trained("llama"))
     ids = whole_ids(3, 9)
     cache = Cache(layer_class_to_replicate=OtherLayer)
     with torch.no_grad(), pytest.warns(UserWarning, match="OtherLayer cannot hold a part"):
         found = model(ids, past_key_values=cache).logits
-    model.skip_routers.state.executor = InferenceExecutor(unit=granularity.split("_")[1])
     with torch.no_grad():
         torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
     assert {type(layer) for layer in cache.layers} == {OtherLayer}
