@@ -88,7 +88,7 @@ def build_engine(
         forget_order(handle)
     routers = attach_routers(loss.model, config.router, register=False)
     add_adapters(loss.model, routers, skeleton(source), config, device=topology.device)
-    _choose_executor(routers, config)
+    choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(loss.model, routers.lowest_learning_layer)
     if config.parallel.compile:
@@ -127,7 +127,7 @@ def _pipeline(config: RunConfig, topology: Topology, source: ModelSource) -> Eng
     stage.needs_mask, stage.takes_lengths = masked, takes_lengths(stage.decoder)
     routers = attach_routers(stage, config.router, register=False)
     add_adapters(stage, routers, whole, config, device=device)
-    _choose_executor(routers, config)
+    choose_executor(routers, config)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(stage.decoder, routers.lowest_learning_layer)
     return PipelineEngine(stage, routers, config, topology)
@@ -176,8 +176,9 @@ def _log_mask(needed: bool) -> None:
         logger.info("in this model padding changes real tokens, so it is masked; that costs time")
 
 
-def _choose_executor(routers: RouterSet, config: RunConfig) -> None:
-    """Leave out what is skipped where it is asked for, or where it has nothing to teach."""
+def choose_executor(routers: RouterSet, config: RunConfig) -> None:
+    """Let training leave out what is skipped where it is asked for, or where it has nothing to
+    teach."""
     if config.leaves_out_skipped:
         shared = config.parallel.sequence_parallel_size > 1
         routers.executor = SparseExecutor(rows_are_shared=shared)

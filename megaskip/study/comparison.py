@@ -27,7 +27,7 @@ from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.data.vocabulary import padding_token
 from megaskip.errors import ConfigError
-from megaskip.parallel.build import build_engine
+from megaskip.parallel.build import build_engine, choose_executor
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
@@ -269,6 +269,7 @@ class Comparison:
 
     def engine_of(self, config: RunConfig) -> Engine:
         """Return an engine of the routers that are attached now, which trains as `config` says."""
+        choose_executor(self.routers, config)
         return Engine(self._engine.module, self.routers, config, self._topology)
 
     # -- measures

@@ -109,7 +109,7 @@ class StaticDrops:
         """Return seconds, FLOPs, parameters and bytes of the fit behind a static method; None where
         there was none. It fits the maps of all routed layers, of which those that are dropped
         are kept."""
-        is_fitted = STATIC.get(method, ("", "none"))[1] != "none"
+        is_fitted = STATIC.get(method, ("", ""))[1] in ("fitted", "trained")
         if not is_fitted or self._cost_file is None or not self._cost_file.is_file():
             return None
         parameters = map_parameters(self._comparison, skip, self._config.compensation_rank)

@@ -101,11 +101,11 @@ class Workbench:
     def _cost_of(self, training: Training) -> dict[str, int]:
         """Return FLOPs and parameters of a run: of its first step, times their number."""
         config = parse_run_config(train_flags(self._options, training))
-        router = config.router
         if training.start is not None:
             stored, layers, _ = read_router_config(training.start)
             router = dataclasses.replace(stored, layers=layers)
-        self._comparison.attach(router, run=config)
+            config = dataclasses.replace(config, router=router)
+        self._comparison.attach(config.router, run=config)
         engine = self._comparison.engine_of(config)
         batches = next(self._loader(config).steps(0))
         flops = count_flops(lambda: engine.train_step(batches, 0.0, 0.0))

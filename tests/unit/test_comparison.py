@@ -1,6 +1,7 @@
 """A comparison puts every method at the same skip and pairs it with the dense model by document."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from megaskip.study.pareto import HEADER, Contrast, draw, draw_layers, markdown,
 from megaskip.study.recipes import Training, train_flags, training_of
 from megaskip.study.scoring import spread_documents
 from megaskip.study.static_drops import StaticDrops, map_parameters
-from megaskip.study.training_costs import COST, cost_of, over_control
+from megaskip.study.training_costs import COST, cost_of, count_flops, over_control
 
 DOCUMENTS = 24
 ROOT = Path(__file__).parents[2]
@@ -332,6 +333,25 @@ def test_the_dense_control_trains_as_many_parameters_as_the_maps_have(
     of_a_rank = parameters / config.adapter.lora_rank
     assert abs(parameters - map_parameters(comparison, 0.25, 64)) <= of_a_rank / 2
     assert config.adapter.alpha == config.adapter.lora_rank
+
+
+def test_flops_of_a_training_are_those_of_what_runs(comparison: Comparison) -> None:
+    flops = {}
+    for budget in ("dense", "static"):
+        router = RouterConfig(layers="1-6", budget=budget)
+        run = RunConfig(router=router, adapter=AdapterConfig(lora_rank=1))
+        comparison.attach(router, run=run)
+        engine = comparison.engine_of(run)
+        rows = comparison.calibration[:1]
+        flops[budget] = count_flops(functools.partial(engine.train_step, rows, 0.0, 0.0))
+    assert 0.5 < flops["static"] / flops["dense"] < 0.95
+
+
+def test_what_has_no_maps_has_no_fit_to_pay_for(comparison: Comparison, tmp_path: Path) -> None:
+    write_json(tmp_path / COST, {"seconds": 1.0, "flops": 2})
+    drops = StaticDrops(comparison, most=0.5, rank=4, order_rows=4, cost_file=tmp_path / COST)
+    for method, is_fitted in (("static_lora", False), ("greedy_trained_lora", True)):
+        assert (drops.fit_cost(method, 0.25) is not None) is is_fitted
 
 
 def test_costs_stand_beside_those_of_lora_at_the_same_skip(tmp_path: Path) -> None:

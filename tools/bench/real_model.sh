@@ -35,7 +35,9 @@ LAYERS=1-$((depth - 1))
 
 # Attention is about 0.44 of an MLP's multiplications and 0.31 of a block's in SmolLM2-135M: the percentages below save the same.
 attn=12.5,25,37.5,50 mlp=5.5,11,16.5,22 block=3.9,7.7,11.5,15.4
-compare attn_sequence $attn "$drops,dense_adapted,random,uniform,published,ours,compensated,by_cost_fitted" greedy_trained --continuations 128 "$@"
+lora=dense_lora,static_lora,greedy_trained_lora,ours_lora
+routed=dense_adapted,random,uniform,published,ours,compensated,by_cost_fitted
+compare attn_sequence $attn "$drops,$routed,$lora" greedy_trained --lora_lr 1e-3 --continuations 128 "$@"
 compare mlp_sequence $mlp "$drops,random,by_cost_fitted" greedy_trained "$@"
 compare block_sequence $block "$drops,random,by_cost_fitted" greedy_trained "$@"
 for unit in attn mlp block; do
