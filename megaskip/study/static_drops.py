@@ -22,6 +22,7 @@ from megaskip.checkpoint.routers import (
     read_router_config,
     save_routers,
 )
+from megaskip.errors import ConfigError
 from megaskip.routing import RouterSet
 from megaskip.study.baselines import Policy, skipping
 from megaskip.study.comparison import Comparison
@@ -137,14 +138,21 @@ class StaticDrops:
 
     def take(self, routers: Path) -> Policy:
         """Put the trained maps, or adapters, of a router folder on the model; return the policy
-        that drops its layers."""
+        that drops its layers. Raises ConfigError for what the comparison does not skip."""
         config, layers, _ = read_router_config(routers)
+        plain, routed = self._comparison.plain, self._comparison.layers
+        if config.granularity != plain.granularity or not set(layers) <= set(routed):
+            raise ConfigError(
+                f"{routers}: drops {config.granularity} of layers {layers}, the comparison skips "
+                f"{plain.granularity} of {routed}; remove the run and what it starts from, or take "
+                "another --output"
+            )
         stored = RouterSet(config, layers, self._comparison.routers.hidden_size)
         has_maps = config.compensation != "none"
-        self._comparison.attach(self._config if has_maps else self._comparison.plain, routers)
+        self._comparison.attach(self._config if has_maps else plain, routers)
         weights = load_router_tensors(routers, stored)
         self._comparison.routers.load_state_dict(weights, strict=False)
-        return dropping(layers, self._comparison.layers)
+        return dropping(layers, routed)
 
 
 def layers_for(comparison: Comparison, skip: float) -> int:

@@ -2,9 +2,11 @@
 command lines."""
 
 import dataclasses
+import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,7 +24,13 @@ from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import BY_COST, CostRouters
-from megaskip.study.earlier_runs import require_as_asked
+from megaskip.study.earlier_runs import (
+    START,
+    has_start,
+    require_as_asked,
+    require_base,
+    start_settings,
+)
 from megaskip.study.ledger import Job, Ledger
 from megaskip.study.measured import Measured
 from megaskip.study.over_seeds import contrasts
@@ -81,22 +89,38 @@ class Workbench:
     def train(self, jobs: Sequence[Job], gpu: int | None) -> None:
         """Train what `jobs` need and is not there, and count what that takes; runs in processes of
         their own see the GPU `gpu` alone, or all. Raises ConfigError for a run that is there with
-        other settings."""
+        other settings, CheckpointError for one of another model."""
+        needed = {job.training.folder: (job, job.training) for job in jobs if job.training}
+        for _, training in needed.values():
+            require_base(training, self._base)
         if self._options.no_training:
             return
-        needed = {job.training.folder: (job, job.training) for job in jobs if job.training}
         for _, training in needed.values():
             asked = parse_run_config(train_flags(self._options, training))
             require_as_asked(training.folder, asked)
-        for job, training in needed.values():
-            if training.start is not None and not training.is_done:
-                self._drops.write_start(job.method, job.skip, training.start, self._base)
+        missing = [
+            (job, training)
+            for job, training in needed.values()
+            if training.start is not None and not has_start(training, self._start_settings(job))
+        ]
+        for job, training in missing:
+            self._write_start(job, training)
         trainings = [training for _, training in needed.values()]
         with tqdm(total=len(trainings), desc="training", disable=None) as bar:
             train_missing(trainings, self._options, gpu=gpu, progress=bar.update)
         for training in trainings:
             if not (training.folder / COST).is_file():
                 write_json(training.folder / COST, self._cost_of(training))
+
+    def _start_settings(self, job: Job) -> dict[str, Any]:
+        return start_settings(job.method, self._options, self._base)
+
+    def _write_start(self, job: Job, training: Training) -> None:
+        """Write the routers that a run starts from, in the place of older ones."""
+        assert training.start is not None
+        shutil.rmtree(training.start, ignore_errors=True)
+        self._drops.write_start(job.method, job.skip, training.start, self._base)
+        write_json(training.start / START, self._start_settings(job))
 
     def _cost_of(self, training: Training) -> dict[str, int]:
         """Return FLOPs and parameters of a run: of its first step, times their number."""

@@ -5,17 +5,24 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from megaskip.checkpoint.atomic import write_json
+from megaskip.config import ModelConfig
 from megaskip.config.commands.compare import CompareOptions
-from megaskip.errors import ConfigError
+from megaskip.errors import CheckpointError, ConfigError
+from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import LAUNCHER_VARIABLES
+from megaskip.study.earlier_runs import START, has_start, start_settings
 from megaskip.study.job import compare
+from megaskip.study.recipes import Training
 
 
 @pytest.fixture
@@ -105,6 +112,8 @@ def test_ranks_share_out_the_work_and_nothing_is_measured_twice(options: Compare
         ({"layers": "1-5"}, "was trained with layers 1-6, --layers asks for 1-5"),
         ({"lora_lr": 0.5}, "was trained with lora_lr 0.0002, --lora_lr or --adapter_lr asks"),
         ({"data": ("demo:2",)}, "was trained with data"),
+        # It would be measured on rows that it was trained on.
+        ({"documents": 8}, "was trained with held_out 4, --documents or --eval_data asks for 8"),
     ],
 )
 def test_a_run_with_other_settings_is_not_taken_for_what_is_asked(
@@ -123,3 +132,45 @@ def test_a_run_with_the_same_settings_is_taken(
         compare(dataclasses.replace(trained, steps=3, no_training=True))
     run = json.loads((trained.output / "runs" / "dense_lora-r2-s0" / "run.json").read_text())
     assert run["config"]["model"]["dtype"] == "bfloat16"
+
+
+def test_a_run_of_another_model_is_not_taken(trained: CompareOptions, tmp_path: Path) -> None:
+    model = shutil.copytree(DEMO_FOLDER / "backbone", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    other = {name: 1.01 * tensor for name, tensor in weights.items()}
+    save_file(other, model / "model.safetensors")
+    options = dataclasses.replace(trained, model=str(model), no_training=True)
+    with (
+        launched(),
+        pytest.raises(CheckpointError, match="dense_lora-r2-s0 belongs to another base"),
+    ):
+        compare(options)
+
+
+def test_routers_to_start_from_are_made_anew_unless_a_run_began_from_them(
+    options: CompareOptions, tmp_path: Path
+) -> None:
+    base = resolve_source(ModelConfig(model="demo")).describe()
+    training = Training(folder=tmp_path / "run", flags=(), start=tmp_path / "start")
+    asked = start_settings("greedy_trained", options, base)
+    assert not has_start(training, asked)
+    write_json_in(tmp_path / "start" / "router_config.json", {})
+    assert not has_start(training, asked)  # stopped in the middle
+    write_json_in(tmp_path / "start" / START, asked)
+    assert has_start(training, asked)
+    changes = [{"layers": "1-5"}, {"order_rows": 7}, {"compensation_rank": 7}, {"documents": 5}]
+    others = [dataclasses.replace(options, **change) for change in changes]
+    for other in others:
+        assert not has_start(training, start_settings("greedy_trained", other, base))
+    write_json_in(tmp_path / "run" / "run.json", {})
+    for other, change in zip(others, changes, strict=True):
+        with pytest.raises(ConfigError, match=f"run began from .*start, made with {[*change][0]} "):
+            has_start(training, start_settings("greedy_trained", other, base))
+    assert start_settings("static_lora", others[1], base) == start_settings(
+        "static_lora", others[2], base
+    )
+
+
+def write_json_in(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, content)

@@ -21,6 +21,7 @@ from megaskip.config.commands.compare import BASELINES
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
+from megaskip.routing import RouterSet
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import CostRouters
 from megaskip.study.ledger import Job, Ledger, share_of
@@ -227,6 +228,18 @@ def test_trained_maps_start_where_the_closed_form_ends(
     taken = comparison.measure(drops.take(folder)).text
     np.testing.assert_allclose(taken.nll, fitted.nll, rtol=1e-5)
     np.testing.assert_array_equal(taken.kept, fitted.kept)
+
+
+@pytest.mark.parametrize(("granularity", "layer"), [("mlp_sequence", 1), ("attn_sequence", 0)])
+def test_a_run_that_drops_something_else_is_refused(
+    comparison: Comparison, drops: StaticDrops, tmp_path: Path, granularity: str, layer: int
+) -> None:
+    """Its layers would all run, and it would be as good as the dense model."""
+    config = RouterConfig(granularity=granularity, layers=(layer,), budget="static")
+    routers = RouterSet(config, (layer,), comparison.routers.hidden_size)
+    save_routers(tmp_path / "routers", routers)
+    with pytest.raises(ConfigError, match=f"drops {granularity} of layers .{layer},., the compar"):
+        drops.take(tmp_path / "routers")
 
 
 def test_routers_by_cost_are_fitted_once_and_put_at_the_skip(
