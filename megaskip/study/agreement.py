@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megaskip.data import Batch
+from megaskip.errors import ConfigError
 from megaskip.routing import RouterSet
 from megaskip.study.baselines import Policy
 from megaskip.study.scoring import Numbers
@@ -37,7 +38,8 @@ class Continuations:
     def __init__(
         self, model: Any, routers: RouterSet, batches: Sequence[Batch], *, count: int, tokens: int
     ) -> None:
-        """Continue the first 32 tokens of `count` rows of `batches` by `tokens` tokens."""
+        """Continue the first 32 tokens of `count` rows of `batches` by `tokens` tokens. Raises
+        ConfigError where no row has as many."""
         self._model, self._tokens = model, tokens
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -90,5 +92,10 @@ def _prompts(batches: Sequence[Batch], count: int) -> Tensor:
         for ids, real in zip(batch.input_ids, batch.token_mask, strict=True)
         if int(real.sum()) >= _PROMPT_TOKENS
     ]
+    if not rows:
+        raise ConfigError(
+            f"--continuations: no row to measure on has the {_PROMPT_TOKENS} tokens of a prompt; "
+            "raise --seq_length, or give longer --eval_data"
+        )
     chosen = np.linspace(0, len(rows) - 1, num=min(count, len(rows))).astype(int)
     return torch.stack([rows[index] for index in chosen])

@@ -46,7 +46,7 @@ from megaskip.study.measured import Measured, Yardstick
 from megaskip.study.over_seeds import point_of
 from megaskip.study.pareto import Point
 from megaskip.study.questions import PAIRS, Question, QuestionSet, read_choices, read_pairs
-from megaskip.study.scoring import score, spread_documents
+from megaskip.study.scoring import score, short_names, spread_documents
 
 _ROWS = 2
 """Rows of a micro-batch; a batch for forward passes only has four times as many (DataLoader)."""
@@ -103,7 +103,7 @@ class Comparison:
         self._held_out = self._here(loader.held_out())
         if not self._held_out:
             raise ConfigError("no text is held out to measure on; give --eval_data or more --data")
-        names = [Path(source.name).name for source in data.stats.sources]
+        names = short_names([source.name for source in data.stats.sources])
         self._domains = [names[row.segments[0].source] for row in documents]
         self._yardstick = Yardstick(held_out=self._held_out, prefill_runs=prefill_runs)
         self._near: dict[Path, RouterConfig] = {}
@@ -139,9 +139,12 @@ class Comparison:
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of all text that is measured on, fitted to or searched with."""
+        """Return a hash of all text that is measured on, fitted to or searched with, and of the
+        right answers."""
         digest = hashlib.sha256()
-        tasks = [batch for task in self._yardstick.questions for batch in task.batches]
+        asked = self._yardstick.questions
+        digest.update(repr([(task.name, task.questions) for task in asked]).encode())
+        tasks = [batch for task in asked for batch in task.batches]
         for batch in (*self.cost_text, *self._calibration, *self._held_out, *tasks):
             for tensor in (batch.input_ids, batch.labels, batch.prompt_mask):
                 digest.update(tensor.cpu().numpy().tobytes())

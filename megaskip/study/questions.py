@@ -67,7 +67,7 @@ class QuestionSet:
     ) -> None:
         """`vocabulary` is the rows of the model's embedding, `max_length` the longest row; a longer
         context loses its beginning. Raises DataError for a token beyond the vocabulary."""
-        self.name, self._questions = name, questions
+        self.name, self.questions = name, questions
         encoder = RequestEncoder(tokenizer, max_length)
         asked = [(n, q.context, option) for n, q in enumerate(questions) for option in q.options]
         rows = [_row(encoder, query, option, vocabulary, max_length) for _, query, option in asked]
@@ -94,7 +94,7 @@ class QuestionSet:
         )
 
     def _right(self, scores: Numbers) -> Numbers:
-        of_questions = zip(self._questions, np.split(scores, self._borders), strict=True)
+        of_questions = zip(self.questions, np.split(scores, self._borders), strict=True)
         return np.array(
             [
                 float((own[question.gold] > np.delete(own, question.gold)).all())
@@ -107,12 +107,15 @@ def read_pairs(folder: Path, limit: int) -> list[Question]:
     """Return the minimal pairs of a folder of JSONL files, `limit` of each, the good sentence
     first.
 
-    Raises DataError for a folder without such files, and for a line that is no pair.
+    Raises DataError for a folder without such files or pairs, and for a line that is no pair.
     """
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise DataError(f"{folder}: no .jsonl file with minimal pairs there")
-    return [_pair(row, where) for file in files for row, where in _rows_of(file, limit)]
+    pairs = [_pair(row, where) for file in files for row, where in _rows_of(file, limit)]
+    if not pairs:
+        raise DataError(f"--blimp {folder}: its .jsonl files have no rows")
+    return pairs
 
 
 def read_choices(paths: Sequence[Path], limit: int) -> dict[str, list[Question]]:

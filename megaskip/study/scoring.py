@@ -5,6 +5,7 @@ Shapes: B documents, T tokens, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,14 @@ def spread_documents(documents: Any, count: int) -> list[Any]:
     total = len(documents)
     count = min(count, total)
     return [documents[index * total // count] for index in range(count)]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the file's name of each path; the whole path where others end alike."""
+    names = [Path(path).name for path in paths]
+    return [
+        path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
+    ]
 
 
 def _score_batch(model: nn.Module, routers: RouterSet, batch: Batch, masked: bool) -> Tensor:

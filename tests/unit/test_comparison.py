@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,11 @@ from megaskip.cli.compare import parse
 from megaskip.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.config.cli import parse_run_config
 from megaskip.config.commands.compare import BASELINES
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, DataError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.routing import RouterSet
+from megaskip.study.agreement import Continuations
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import CostRouters
 from megaskip.study.ledger import Job, Ledger, share_of
@@ -30,7 +32,7 @@ from megaskip.study.over_seeds import contrasts
 from megaskip.study.page import page
 from megaskip.study.pareto import HEADER, Contrast, draw, draw_layers, markdown, table_rows
 from megaskip.study.recipes import Training, train_flags, training_of
-from megaskip.study.scoring import spread_documents
+from megaskip.study.scoring import short_names, spread_documents
 from megaskip.study.static_drops import StaticDrops, map_parameters
 from megaskip.study.training_costs import COST, cost_of, count_flops, over_control
 
@@ -303,6 +305,33 @@ def test_what_was_measured_stays_with_what_it_depends_on(
     (tmp_path / "measured" / f"{plain.name}.npz").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="is damaged"):
         ledger.read(plain)
+
+
+def test_another_right_answer_is_another_measurement(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    keys = set()
+    for name, gold in (("a", 0), ("a", 1), ("b", 0)):
+        row = {"query": "Say yes.", "choices": ["yes", "no"], "gold": gold}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        comparison.add_choices([tmp_path / f"{name}.jsonl"], 1)
+        keys.add(comparison.fingerprint())
+        comparison._yardstick.questions.clear()
+    assert len(keys) == 3
+
+
+def test_what_has_nothing_to_measure_is_refused(comparison: Comparison, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--continuations: no row .* has the 32 tokens"):
+        Continuations(comparison.model, comparison.routers, [], count=2, tokens=4)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="files have no rows"):
+        comparison.add_pairs(tmp_path, 2)
+
+
+def test_sources_that_are_called_alike_stay_apart() -> None:
+    assert short_names(["de/t.jsonl", "en/t.jsonl", "x/u.jsonl"]) == [
+        *("de/t.jsonl", "en/t.jsonl", "u.jsonl")
+    ]
 
 
 def test_ranks_share_out_runs_not_measurements() -> None:
