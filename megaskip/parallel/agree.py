@@ -55,7 +55,8 @@ def on_first_rank(topology: Topology, action: Callable[[], T]) -> T:
 def on_every_rank(topology: Topology, action: Callable[[], T]) -> T:
     """Run `action` on every rank and return this rank's result. Collective.
 
-    A MegaskipError of a rank is raised on all of them, so that none waits for another.
+    A MegaskipError of a rank is raised on all of them, so that none waits for another. `action`
+    must not communicate: ranks that wait in it for one that has failed would never come here.
     """
     if topology.world_size == 1:
         return action()

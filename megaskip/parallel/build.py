@@ -196,6 +196,7 @@ def shard_backbone(
     layer_numel = sum(p.numel() for p in find_decoder(shape).layers[-1].parameters())
     largest = max(p.numel() for p in shape.parameters())
     ds_config = zero3_config(ds_content, layer_numel=layer_numel, largest_numel=largest)
-    model = on_every_rank(topology, lambda: load_partitioned(source, ds_config)).eval()
+    # Ranks wait for each other in there: one that fails ends alone, and its message is read.
+    model = load_partitioned(source, ds_config).eval()
     freeze(model)
     return shard(TaskLoss(model, chunk_tokens=chunk_tokens), ds_config)

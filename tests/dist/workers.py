@@ -1,6 +1,7 @@
 """What the ranks of the distributed tests do. Run by spawn.py: workers.py NAME FOLDER."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -27,12 +28,13 @@ from megaskip.data import Batch
 from megaskip.errors import MegaskipError
 from megaskip.parallel import pipeline, shared_moments
 from megaskip.parallel.agree import attempt_on_first_rank, on_every_rank
-from megaskip.parallel.build import build_engine
+from megaskip.parallel.build import build_engine, shard_backbone
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.live_bytes import LiveBytes
 from megaskip.parallel.loading.source import resolve_source
+from megaskip.parallel.loading.weight_check import with_checked_weights
 from megaskip.parallel.measure import bytes_by_kind
 from megaskip.parallel.topology import Topology, process_group, read_topology
 from megaskip.parallel.zero3 import prepare_deepspeed
@@ -387,6 +389,24 @@ def _or_refusal(act: Callable[[], Any]) -> Any:
 def whole_weights(model: str, cases: list[list[str]]) -> list[dict[str, torch.Tensor]]:
     """Return every weight as this rank sees it when it is gathered."""
     return [_gather_all(model, flags) for flags in cases]
+
+
+def scattered_weights(model: str, flags: list[str]) -> tuple[dict[str, torch.Tensor], str]:
+    """Return (every weight as `whole_weights` does, what this rank is told where the first one
+    alone cannot read what it scatters)."""
+    weights = _gather_all(model, flags)
+    config = parse_run_config(["--model", model, *flags])
+    topology = read_topology(os.environ)
+    source = with_checked_weights(resolve_source(config.model), topology)
+    if topology.is_first:
+        source = dataclasses.replace(source, folder=Path("nowhere"))
+    ds_content = read_ds_config(config.parallel.ds_config, config)
+    assert ds_content is not None
+    try:
+        shard_backbone(source, ds_content, 64, topology)
+    except (MegaskipError, RuntimeError) as error:
+        return weights, f"{type(error).__name__}: {error}"
+    return weights, "nothing"
 
 
 def _gather_all(model: str, flags: list[str]) -> dict[str, torch.Tensor]:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from megaskip.config.four_bit import four_bit_problems
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.collectives import gather_from_ranks
 from megaskip.parallel.loading.joined_values import holds_row, joined_rows, not_joined
@@ -31,8 +31,9 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
     Each rank maps the safetensors shards and copies its own slice of every tensor: no
     communication, and a rank reads 1/W of the bytes. Models whose stored tensors transformers joins
     or splits on loading (experts), or that store buffers, go through from_pretrained, where rank 0
-    reads and scatters. Raises CheckpointError as `check_weights` does, and when the weights in
-    memory are not those of the files, ConfigError for those that are packed in 4 bit.
+    reads and scatters. Raises CheckpointError as `check_weights` does, and on every rank when the
+    weights in memory of one are not those of the files, ConfigError for those that are packed in
+    4 bit; a rank that cannot read the files raises MegaskipError alone.
     """
     import deepspeed
 
@@ -69,15 +70,24 @@ def _fill_partitions(model: nn.Module, source: ModelSource, plan: WeightPlan) ->
     for name, parameter in model.named_parameters():
         by_file.setdefault(plan.stored[name].file, []).append((name, parameter))
     for file, parameters in sorted(by_file.items()):
-        with safe_open(source.folder / file, framework="pt") as handle:
-            for name, parameter in parameters:
-                stored = handle.get_tensor(plan.stored[name].name)
-                rank = parameter.ds_process_group.rank()
-                _copy_slice(parameter.ds_tensor, stored, rank)
-                if parameter.ds_secondary_tensor is not None:
-                    # hpZ gathers from this second copy, which is sharded over a node's ranks.
-                    rank %= parameter.ds_secondary_tensor_group_size
-                    _copy_slice(parameter.ds_secondary_tensor, stored, rank)
+        try:
+            with safe_open(source.folder / file, framework="pt") as handle:
+                for name, parameter in parameters:
+                    _fill(parameter, handle.get_tensor(plan.stored[name].name))
+        except (OSError, SafetensorError) as error:
+            raise MegaskipError(
+                f"{source.folder / file}: cannot read the weights ({error})"
+            ) from None
+
+
+def _fill(parameter: Any, stored: Tensor) -> None:
+    """Copy this rank's slice of a stored tensor into its partition of a parameter."""
+    rank = parameter.ds_process_group.rank()
+    _copy_slice(parameter.ds_tensor, stored, rank)
+    if parameter.ds_secondary_tensor is not None:
+        # hpZ gathers from this second copy, which is sharded over a node's ranks.
+        rank %= parameter.ds_secondary_tensor_group_size
+        _copy_slice(parameter.ds_secondary_tensor, stored, rank)
 
 
 def _copy_slice(partition: Any, stored: Tensor, rank: int) -> None:
@@ -88,8 +98,8 @@ def _copy_slice(partition: Any, stored: Tensor, rank: int) -> None:
 
 
 def _require_loaded(source: ModelSource, plan: WeightPlan, model: nn.Module) -> None:
-    """Raise CheckpointError unless this rank's partitions hold what the files have in their place,
-    and joined weights some rows of the files on one rank or another. Collective."""
+    """Raise CheckpointError, on every rank, unless the partitions of all hold what the files have
+    in their place, and joined weights some rows of the files on one rank or another. Collective."""
     folder = source.folder
     problem: CheckpointError | None = None
     looked_for: list[CheckpointError] = []
@@ -109,10 +119,12 @@ def _require_loaded(source: ModelSource, plan: WeightPlan, model: nn.Module) -> 
                 mine is None
                 or any(holds_row(folder, mine, stored, row, first=first) for stored, row in rows)
             )
-    everywhere = zip(*gather_from_ranks(seen), strict=True)
-    missing = [e for e, held in zip(looked_for, everywhere, strict=True) if not any(held)]
-    if problem is not None or missing:
-        raise problem or missing[0]
+    everywhere = gather_from_ranks((problem, seen))
+    by_weight = zip(*(seen for _, seen in everywhere), strict=True)
+    missing = [e for e, held in zip(looked_for, by_weight, strict=True) if not any(held)]
+    problems = [problem for problem, _ in everywhere if problem is not None]
+    if problems or missing:
+        raise [*problems, *missing][0]
 
 
 def _mine(tensor: Any) -> tuple[Tensor | None, int]:

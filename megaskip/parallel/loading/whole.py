@@ -18,12 +18,15 @@ from megaskip.parallel.loading.weight_check import plan_of
 def load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
     """Return the model with all of its weights on `device`, or where they were put without one.
 
-    Every rank calls it by itself. Raises CheckpointError as `check_weights` does, and when the
-    weights in memory are not those of the files.
+    Every rank calls it by itself; without a device it may be collective. Raises CheckpointError as
+    `check_weights` does, and when the weights in memory are not those of the files.
     """
     if source.four_bit is not None:
         return _load_quantised(source, device or torch.device("cpu"))
     plan = plan_of(source)
+    # Where ranks load together, a RuntimeError may be that of a collective: a rank was lost.
+    refused = (OSError, ValueError, ImportError, safetensors.SafetensorError)
+    alone = () if device is None else (RuntimeError,)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -32,7 +35,7 @@ def load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
             **source.build_options,
             **read_onto(device),
         )
-    except (OSError, ValueError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+    except (*refused, *alone) as error:
         raise MegaskipError(
             f"--model {source.folder}: cannot load its weights ({first_line(error)})"
         ) from None
