@@ -203,10 +203,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         teacher: Tensor | None,
         share: float,
     ) -> Tensor:
-        learns_hidden, learns_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        learns_hidden, learns_weight, learns_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         hidden_grad = torch.empty_like(hidden_states) if learns_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if learns_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if learns_bias else None
         for start in range(0, hidden_states.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             hidden = hidden_states[chunk]
@@ -216,24 +217,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 teacher_logits = nn.functional.linear(teacher[chunk], weight, bias)
                 expected = _mixed(expected, transform(teacher_logits.float()), share)
             loss, logits_grad = _loss_and_gradient(
-                logits, expected, transform, learns_hidden or learns_weight
+                logits, expected, transform, any(ctx.needs_input_grad[:3])
             )
             total += loss
             if hidden_grad is not None:
                 hidden_grad[chunk] = logits_grad @ weight
             if weight_grad is not None:
                 weight_grad += (logits_grad.t() @ hidden).float()
-        ctx.save_for_backward(hidden_grad, weight_grad)
+            if bias_grad is not None:
+                bias_grad += logits_grad.float().sum(0)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * grad.to(hidden_grad.dtype),
             None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype),
-            *[None] * 6,
+            None if bias_grad is None else (bias_grad * grad).to(ctx.weight_dtype),
+            *[None] * 5,
         )
 
 

@@ -46,12 +46,12 @@ def build_full_engine(config: RunConfig, topology: Topology, source: ModelSource
     require_four_bit_fits(checked, config)
     model = on_every_rank(topology, lambda: load_whole(checked, topology.device)).eval()
     _prepare_packing(model, config)
-    masked = _needs_mask(model)
+    loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
+    verify_task_loss(loss)
+    loss.needs_mask, loss.takes_lengths = _needs_mask(model), takes_lengths(model)
     model.train()
     if config.parallel.activation_checkpointing:
         checkpoint_activations(model, 0)
-    loss = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens)
-    loss.needs_mask, loss.takes_lengths = masked, takes_lengths(model)
     return FullEngine(loss, config, topology)
 
 

@@ -3,9 +3,11 @@
 Makes small backbones. Knows no routers: the engine that trains those is in engine.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
@@ -76,11 +78,12 @@ class FullEngine:
         each of them.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self._topology.device)
-        for batch in batches:
-            check()
-            if batch is not None:
-                loss = self._loss(batch.to(self._topology.device))
-                sums += torch.stack([loss, loss.new_full((), batch.counts.supervised)])
+        with _without_dropout(self.module.model):
+            for batch in batches:
+                check()
+                if batch is not None:
+                    loss = self._loss(batch.to(self._topology.device))
+                    sums += torch.stack([loss, loss.new_full((), batch.counts.supervised)])
         sum_over_ranks(sums)
         total, supervised = sums.tolist()
         return float(total / max(supervised, 1.0))
@@ -95,6 +98,17 @@ class FullEngine:
             lengths=batch.lengths,
         )
         return loss
+
+
+@contextlib.contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """Let a module, which trains or does not as a whole, be in evaluation mode in here."""
+    trains = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(trains)
 
 
 def _meaning(whole: GlobalBatch) -> Callable[[torch.Tensor], StepResult]:

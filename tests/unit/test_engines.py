@@ -2,14 +2,24 @@
 be ended between two batches."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import COMMON, tiny_model
 from tiny_run import alone, rows, tiny_config, tiny_engine, tiny_full_engine
+from torch.nn.functional import cross_entropy
+from transformers import PhiConfig, PhiForCausalLM
 
+from megaskip.arch.task_loss import TaskLoss
+from megaskip.config import ModelConfig
 from megaskip.data import Batch, collate
 from megaskip.data.collate import placeholder_batch
+from megaskip.errors import UnsupportedModelError
+from megaskip.parallel.build import build_full_engine
+from megaskip.parallel.full_engine import FullEngine
+from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.position_losses import PositionLosses
 from megaskip.parallel.results import EvalSums, StepSums
 from megaskip.routing import Counts
@@ -129,3 +139,30 @@ def test_a_check_before_each_batch_can_end_a_pass_and_leaves_nothing_behind(rout
         with pytest.raises(Stop):
             full.evaluate(batches, check=check)
     assert len(calls) == 3
+
+
+def test_every_weight_learns_as_from_the_models_own_loss_and_none_drops_out_held_out() -> None:
+    """Phi's head has a bias."""
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**COMMON, attention_dropout=0.5)).eval()
+    read = batch(3, seed=1)
+    logits = model(input_ids=read.input_ids, attention_mask=read.token_mask.long()).logits
+    own = cross_entropy(logits[:, :-1].flatten(0, 1), read.labels[:, 1:].flatten())
+    expected = torch.autograd.grad(own, list(model.parameters()))
+    with alone() as topology:
+        config = tiny_config(max_grad_norm=0.0)
+        engine = FullEngine(TaskLoss(model, chunk_tokens=4), config, topology)
+        engine.train_step([read], 0.0)
+        for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
+        model.train()
+        assert engine.evaluate([read]) == pytest.approx(own.item(), rel=1e-5)
+        assert all(module.training for module in model.modules())
+
+
+def test_a_model_whose_own_loss_is_another_is_refused(tmp_path: Path) -> None:
+    """The config of this llama scales logits, of which its code knows nothing."""
+    tiny_model(logit_scale=100.0).save_pretrained(tmp_path)
+    source = resolve_source(ModelConfig(model=str(tmp_path)))
+    with alone() as topology, pytest.raises(UnsupportedModelError, match="something to its logits"):
+        build_full_engine(tiny_config(), topology, source)
