@@ -207,7 +207,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         hidden_grad = torch.empty_like(hidden_states) if learns_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if learns_weight else None
-        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if learns_bias else None
+        bias_grad = None
+        if bias is not None and learns_bias:
+            bias_grad = torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, hidden_states.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             hidden = hidden_states[chunk]

@@ -2,6 +2,7 @@
 and engines."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from megaskip.checkpoint.atomic import new_folder, read_json, write_json, write_
 from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import read_router_config
 from megaskip.checkpoint.tensors import read_tensors
-from megaskip.config import AdapterConfig
+from megaskip.config import AdapterConfig, RouterConfig
 from megaskip.config.value_types import wrong_types
 from megaskip.errors import CheckpointError
 from megaskip.routing import RouterSet
@@ -29,7 +30,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = "step"
 """Steps that AdamW has taken; stored for parameters that began to learn later than the run."""
 _MOVED = {"layers", "threshold", "calibrated"}
-"""Router settings that a run itself changes or resolves."""
+"""Router settings that a run itself changes or resolves; see `require_same_thresholds`."""
 OptimizerStates = Mapping[str, Mapping[str, Tensor]]
 """AdamW's state by parameter: exp_avg, exp_avg_sq and step."""
 
@@ -143,6 +144,25 @@ def require_same_routers(path: Path, routers: RouterSet) -> None:
             values = (getattr(config, field.name) for config in (stored, routers.config))
             _require_equal(path, f"--{field.name}", *values)
     _require_same_adapters(path, routers)
+
+
+def require_same_thresholds(path: Path, routers: RouterSet) -> None:
+    """Raise CheckpointError when `routers`, steered as those of a checkpoint were, have other
+    thresholds than they: they began with others."""
+    stored, current = read_router_config(path)[0], routers.settled_config()
+    pairs = zip(_by_layer(stored, routers), _by_layer(current, routers), strict=True)
+    # Other machines may round the last digit of a score in another way.
+    if not all(math.isclose(was, now, rel_tol=1e-9) for was, now in pairs):
+        raise CheckpointError(
+            f"--resume {path}: its thresholds are {stored.describe_threshold()}, with these flags "
+            f"they are {current.describe_threshold()}; give the --init_routers or --threshold that "
+            "the run began with, or start a new run in another --output_dir"
+        )
+
+
+def _by_layer(config: RouterConfig, routers: RouterSet) -> tuple[float, ...]:
+    threshold = config.threshold
+    return (threshold,) * len(routers.layers) if isinstance(threshold, float) else threshold
 
 
 def _require_same_adapters(path: Path, routers: RouterSet) -> None:

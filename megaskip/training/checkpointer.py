@@ -48,8 +48,9 @@ class TrainedWeights(Protocol):
         """Return what the steering of the capacity remembers."""
         ...
 
-    def steer_from(self, state: Mapping[str, float]) -> None:
-        """Continue the steering from `state`."""
+    def steer_from(self, state: Mapping[str, float], checkpoint: Path) -> None:
+        """Continue the steering from `state`, which is that of `checkpoint`; raises CheckpointError
+        when it began elsewhere."""
         ...
 
     def save_result(self, output_dir: Path) -> dict[str, Path]:
@@ -143,7 +144,7 @@ class Checkpointer:
             state.optimizer_steps,
         )
         try:
-            self.weights.steer_from(state.steering)
+            self.weights.steer_from(state.steering, path)
         except KeyError as error:
             raise CheckpointError(
                 f"{path / STATE} is damaged: its steering lacks {error}; resume another checkpoint"

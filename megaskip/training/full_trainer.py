@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from megaskip.checkpoint.atomic import new_folder
 from megaskip.checkpoint.run_tokenizer import given_tokenizer
 from megaskip.config import RunConfig
 from megaskip.parallel.full_engine import FullEngine
@@ -61,12 +62,13 @@ class ModelWeights:
         """Return nothing: no capacity is steered."""
         return {}
 
-    def steer_from(self, state: Mapping[str, float]) -> None:
+    def steer_from(self, state: Mapping[str, float], checkpoint: Path) -> None:
         """Do nothing: no capacity is steered."""
 
     def save_result(self, output_dir: Path) -> dict[str, Path]:
-        """Write the trained model's folder."""
-        self.write(output_dir / "model")
+        """Write the trained model's folder, in the place of an older one."""
+        with new_folder(output_dir / "model") as folder:
+            self.write(folder)
         return {"model": output_dir / "model"}
 
     def describe(self) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from megaskip.arch.trainable import describe_layers, describe_trainable
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.threshold import calibrate_threshold
 from megaskip.checkpoint import BaseModel, adapters
-from megaskip.checkpoint.resume import require_same_routers
+from megaskip.checkpoint.resume import require_same_routers, require_same_thresholds
 from megaskip.checkpoint.routers import WEIGHTS, save_routers, write_router_files
 from megaskip.log import get_logger
 from megaskip.parallel.engine import Engine
@@ -180,9 +180,11 @@ class RouterWeights:
         """Return what the budget remembers."""
         return self._routers.steering.budget.state()
 
-    def steer_from(self, state: Mapping[str, float]) -> None:
-        """Continue the budget from `state`."""
+    def steer_from(self, state: Mapping[str, float], checkpoint: Path) -> None:
+        """Continue the budget from `state`; raises CheckpointError when the thresholds are not
+        those of `checkpoint` then."""
         self._routers.steering.budget.restore(state)
+        require_same_thresholds(checkpoint, self._routers)
 
     def save_result(self, output_dir: Path) -> dict[str, Path]:
         """Write the run's router folder."""

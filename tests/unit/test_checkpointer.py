@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_run import alone, router_trainer, tiny_config
+from tiny_run import alone, full_trainer, router_trainer, tiny_config
 
 from megaskip.config import RunConfig
 from megaskip.errors import CheckpointError
@@ -49,16 +51,19 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000002", "step_000003"]
 
 
-def other_layers() -> RunConfig:
+def other(**router: Any) -> RunConfig:
+    """Return the settings of a run of other routers."""
     config = tiny_config()
-    return dataclasses.replace(config, router=dataclasses.replace(config.router, layers="2-4"))
+    return dataclasses.replace(config, router=dataclasses.replace(config.router, **router))
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
         (tiny_config(seed=3), "--seed differs from the run that wrote it"),
-        (other_layers(), "--layers differs from the run that wrote it"),
+        (other(layers="2-4"), "--layers differs from the run that wrote it"),
+        (other(threshold=0.6), "its thresholds are 0.5.*, with these flags they are 0.6"),
+        (other(threshold=(0.5, 0.5, 0.5, 0.7)), "with these flags they are 0.5000 to 0.7000"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -66,10 +71,10 @@ def test_a_checkpoint_of_another_run_is_refused(
 ) -> None:
     with alone() as topology:
         path = router_trainer(tmp_path / "one", topology, tiny_config()).save()
-        other = router_trainer(tmp_path / "other", topology, config)
+        refusing = router_trainer(tmp_path / "other", topology, config)
         with pytest.raises(CheckpointError, match=message):
-            other.resume(path)
-        assert other.step == 0
+            refusing.resume(path)
+        assert refusing.step == 0
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
@@ -90,3 +95,21 @@ def test_steering_that_lacks_a_number_is_named(tmp_path: Path) -> None:
         after = router_trainer(tmp_path, topology, tiny_config())
         with pytest.raises(CheckpointError, match="trainer.json is damaged: .* lacks 'excess_1'"):
             after.resume(path)
+
+
+def test_a_trained_model_replaces_an_older_one_whole_or_not_at_all(tmp_path: Path) -> None:
+    older = tmp_path / "model/older"
+    older.parent.mkdir()
+    older.touch()
+    with alone() as topology:
+        weights = full_trainer(tmp_path, topology, tiny_config()).checkpointer.weights
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # as a disk that is full
+        try:
+            with pytest.raises(CheckpointError, match="cannot write .*model: "):
+                weights.save_result(tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert list(tmp_path.rglob("*")) == [older.parent, older]
+        weights.save_result(tmp_path)
+    assert not older.exists() and (older.parent / "model.safetensors").is_file()
