@@ -20,10 +20,18 @@ class Command:
 
     module: str
     summary: str
+    after_interrupt: str = ""
+    """How it goes on after Ctrl-C; "" where it begins anew."""
 
+
+_GOES_ON = "the same command goes on where it stood"
 
 COMMANDS = {
-    "train": Command("megaskip.cli.train", "router-tune a frozen model"),
+    "train": Command(
+        "megaskip.cli.train",
+        "router-tune a frozen model",
+        "--resume auto continues from the newest checkpoint of the run folder, if there is one",
+    ),
     "plan": Command("megaskip.cli.plan", "what a training would do and need, without weights"),
     "inspect-data": Command(
         "megaskip.cli.inspect_data", "what each row of the data becomes, and why"
@@ -33,15 +41,21 @@ COMMANDS = {
     "calibrate": Command("megaskip.cli.calibrate", "thresholds for the capacities you ask for"),
     "convert": Command("megaskip.cli.convert", "a run to a Hugging Face folder"),
     "export-static": Command("megaskip.cli.export_static", "drop sublayers for good"),
-    "fit": Command("megaskip.cli.fit", "layers to drop, and maps in their places, in closed form"),
+    "fit": Command(
+        "megaskip.cli.fit", "layers to drop, and maps in their places, in closed form", _GOES_ON
+    ),
     "fit-routers": Command(
         "megaskip.cli.fit_routers", "routers that predict what skipping costs, in closed form"
     ),
-    "drop": Command("megaskip.cli.drop", "a model to a smaller one: fit, train, export"),
+    "drop": Command("megaskip.cli.drop", "a model to a smaller one: fit, train, export", _GOES_ON),
     "import-routers": Command("megaskip.cli.import_routers", "take in published routers"),
-    "compare": Command("megaskip.cli.compare", "methods of skipping, at equal skip"),
+    "compare": Command("megaskip.cli.compare", "methods of skipping, at equal skip", _GOES_ON),
     "runs": Command("megaskip.cli.runs", "a table of run folders, finished or not"),
-    "bench": Command("megaskip.cli.bench", "speed and memory of this machine, in one report"),
+    "bench": Command(
+        "megaskip.cli.bench",
+        "speed and memory of this machine, in one report",
+        "the same command with the same --output goes on where it stood",
+    ),
     "doctor": Command("megaskip.cli.doctor", "versions, devices, memory, disk: for a bug report"),
 }
 
@@ -72,7 +86,8 @@ def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str) -> N
             )
         importlib.import_module(COMMANDS[name].module).main(arguments, prog)
 
-    run_cli(run, argv)
+    hint = COMMANDS[name].after_interrupt if name in COMMANDS else ""
+    run_cli(run, argv, after_interrupt=hint)
 
 
 def _help(prog: str) -> str:

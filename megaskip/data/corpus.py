@@ -1,6 +1,7 @@
 """Samples of a source, tokenised here or in worker processes. Knows no cache and no mixing."""
 
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -117,6 +118,7 @@ _inherited: list[SampleTokenizer] = []
 
 
 def _inherit(tokenizer: SampleTokenizer) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started them
     _inherited[:] = [tokenizer]
 
 

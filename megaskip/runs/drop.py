@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from megaskip.config.commands.hub import HubTarget
 from megaskip.config.paths import require_new
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.log import get_logger, set_up_logging
+from megaskip.parallel.child import run_child
 
 logger = get_logger(__name__)
 
@@ -94,7 +94,7 @@ def _run(options: DropOptions, command: Sequence[str]) -> None:
 
 def _start(command: Sequence[str]) -> None:
     logger.info("%s", shlex.join(command))
-    if subprocess.run(command).returncode:
+    if run_child(command):
         raise MegaskipError(
             f"a job failed, see above; the same command goes on there: {shlex.join(command)}"
         )

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from megaskip.config import AdapterConfig
 from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
+from megaskip.parallel.child import run_child
 from megaskip.parallel.topology import LAUNCHER_VARIABLES
 from megaskip.study.comparison import Comparison
 from megaskip.study.static_drops import LEARNT, STATIC, map_parameters
@@ -91,10 +91,13 @@ def train_missing(
     `gpu` is the only one that they see, or None for all.
     """
     missing = {training.folder: training for training in needed if not training.is_done}
-    with ThreadPoolExecutor(options.parallel) as pool:
+    pool = ThreadPoolExecutor(options.parallel)
+    try:
         for done in [pool.submit(_train, options, training, gpu) for training in missing.values()]:
             done.result()
             progress()
+    finally:  # after an error or Ctrl-C: what runs may save, what waits does not begin
+        pool.shutdown(cancel_futures=True)
 
 
 def train_seconds(run: Path) -> float:
@@ -180,5 +183,7 @@ def _train(options: CompareOptions, training: Training, gpu: int | None) -> None
     if gpu is not None:
         seen = alone.get("CUDA_VISIBLE_DEVICES", "")
         alone["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
-    if subprocess.run(command, env=alone).returncode:
+    if run_child(command, env=alone):
         raise MegaskipError(f"a training failed, see above; its command: {shlex.join(command)}")
+    if not training.is_done:  # a signal ended it, and it has saved
+        raise MegaskipError(f"{training.folder} was asked to stop; the same command goes on there")

@@ -358,7 +358,16 @@ def test_only_one_module_knows_argparse_and_none_changes_the_path() -> None:
         assert "sys.path" not in map(ast.unparse, ast.walk(tree)), file
 
 
-def test_a_reader_that_has_read_enough_is_no_error() -> None:
-    code = "from megaskip.cli.run import run_cli\ndef f(a): raise BrokenPipeError\nrun_cli(f, [])"
-    done = python("-c", code, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (141, "")
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        ("BrokenPipeError", 141, ""),  # a reader that has read enough
+        ("KeyboardInterrupt", 130, "\ninterrupted by Ctrl-C; it goes on\n"),
+    ],
+)
+def test_what_ends_a_command_from_outside_shows_no_traceback(
+    error: str, status: int, says: str
+) -> None:
+    code = f"from megaskip.cli.run import run_cli\ndef f(a): raise {error}\n"
+    done = python("-c", f"{code}run_cli(f, [], after_interrupt='it goes on')", cwd=ROOT)
+    assert (done.returncode, done.stderr) == (status, says)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from megaskip.checkpoint.atomic import write_json
 from megaskip.config import ModelConfig
 from megaskip.config.commands.compare import CompareOptions
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, MegaskipError
 from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import LAUNCHER_VARIABLES
 from megaskip.study.earlier_runs import START, has_start, start_settings
 from megaskip.study.job import compare
-from megaskip.study.recipes import Training
+from megaskip.study.recipes import Training, train_missing
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_a_run_with_other_settings_is_not_taken_for_what_is_asked(
 def test_a_run_with_the_same_settings_is_taken(
     trained: CompareOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("subprocess.run", None)  # nothing is trained
+    monkeypatch.setattr("megaskip.study.recipes.run_child", None)  # nothing is trained
     with launched():
         compare(trained)
         compare(dataclasses.replace(trained, steps=3, no_training=True))
@@ -174,3 +175,22 @@ def test_routers_to_start_from_are_made_anew_unless_a_run_began_from_them(
 def write_json_in(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     write_json(file, content)
+
+
+def test_after_a_training_that_failed_no_further_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def train(options: CompareOptions, training: Training, gpu: int | None) -> None:
+        begun.append(training.folder.name)
+        if len(begun) == 1:
+            raise MegaskipError("it failed")
+        time.sleep(0.2)  # the second may have begun before the first one's error was seen
+
+    monkeypatch.setattr("megaskip.study.recipes._train", train)
+    needed = [Training(folder=tmp_path / name, flags=()) for name in "abcd"]
+    options = CompareOptions(model="demo", data=("demo",), output=tmp_path)
+    with pytest.raises(MegaskipError, match="it failed"):
+        train_missing(needed, options, gpu=None, progress=lambda: None)
+    assert begun[0] == "a" and len(begun) <= 2

@@ -1,6 +1,9 @@
 """megaskip fit and megaskip drop: what they say, and what they refuse before anything runs."""
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from megaskip.cli import drop, fit
 from megaskip.config.commands.fit import DropPlan
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER
+from megaskip.runs.drop import _start
 
 SMALL = ["--model", "demo", "--data", "demo"]
 
@@ -102,3 +106,12 @@ def test_an_export_of_fitted_maps_has_the_tokenizer_and_template_they_were_fitte
     assert not set(given) & set(started[-1])  # the run knows them
     options = fit.parse([*argv[:-1], "fitted"])
     assert _next(options).endswith("--distill 0.5 --tokenizer t --chat_template c.jinja")
+
+
+def test_an_interrupted_command_waits_for_its_training_to_save(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        _start(["sh", "-c", f"sleep 0.6; touch {saved}"])
+    assert saved.is_file()
