@@ -52,7 +52,7 @@ class TokenizedData:
     train: StoredRows | StreamingRows
     """Rows by index; with --streaming an iterable instead."""
     held_out: StoredRows | list[Row]
-    """Rows for the held-out loss: never packed, and never seen in training."""
+    """Rows for the held-out loss: never packed; without --eval_data none of them is trained on."""
     stats: DataStats
     """With --streaming only what the held-out rows tell."""
     fingerprint: str
@@ -93,6 +93,8 @@ def _log_notes(stats: DataStats) -> None:
     for source in stats.sources:
         for note in source.notes():
             logger.info("%s", note)
+    if warning := stats.warning():
+        logger.warning("%s", warning)
 
 
 def find_sources(config: DataConfig) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
@@ -232,6 +234,7 @@ def _write(
             train_tokens=int(lengths[plan.train].sum()),
             held_out_rows=len(plan.held_out),
             duplicates_of_held_out=len(plan.duplicates),
+            held_out_in_training=plan.leaked,
             not_drawn=plan.num_not_drawn(len(lengths)),
             repeated_rows=len(lengths) - len(np.unique(writer.hashes)),
         ),

@@ -27,6 +27,8 @@ class RowPlan:
     held_out: NDArray[np.int64]
     duplicates: NDArray[np.int64]
     """Copies of held-out rows, which must not be trained on."""
+    leaked: int = 0
+    """Rows of --eval_data that are trained on, too."""
 
     @property
     def num_train_rows(self) -> int:
@@ -69,7 +71,10 @@ def plan_rows(
             f"--data {' '.join(config.data)}: no training row is left; raise the weights"
         )
     packs = pack(lengths[train].tolist(), seq_length=config.seq_length) if config.packing else None
-    return RowPlan(train=train, packs=packs, held_out=held_out, duplicates=duplicates)
+    leaked = int(np.isin(hashes[held_out], hashes[train]).sum())
+    return RowPlan(
+        train=train, packs=packs, held_out=held_out, duplicates=duplicates, leaked=leaked
+    )
 
 
 def _split(hashes: NDArray[np.uint64], wanted: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -101,6 +101,8 @@ class DataStats:
     held_out_rows: int
     duplicates_of_held_out: int = 0
     """Training rows left out because a held-out row has the same tokens."""
+    held_out_in_training: int = 0
+    """Rows of --eval_data with the same tokens as a training row."""
     not_drawn: int = 0
     """Training rows left out because the weight of their source is below 1."""
     repeated_rows: int = 0
@@ -118,6 +120,16 @@ class DataStats:
                 replace(stats, name=source.name, left_out=summarise(source.left_out))
                 for stats, source in pairs
             ),
+        )
+
+    def warning(self) -> str:
+        """Return what is wrong with the held-out rows, "" if nothing is."""
+        if not self.held_out_in_training:
+            return ""
+        return (
+            f"{self.held_out_in_training:,} of {self.held_out_rows:,} held-out rows are trained "
+            "on, too, so their loss says little about other text: give other text as --eval_data, "
+            "or leave it out"
         )
 
     @property

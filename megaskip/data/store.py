@@ -150,7 +150,10 @@ def write_column(folder: Path, name: str, values: NDArray[Any]) -> None:
 def write_meta(folder: Path, stats: DataStats) -> None:
     """Write the stats and the size of every file: the last thing to be written."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.bin"))}
-    meta = {"stats": asdict(stats), "sizes": sizes}
+    counts = asdict(stats)
+    if not stats.held_out_in_training:  # older versions read this file, too, and do not know it
+        del counts["held_out_in_training"]
+    meta = {"stats": counts, "sizes": sizes}
     with (folder / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
         file.flush()

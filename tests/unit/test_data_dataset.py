@@ -88,6 +88,17 @@ def test_own_eval_data_are_taken_whole_and_leave_the_training_data_alone(
         build_dataset(changed(config, eval_data=(path + ":2",)), fast_tokenizer())
 
 
+def test_held_out_rows_that_are_trained_on_are_a_warning(
+    config: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_lines(tmp_path / "eval.jsonl", questions(10, start=35))
+    build_dataset(changed(config, eval_data=(path,)), fast_tokenizer())
+    assert "5 of 10 held-out rows are trained on, too" in caplog.text
+    caplog.clear()
+    build_dataset(config, fast_tokenizer())  # carved off: none
+    assert "trained on, too" not in caplog.text
+
+
 def test_stats_add_up(config: DataConfig, tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("hello world " * 200)
