@@ -40,6 +40,25 @@ def save_routers(path: str | Path, routers: RouterSet, *, base: BaseModel | None
     return path
 
 
+def why_no_routers(folder: Path) -> str:
+    """Return what a folder without routers is, and what to do, for the end of a message."""
+    if not folder.exists():
+        return "no such folder; give a finished run or a router folder"
+    if is_unfinished_run(folder):
+        return (
+            "a run that has not ended; its routers are written at its end, so continue it: the "
+            f"command that began it, with --output_dir {folder} --resume auto"
+        )
+    if (folder / "config.json").is_file():
+        return "a model without routers; give a finished run or a router folder"
+    return f"no {CONFIG} there; give a finished run or a router folder"
+
+
+def is_unfinished_run(folder: Path) -> bool:
+    """Return whether `folder` is a run folder that has no report yet."""
+    return (folder / "run.json").is_file() and not (folder / "report.json").is_file()
+
+
 def load_routers(model: nn.Module, path: str | Path, *, register: bool = True) -> RouterSet:
     """Attach the routers of a router folder to `model`, with the adapters that they were trained
     with, if any, and return them.

@@ -18,7 +18,12 @@ from megaskip.checkpoint import load_routers
 from megaskip.checkpoint.adapters import FOLDER, has_adapter, load_adapter
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.base import is_hub_id
-from megaskip.checkpoint.routers import CONFIG, read_router_config
+from megaskip.checkpoint.routers import (
+    CONFIG,
+    is_unfinished_run,
+    read_router_config,
+    why_no_routers,
+)
 from megaskip.checkpoint.tensors import read_tensors
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig
 from megaskip.config.run import DEMO
@@ -104,15 +109,19 @@ def load_for_inference(
     if (routers / CONFIG).is_file() and not (folder / "config.json").is_file():
         return _with_router_folder(routers, base, backbone, placement)
     if name != DEMO and not is_hub_id(name) and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"--model {folder}: found neither config.json (exported) nor {CONFIG} (routers) there"
-        )
+        raise ConfigError(f"--model {folder}: {_why_no_model(folder)}")
     backbone = dataclasses.replace(backbone, model=name)
     folder = find_model_folder(backbone)
     content = read_json(folder / "config.json")
     if str(content.get("model_type")).startswith(MODEL_TYPE):
         return _exported(folder, content, backbone, placement)
     return _Backbone(resolve_source(backbone, folder), placement).dense(f"{name}, dense")
+
+
+def _why_no_model(folder: Path) -> str:
+    if folder.is_dir() and not is_unfinished_run(folder):
+        return f"found neither config.json (exported) nor {CONFIG} (routers) there"
+    return why_no_routers(folder)
 
 
 def _with_router_folder(

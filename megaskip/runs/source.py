@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.checkpoint.atomic import read_json
-from megaskip.checkpoint.routers import CONFIG, read_router_config
+from megaskip.checkpoint.routers import CONFIG, read_router_config, why_no_routers
 from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config import DataConfig, ModelConfig
 from megaskip.config.commands.source import RouterSource, TextSource
@@ -39,7 +39,8 @@ def find_routers(source: RouterSource) -> TrainedRouters:
     facts: dict[str, Any] = {}
     folder = source.routers or Path(source.run or "") / "routers"
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: no {CONFIG} there; give a finished run or a router folder")
+        named = source.routers or Path(source.run or "")
+        raise ConfigError(f"{named}: {why_no_routers(named)}")
     described = read_router_config(folder)[2]
     recorded = described.name if described is not None else None
     name, revision = source.base, None

@@ -87,3 +87,9 @@ def test_a_folder_without_routers_is_refused(tmp_path: Path) -> None:
         megaskip.convert(tmp_path / "nothing", tmp_path / "exported")
     with pytest.raises(ConfigError, match="no router_config.json there"):
         megaskip.calibrate(tmp_path, [0.5], data=[CHATS])
+    (tmp_path / "run.json").touch()
+    unfinished = f"{tmp_path}: a run that has not ended; .* --output_dir {tmp_path} --resume auto"
+    with pytest.raises(ConfigError, match=unfinished):
+        megaskip.convert(tmp_path, tmp_path / "exported")
+    with pytest.raises(ConfigError, match=unfinished):
+        megaskip.load_for_inference(tmp_path)

@@ -160,7 +160,7 @@ def test_export_and_generation_take_the_tokenizer_of_the_run(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--model", "/nowhere"], "neither config.json"),
+        (["--model", "/nowhere"], "/nowhere: no such folder"),
         (["--model", str(BASE)], "without routers"),
         (["--model", str(BASE), "--max_new_tokens", "0"], "at least 1"),
     ],
