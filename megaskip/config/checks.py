@@ -27,6 +27,19 @@ def within(
         yield f"--{flag} {value:g} is outside {interval}"
 
 
+def percentage(flag: str, value: float) -> Iterator[str]:
+    """Yield a problem when `value` lies outside [1, 100): below 1 it is meant as a share."""
+    if 0 < value < 1:
+        yield f"--{flag} {value:g} is in percent; a share of {value:g} is written {100 * value:g}"
+    elif not 1 <= value < 100:
+        yield f"--{flag} {value:g} must lie inside [1, 100): it is in percent"
+
+
+def share_hint(value: float) -> str:
+    """Return what a share is written as that was given in percent, for the end of a message."""
+    return f"; {value:g} percent is written {value / 100:g}" if 2 <= value <= 100 else ""
+
+
 def at_least(flag: str, value: float, low: float) -> Iterator[str]:
     """Yield a problem when `value` is below `low`."""
     yield from finite(flag, value)

@@ -288,6 +288,25 @@ def test_what_is_wrong_is_said(argv: list[str], says: str) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "says"),
+    [
+        ("drop", ["--drop", "0.25"], "--drop 0.25 is in percent; a share of 0.25 is written 25"),
+        ("fit", ["--drop", "100"], r"--drop 100 must lie inside \[1, 100\): it is in percent"),
+        ("compare", ["--skip", "0.5,25"], "--skip 0.5 is in percent; a share of 0.5 is written 50"),
+        ("compare", ["--skip", "125"], r"--skip 125 must lie inside \[1, 100\)"),
+        ("plan", ["--capacity", "80"], r"outside \[0, 1\]; 80 percent is written 0.8"),
+        ("fit-routers", ["--capacity", "80"], r"\(0, 1\).*; 80 percent is written 0.8"),
+        ("calibrate", ["--capacity", "80"], "; 80 percent is written 0.8"),
+    ],
+)
+def test_a_share_is_not_taken_for_a_percentage_nor_the_other_way_round(
+    command: str, flags: list[str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        module_of(command).parse([*SMALLEST.get(command, []), *flags])
+
+
 def test_choices_are_checked_in_python_too() -> None:
     with pytest.raises(ConfigError, match="--dtype 'int8' is not one of"):
         Example(where=Where(name="x"), count=1, dtype="int8")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaskip.config.checks import at_least
+from megaskip.config.checks import at_least, share_hint
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.config.options import Checked, option
 
@@ -36,7 +36,8 @@ class CalibrateOptions(Checked):
             yield "--capacity names no share; give shares such as 0.8,0.6,0.4"
         for capacity in self.capacity:
             if not 0 < capacity < 1:
-                yield f"--capacity {capacity:g} must lie inside (0, 1): 1 is the base model"
+                problem = f"--capacity {capacity:g} must lie inside (0, 1): 1 is the base model"
+                yield problem + share_hint(capacity)
         yield from at_least("rows", self.rows, 1)
         yield from at_least("allocate", self.allocate, 0)
         yield from at_least("micro_batch_size", self.micro_batch_size, 1)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaskip.config.checks import at_least
+from megaskip.config.checks import at_least, percentage
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.config.run import DTYPES
@@ -119,6 +119,8 @@ class CompareOptions(Checked):
         for name in ("data", "skip", "seeds", "methods"):
             if not getattr(self, name):
                 yield f"--{name} is empty"
+        for percent in self.skip:
+            yield from percentage("skip", percent)
         # As a default it may be missing: then nothing is set against another.
         if self.ours != "ours" and self.ours not in self.methods:
             yield f"--ours {self.ours} is not among --methods; add it there"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaskip.config.adapter import AdapterConfig, adapter_problems
-from megaskip.config.checks import at_least
+from megaskip.config.checks import at_least, percentage
 from megaskip.config.commands.hub import HubTarget
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import COMPENSATIONS
@@ -41,8 +41,7 @@ class DropPlan(Checked):
     """Rows on which the greedy order is measured (a forward pass for each layer, and some more)."""
 
     def _problems(self) -> Iterator[str]:
-        if not 0 < self.drop < 100:
-            yield f"--drop {self.drop:g} must lie inside (0, 100): percent of the layers"
+        yield from percentage("drop", self.drop)
         for name in ("compensation_rank", "rows", "order_rows"):
             yield from at_least(name, getattr(self, name), 1)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megaskip.config.checks import at_least, within
+from megaskip.config.checks import at_least, share_hint, within
 from megaskip.config.commands.fit import TextAndModel
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import COMPENSATIONS, SUBLAYER_GRANULARITIES
@@ -49,7 +49,8 @@ class FitRoutersOptions(Checked):
             yield "--capacity names no share; give shares such as 0.9,0.75"
         for capacity in self.capacity:
             if not 0 < capacity < 1:
-                yield f"--capacity {capacity:g} must lie inside (0, 1): 1 is the base model"
+                problem = f"--capacity {capacity:g} must lie inside (0, 1): 1 is the base model"
+                yield problem + share_hint(capacity)
         for name in ("compensation_rank", "rows", "cost_rows", "groups"):
             yield from at_least(name, getattr(self, name), 1)
         yield from within("distill", self.distill, 0.0, 1.0)
