@@ -84,7 +84,7 @@ def _open(
     config: RunConfig, topology: Topology, source: ModelSource, options: CompareOptions
 ) -> Comparison:
     """Return the comparison with all that is to be measured; raises ConfigError for a skip that
-    cannot be reached."""
+    cannot be reached, and for too little text."""
     comparison = Comparison(
         config,
         topology,
@@ -94,6 +94,11 @@ def _open(
     )
     for skip in options.shares:
         comparison.share(skip)
+    if set(BY_COST) & set(options.methods) and len(comparison.cost_text) < 2:
+        raise ConfigError(
+            f"--cost_rows {options.cost_rows}: {len(comparison.cost_text)} batch of text is too "
+            "little to fit routers on; raise it, or give more --data"
+        )
     if options.blimp:
         comparison.add_pairs(options.blimp, options.pairs)
     if options.choice:

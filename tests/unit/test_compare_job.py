@@ -135,6 +135,14 @@ def test_a_run_with_the_same_settings_is_taken(
     assert run["config"]["model"]["dtype"] == "bfloat16"
 
 
+def test_too_little_text_for_costs_is_said_before_anything_is_trained(
+    options: CompareOptions,
+) -> None:
+    options = dataclasses.replace(options, methods=("by_cost",), cost_rows=8)
+    with launched(), pytest.raises(ConfigError, match="--cost_rows 8: 1 batch of text is too litt"):
+        compare(options)
+
+
 def test_a_run_of_another_model_is_not_taken(trained: CompareOptions, tmp_path: Path) -> None:
     model = shutil.copytree(DEMO_FOLDER / "backbone", tmp_path / "model")
     weights = load_file(model / "model.safetensors")

@@ -167,6 +167,16 @@ def test_the_one_that_others_are_set_against_is_among_them() -> None:
         parse([*usual, "--pairs", "0"])
     with pytest.raises(ConfigError, match="--ours allocated is not among --methods"):
         parse([*usual, "--ours", "allocated"])
+    with pytest.raises(ConfigError, match="--seeds names 1 more than once") as refused:
+        parse([*usual, "--seeds", "1,0,1", "--skip", "25,25.0"])
+    assert "--skip names 25.0 more than once" in str(refused.value)
+
+
+def test_thresholds_by_layer_are_refused_for_tokens_before_anything_is_trained() -> None:
+    argv = ["--model", "m", "--data", "d", "--output", "o", "--methods", "ours,allocated"]
+    assert parse([*argv, "--granularity", "block_sequence"]).granularity == "block_sequence"
+    with pytest.raises(ConfigError, match="allocated does not go with --granularity mlp_token"):
+        parse([*argv, "--granularity", "mlp_token"])
 
 
 def test_documents_come_from_all_over_the_held_out_text() -> None:

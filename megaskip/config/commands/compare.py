@@ -117,10 +117,20 @@ class CompareOptions(Checked):
         for name in ("continuations", "prefill_runs", "adapter_lr", "lora_lr"):
             yield from at_least(name, getattr(self, name), 0)
         for name in ("data", "skip", "seeds", "methods"):
-            if not getattr(self, name):
+            values = getattr(self, name)
+            if not values:
                 yield f"--{name} is empty"
+            # Measured twice it would count as two seeds.
+            twice = [f"{value}" for value in dict.fromkeys(values) if values.count(value) > 1]
+            if twice and name != "data":
+                yield f"--{name} names {', '.join(twice)} more than once; leave the others out"
         for percent in self.skip:
             yield from percentage("skip", percent)
+        if "allocated" in self.methods and self.granularity.endswith("_token"):
+            yield (
+                f"--methods allocated does not go with --granularity {self.granularity}: layers "
+                "get thresholds of their own for decisions per sequence; leave it out"
+            )
         # As a default it may be missing: then nothing is set against another.
         if self.ours != "ours" and self.ours not in self.methods:
             yield f"--ours {self.ours} is not among --methods; add it there"
