@@ -64,7 +64,6 @@ class FitProgress:
         """What was measured for the order: loss by dropped layers."""
         self.results: dict[str, Any] = stored.get("results", {})
         """What came of each step that is done, as JSON, by its name."""
-        self._sums: dict[str, Tensor] = {}
         self._fitted: dict[str, Tensor] = {}
         """Of the steps that are done; written with whatever comes after them."""
         if stored:
@@ -86,8 +85,7 @@ class FitProgress:
             if not self._topology.is_first:
                 total.zero_()
         self.stage, self.batches = stage, batches
-        self._sums = sums | _features(regressions)
-        self._write()
+        self._write(sums | _features(regressions))
 
     def restore_fitted(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy what a step has fitted into tensors of these names, on every rank. Collective."""
@@ -99,7 +97,7 @@ class FitProgress:
     ) -> None:
         """Write what came of a step that is done, as JSON, and the tensors that it fitted, which
         are the same on all ranks. Collective."""
-        self.stage, self.batches, self._sums = "", 0, {}
+        self.stage, self.batches = "", 0
         self.results[step] = result
         self._fitted |= fitted or {}
         self._write()
@@ -139,10 +137,11 @@ class FitProgress:
             for tensor in into.values():
                 sum_over_ranks(tensor)
 
-    def _write(self) -> None:
-        on_first_rank(self._topology, self._write_file)
+    def _write(self, sums: Mapping[str, Tensor] | None = None) -> None:
+        # Not held on to: those of a phase that is over are gigabytes.
+        on_first_rank(self._topology, lambda: self._write_file(self._fitted | (sums or {})))
 
-    def _write_file(self) -> None:
+    def _write_file(self, tensors: Mapping[str, Tensor]) -> None:
         content = {
             "stage": self.stage,
             "batches": self.batches,
@@ -150,7 +149,6 @@ class FitProgress:
             "results": self.results,
         }
         metadata = {"fingerprint": self._fingerprint, "content": json.dumps(content)}
-        tensors = self._fitted | self._sums
         draft = self._path.with_name(f".{self._path.name}.tmp")
         with write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
