@@ -19,10 +19,23 @@ from megaskip.config.routing import KV_CHOICES, RoutingConfig
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.hf import AdaptedModel
 from megaskip.inference.static_decode import StaticGeneration
+from megaskip.routing.decision import RoutingDecision
+from megaskip.routing.gate import Gate
 from megaskip.routing.router import PREFIX, Router
 from megaskip.routing.routers import Routers
 
 _HF_LOGGER = logging.get_logger(__name__)
+
+
+class RecallingGate(Gate):
+    """A gate that notices when activation checkpointing computes a layer of an earlier forward pass
+    again: what that pass was told and decided is no longer known."""
+
+    def _settle(self, decision: RoutingDecision) -> None:
+        earlier = self._state.decisions.get(self.layer)
+        if earlier is not None and not torch.equal(earlier.keep, decision.keep):
+            raise RuntimeError(_OTHER_PASS.format(self.layer))
+        super()._settle(decision)
 
 
 class RoutedModel(StaticGeneration, AdaptedModel):
@@ -43,7 +56,8 @@ class RoutedModel(StaticGeneration, AdaptedModel):
         parts = find_decoder(self)  # type: ignore[arg-type]
         executor = InferenceExecutor(unit=settings.unit, kv=kv)
         size, experts = parts.hidden_size, routed_experts(settings, config)
-        routers = Routers(settings, layers, size, executor=executor, experts=experts)
+        kinds: dict[str, Any] = {"executor": executor, "experts": experts, "gate": RecallingGate}
+        routers = Routers(settings, layers, size, **kinds)
         wire(parts, routers)
         self.add_module(PREFIX, routers)  # type: ignore[attr-defined]
         # On the decoder, too: peft calls the model's forward, so that no hook of the model runs.
@@ -119,6 +133,11 @@ _JUDGED_BY_PROMPT = (
 _JUDGED_ALREADY = (
     "prompt_mask says what a sequence is judged by, and those of this cache were judged in their "
     "first forward pass; leave it out of calls that continue a text"
+)
+_OTHER_PASS = (
+    "gradient checkpointing computes layer {} again after another forward pass of this model, and "
+    "a routed model knows the decisions of its last one alone: call backward() before the next "
+    "forward pass (also of a reference model that shares its weights), or leave checkpointing off"
 )
 _NO_TRACE = (
     "what a routed model computes depends on the text that it reads, so torch.export, "

@@ -194,8 +194,8 @@ def test_code_is_short_and_has_nothing_of_training() -> None:
     # for all layers at once are another 95, and --router_input first (decisions of all layers, read
     # by the host in one copy) 60. Experts that are skipped token by token are 180: where layers
     # have them, what their gate decides, and running what is kept; what vLLM is told that lacks the
-    # plugin is 13. Float32 under autocast and casts, samples of packed rows and three refusals: 60.
-    assert len(code.splitlines()) < 2205
+    # plugin is 13. Float32 under autocast and casts, samples of packed rows and four refusals: 80.
+    assert len(code.splitlines()) < 2225
     assert len(bundled_code("dropped").splitlines()) < 600
     training = "Budget|Counts|Steering|DenseExecutor|straight_through|noise|carried_keep|observe"
     assert not re.findall(training, code)

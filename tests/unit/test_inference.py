@@ -420,6 +420,25 @@ def test_a_routed_layer_is_never_split_over_devices() -> None:
     assert all(re.fullmatch(r"model\.layers\.\d+", name) for name in placed if ".layers." in name)
 
 
+def test_a_layer_of_an_earlier_pass_is_not_computed_again_with_the_last_one_s_decisions() -> None:
+    model = as_exported(*trained("llama")).train()
+    ids, mask = padded_ids()
+
+    def loss(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        loss(ids, mask).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="again after another forward pass"):
+        (loss(ids, mask) + loss(ids.flip(0), mask.flip(0))).backward()
+
+
 def test_recording_what_depends_on_the_text_is_refused() -> None:
     model = as_exported(*trained("llama"))
     with pytest.raises(NotImplementedError, match="depends on the text"):
