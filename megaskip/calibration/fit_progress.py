@@ -139,7 +139,7 @@ class FitProgress:
 
     def _write(self, sums: Mapping[str, Tensor] | None = None) -> None:
         # Not held on to: those of a phase that is over are gigabytes.
-        on_first_rank(self._topology, lambda: self._write_file(self._fitted | (sums or {})))
+        on_first_rank(self._topology, lambda: self._write_file({**self._fitted, **(sums or {})}))
 
     def _write_file(self, tensors: Mapping[str, Tensor]) -> None:
         content = {
