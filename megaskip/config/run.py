@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from megaskip.config.adapter import AdapterConfig, adapter_problems
 from megaskip.config.checks import at_least, finite, within
 from megaskip.config.four_bit import four_bit_problems
+from megaskip.config.full import full_problems
 from megaskip.config.log import LogConfig
 from megaskip.config.options import Checked, option
 from megaskip.config.parallel import ParallelConfig, sequence_problems
@@ -267,18 +268,13 @@ class RunConfig(Checked):
     def _full_problems(self) -> Iterator[str]:
         if self.model.train != "full":
             return
-        if self.parallel.compile:
-            yield (
-                "--compile does not go with --train full: it compiles layers of a frozen backbone; "
-                "leave one of them out"
-            )
-        if self.parallel.cache_prefix is not None:
-            yield "--cache_prefix does not go with --train full, which changes every layer"
-        if self.parallel.pipeline_stages > 1:
-            yield (
-                "--train full does not run in stages (--pipeline_stages "
-                f"{self.parallel.pipeline_stages}): they hold a frozen backbone"
-            )
+        of_routers = {
+            "init_routers": self.model.init_routers is not None,
+            "distill": self.optim.distill > 0,
+            "noise": self.optim.noise > 0,
+            "temperature": self.optim.temperature != 1,
+        }
+        yield from full_problems(self.parallel, [name for name in of_routers if of_routers[name]])
 
     def _parallel_problems(self) -> Iterator[str]:
         if self.parallel.cache_prefix is not None and self.data.streaming:

@@ -125,6 +125,13 @@ def test_attention_that_is_told_of_all_rows_goes_with_dense_training_alone() -> 
         ("--compile --pipeline_stages 2", "--compile does not go with --pipeline_stages 2"),
         ("--compile --train full", "--compile does not go with --train full"),
         *(
+            (f"--train full {flags}", f"{flags.split()[0]} does not go with --train full")
+            for flags in (
+                *("--init_routers fitted", "--distill 0.5", "--noise 0.1", "--temperature 2"),
+                "--train_execution sparse",
+            )
+        ),
+        *(
             (
                 f"--sequence_parallel_size 2 {other}",
                 f"--sequence_parallel_size 2 does not go with {other.split()[0]}",

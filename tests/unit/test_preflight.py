@@ -11,6 +11,7 @@ import torch
 
 from megaskip.config import CheckpointConfig, ModelConfig, RouterConfig, RunConfig
 from megaskip.errors import RankError
+from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.loading.source import choose_arithmetic, resolve_source
 from megaskip.parallel.preflight import Report, checkpoint_bytes, find_problems, preflight
 from megaskip.parallel.topology import _free_port, process_group, read_topology
@@ -167,3 +168,24 @@ def test_a_cpu_that_emulates_bfloat16_is_said_to_be_slow(
         caplog.clear()
         choose_arithmetic(dtype, torch.device("cuda"))
         assert slow not in caplog.text
+
+
+def test_a_heartbeat_is_two_requests_however_many_ranks_there_are() -> None:
+    """One for each rank would be a quarter of a million a second among 512, more than the store of
+    the first rank answers: ranks would be taken for dead."""
+    requests = []
+
+    class Counted(torch.distributed.Store):
+        def __getattribute__(self, name: str) -> Any:
+            requests.append(name)
+            return getattr(store, name)
+
+    store, topology = torch.distributed.HashStore(), read_topology({"WORLD_SIZE": "512"})
+    watch = HeartbeatMonitor(topology, silence=30)
+    watch._store = Counted()
+    for rank in range(topology.world_size):
+        store.set(f"beat/{rank}", "1")
+        watch._names[rank], watch._seen[rank] = f"rank {rank}", (b"", 0.0)
+    assert watch._beat(2) is None
+    assert [seen[0] for seen in watch._seen.values()] == [b"2"] + [b"1"] * 511
+    assert len(requests) == 2, requests
