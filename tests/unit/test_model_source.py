@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
+import transformers
+from families import COMMON, tiny_model
 
 from megaskip.checkpoint.stored_weights import read_stored_weights, weight_map_of
 from megaskip.config import ModelConfig
@@ -15,6 +16,7 @@ from megaskip.parallel.inference import Placement, load_for_inference
 from megaskip.parallel.loading import skeleton, whole
 from megaskip.parallel.loading import source as source_module
 from megaskip.parallel.loading.source import ModelSource, resolve_source
+from megaskip.parallel.loading.weight_check import check_weights
 
 CPU = torch.device("cpu")
 
@@ -53,6 +55,48 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')
     with pytest.raises(ConfigError, match="cannot read its config.json"):
         resolve_source(ModelConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("model.safetensors", "give the folder that holds config.json and the weights as safet"),
+        ("a.gguf", "a.gguf: GGUF is not read; give the Hugging Face folder"),
+        ("run.json", "it holds routers: give their base model here, .* --init_routers"),
+        ("checkpoint-8/config.json", "did you mean .*checkpoint-8?"),
+    ],
+)
+def test_a_folder_without_config_json_says_what_to_give(
+    file: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(ConfigError, match=f"no config.json in this folder; {says}"):
+        resolve_source(ModelConfig(model=str(tmp_path)))
+
+
+def test_a_name_that_is_no_folder_says_what_a_name_looks_like(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    for name, says in ((str(tmp_path / "a.gguf"), "a file; a.gguf: GGUF"), ("lama", "OWNER/NAME")):
+        with pytest.raises(ConfigError, match=says):
+            resolve_source(ModelConfig(model=name))
+
+
+def test_what_is_no_causal_language_model_is_named(tmp_path: Path) -> None:
+    for config, says in (
+        (transformers.T5Config(), "an encoder with a decoder .model_type t5."),
+        (transformers.LlavaConfig(), "one for text and other media .model_type llava."),
+    ):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=f"decoder-only language models, and it is {says}"):
+            skeleton.skeleton(resolve_source(ModelConfig(model=str(tmp_path))))
+    (tmp_path / "config.json").write_text('{"model_type": "megaskip_llama"}')
+    with pytest.raises(ConfigError, match="megaskip exported it: give its base model"):
+        resolve_source(ModelConfig(model=str(tmp_path)))
+    config = transformers.LlamaConfig(**COMMON)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="files are of LlamaForSequenceClassification, and"):
+        check_weights(resolve_source(ModelConfig(model=str(tmp_path))))
 
 
 def test_weights_are_read_right_onto_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from megaskip.errors import ConfigError
@@ -31,12 +31,33 @@ def build_model(source: ModelSource, dtype: torch.dtype | None = None) -> nn.Mod
     built."""
     # transformers notes the type in the config that it is given.
     hf_config = copy.deepcopy(source.hf_config)
+    if kind := _other_kind(hf_config):
+        raise ConfigError(
+            f"--model {source.name}: megaskip routes decoder-only language models, and it is {kind}"
+        )
     try:
         return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **source.build_options)
     except _CANNOT_BUILD as error:
         raise ConfigError(
             f"--model {source.name}: cannot be built as a decoder ({first_line(error)})"
         ) from None
+
+
+def _other_kind(hf_config: Any) -> str:
+    """Return what a config describes that transformers has as no causal language model; "" for
+    one that it has, and for one that it does not know."""
+    has_own_code = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
+    if has_own_code or type(hf_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return ""
+    name = f"model_type {hf_config.model_type}"
+    if getattr(hf_config, "is_encoder_decoder", False):
+        return f"an encoder with a decoder ({name}); give another model"
+    if hf_config.get_text_config() is not hf_config:
+        return (
+            f"one for text and other media ({name}); give the text model that it was made from, "
+            "or save its language model by itself"
+        )
+    return ""
 
 
 def build_uninitialised(source: ModelSource, dtype: torch.dtype) -> nn.Module:

@@ -25,7 +25,7 @@ from megaskip.checkpoint.header import require_no_pointer
 from megaskip.checkpoint.stored_weights import ADAPTER
 from megaskip.config import ModelConfig
 from megaskip.config.run import DEMO
-from megaskip.errors import ConfigError
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.four_bit import FourBit, stored_four_bit
 from megaskip.parallel.loading.weight_plan import WeightPlan
@@ -102,9 +102,9 @@ def resolve_source(config: ModelConfig, folder: Path | None = None) -> ModelSour
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except CONFIG_ERRORS as error:
-        raise ConfigError(
-            f"--model {folder}: cannot read its config.json ({first_line(error)})"
-        ) from None
+        exported = "megaskip exported it: give its base model"
+        reason = exported if _is_exported(folder) else first_line(error)
+        raise ConfigError(f"--model {folder}: cannot read its config.json ({reason})") from None
     return source_in(folder, hf_config, config)
 
 
@@ -147,12 +147,17 @@ def find_model_folder(config: ModelConfig, *, weights: bool = True) -> Path:
     folder = Path(config.model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            is_adapter = (folder / ADAPTER).is_file()
-            why = f"; it holds {ADAPTER}: merge the adapter into its base" if is_adapter else ""
-            raise ConfigError(f"--model {folder}: no config.json in this folder{why}")
+            raise ConfigError(
+                f"--model {folder}: no config.json in this folder; {_instead(folder)}"
+            )
         return folder
+    if folder.is_file():
+        raise ConfigError(f"--model {folder}: a file; {_instead(folder)}")
     if folder.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1:
-        raise ConfigError(f"--model {config.model}: no such folder")
+        raise ConfigError(
+            f"--model {config.model}: no such folder; a hub id is OWNER/NAME, and {DEMO} is the "
+            "model that ships with megaskip"
+        )
     try:
         patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())]
         snapshot = snapshot_download(
@@ -164,6 +169,32 @@ def find_model_folder(config: ModelConfig, *, weights: bool = True) -> Path:
             f"({first_line(error)})"
         ) from None
     return Path(snapshot)
+
+
+def _is_exported(folder: Path) -> bool:
+    from megaskip.inference.hf import MODEL_TYPE  # not where only the package is imported
+
+    try:
+        content = read_json(folder / "config.json")
+    except CheckpointError:
+        return False
+    return str(content.get("model_type")).startswith(MODEL_TYPE)
+
+
+def _instead(path: Path) -> str:
+    """Return what to give in the place of a file, or of a folder without config.json."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    names = {file.name for file in files}
+    if ADAPTER in names:
+        return f"it holds {ADAPTER}: merge the adapter into its base"
+    if names & {"run.json", "router_config.json"}:
+        return "it holds routers: give their base model here, and this folder as --init_routers"
+    if gguf := [file.name for file in files if file.suffix == ".gguf"]:
+        return f"{gguf[0]}: GGUF is not read; give the Hugging Face folder that it was made from"
+    inner = [file for file in files if (file / "config.json").is_file()]
+    if inner:
+        return f"did you mean {inner[-1]}?"
+    return "give the folder that holds config.json and the weights as safetensors"
 
 
 def _weight_dtype(config: ModelConfig, hf_config: Any) -> torch.dtype:

@@ -104,7 +104,7 @@ def check_weights(source: ModelSource, shape: Any | None = None) -> WeightPlan:
         _require_plain_parts(folder, renamed.converted)
         plain = [tensor for tensor in tensors.values() if tensor.name not in beside]
         missing = missing_after_conversion(source, model, plain, missing)
-    _require_all(folder, missing, len(weights), tensors)
+    _require_all(source, missing, len(weights), tensors)
     _require_no_other_model(folder, model, extra)
     converted = {n: t for n, t in renamed.converted.items() if n in weights}
     plan = WeightPlan(
@@ -190,7 +190,7 @@ def _require_plain_parts(folder: Path, converted: Mapping[str, tuple[StoredTenso
 
 
 def _require_all(
-    folder: Path, missing: Mapping[str, Tensor], total: int, stored: Iterable[str]
+    source: ModelSource, missing: Mapping[str, Tensor], total: int, stored: Iterable[str]
 ) -> None:
     """Raise CheckpointError when weights are `missing`; says what the reason looks like."""
     if not missing:
@@ -205,6 +205,11 @@ def _require_all(
         )
     elif name.startswith(f"{PREFIX}."):
         advice = "without its routers nothing would be skipped; convert the run again"
+    elif stored_class := _other_class(source):
+        advice = (
+            f"config.json says that the files are of {stored_class}, and megaskip routes causal "
+            "language models: give one with its output embedding"
+        )
     elif name.endswith("lm_head.weight") and len(missing) == 1:
         advice = (
             "copy or download the model again; if its head is its embedding, set "
@@ -212,7 +217,14 @@ def _require_all(
         )
     else:
         advice = "copy or download the model again, or mend config.json if it asks for too much"
-    raise CheckpointError(f"{folder}: no stored tensor is {name} ({count}); {advice}")
+    raise CheckpointError(f"{source.folder}: no stored tensor is {name} ({count}); {advice}")
+
+
+def _other_class(source: ModelSource) -> str:
+    """Return the class that wrote the files where that is no causal language model, or ""."""
+    classes = getattr(source.hf_config, "architectures", None) or [""]
+    is_causal = str(classes[0]).endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
+    return "" if is_causal else str(classes[0])
 
 
 def _require_shapes(
