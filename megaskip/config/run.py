@@ -15,6 +15,7 @@ from megaskip.config.router import RouterConfig
 
 DEMO = "demo"
 DTYPES = ("auto", "float32", "bfloat16")
+COMPENSATION_LR = 3e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class OptimConfig(Checked):
     """Forward passes per optimizer step."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
-    compensation_lr: float = 1e-2
+    compensation_lr: float = COMPENSATION_LR
     """Peak learning rate of the compensations, which follows the same schedule."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the rate climbs linearly; then it falls along a cosine."""

@@ -19,6 +19,8 @@ from megaskip.parallel.child import run_child
 
 logger = get_logger(__name__)
 
+_LEARNING = ("steps", "batch_size", "distill", "compensation_lr")
+"""Options of the training."""
 RECORD = "drop.json"
 """In the work folder: the flags that its content belongs to."""
 
@@ -67,7 +69,7 @@ def _begin(work: Path, options: DropOptions) -> None:
         **dataclasses.asdict(options.base),
         **dataclasses.asdict(options.plan),
         **dataclasses.asdict(options.adapter),
-        **{name: getattr(options, name) for name in ("steps", "batch_size", "distill")},
+        **{name: getattr(options, name) for name in _LEARNING},
     }
     asked = json.loads(json.dumps(asked))  # as it will be read back
     file = work / RECORD
@@ -122,6 +124,7 @@ def _train_flags(options: DropOptions, fitted: Path) -> list[str]:
         "max_steps": options.steps,
         "gradient_accumulation_steps": options.batch_size // options.rows_at_once,
         "distill": options.distill,
+        "compensation_lr": options.compensation_lr,
         "resume": "auto",
     }
     adapter = dataclasses.asdict(options.adapter) if options.adapter.lora_rank else {}

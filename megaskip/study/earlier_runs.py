@@ -24,6 +24,7 @@ _SETTINGS = {
     "optim.max_steps": "--steps",
     "optim.calibration_rows": "--calibration_rows",
     "router.compensation_rank": "--compensation_rank",
+    "optim.compensation_lr": "--compensation_lr",
     "adapter.lora_rank": "--lora_rank",
     "adapter.lora_lr": "--lora_lr or --adapter_lr",
 }

@@ -116,14 +116,15 @@ def _run_for(
     lora: tuple[str, ...] = ()
     if method.endswith("_lora"):
         lora = ("--lora_rank", str(options.lora_rank), "--lora_lr", f"{options.lora_lr:g}")
-    rank = ("--compensation_rank", str(options.compensation_rank))
+    maps = ("--compensation_rank", str(options.compensation_rank))
+    maps += ("--compensation_lr", f"{options.compensation_lr:g}")
     name = f"{method}-r{options.lora_rank}" if lora else method
     kind = STATIC.get(method, ("", ""))[1]
     if kind in LEARNT:
         start = options.output / "fitted" / f"{method}-{skip:.4f}"
         learns = lora or ("--distill", "0.5")
         if kind == "trained":
-            learns += rank
+            learns += maps
         return f"{name}-{skip:.4f}", ("--init_routers", str(start), *learns), start
     if method not in RECIPES:
         return "", (), None
@@ -134,7 +135,7 @@ def _run_for(
         capacity = 1 - comparison.share(skip)
         asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
         if method == "compensated":
-            asked += rank
+            asked += maps
         return f"{name}-{capacity:.4f}", (*layers, *RECIPES[method], *asked), None
     low = 1 - comparison.share(max(options.shares))
     middle = 1 - comparison.share(statistics.mean(options.shares))

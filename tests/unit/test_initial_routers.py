@@ -64,7 +64,7 @@ def test_flags_that_say_otherwise_than_the_folder_are_refused(tmp_path: Path) ->
 
 
 def test_no_rate_for_routers_is_none_for_compensations() -> None:
-    with pytest.raises(ConfigError, match=r"--lr 0 keeps .*: --compensation_lr 0\.01 is scaled"):
+    with pytest.raises(ConfigError, match=r"--lr 0 keeps .*: --compensation_lr 0\.003 is scaled"):
         parse_run_config([*MAPS, "--lr", "0"])
     parse_run_config(["--lr", "0"])
     parse_run_config([*MAPS, "--lr", "0", "--compensation_lr", "0"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from megaskip.config.checks import at_least, percentage
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import SUBLAYER_GRANULARITIES
-from megaskip.config.run import DTYPES
+from megaskip.config.run import COMPENSATION_LR, DTYPES
 
 BASELINES = ("static", "random", "uniform")
 BY_COST = ("by_cost", "by_cost_fitted")
@@ -85,6 +85,8 @@ class CompareOptions(Checked):
     """Rows on which thresholds are found."""
     compensation_rank: int = 64
     """Rank of the maps in dropped layers' places."""
+    compensation_lr: float = COMPENSATION_LR
+    """Their peak learning rate."""
     adapter_lr: float = 1e-3
     """Peak learning rate of the adapters of dense_adapted."""
     lora_rank: int = 16
@@ -114,7 +116,7 @@ class CompareOptions(Checked):
         counts = ("documents", "pairs", "choice_questions", "steps", "calibration_rows")
         for name in (*counts, "order_rows", "cost_rows", "cost_groups", "parallel", "lora_rank"):
             yield from at_least(name, getattr(self, name), 1)
-        for name in ("continuations", "prefill_runs", "adapter_lr", "lora_lr"):
+        for name in ("continuations", "prefill_runs", "compensation_lr", "adapter_lr", "lora_lr"):
             yield from at_least(name, getattr(self, name), 0)
         for name in ("data", "skip", "seeds", "methods"):
             values = getattr(self, name)

@@ -9,7 +9,7 @@ from megaskip.config.checks import at_least, percentage
 from megaskip.config.commands.hub import HubTarget
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import COMPENSATIONS
-from megaskip.config.run import DTYPES
+from megaskip.config.run import COMPENSATION_LR, DTYPES
 
 TARGETS = ("attn", "mlp", "block")
 ORDERS = ("greedy", "cosine")
@@ -113,6 +113,8 @@ class DropOptions(Checked):
     """Rows of a step."""
     distill: float = 0.5
     """Share of each label that is the dense model's own prediction."""
+    compensation_lr: float = COMPENSATION_LR
+    """Peak learning rate of the maps."""
     nproc: int = 1
     """Ranks that fit and train, on this machine."""
     work_dir: Path | None = option(None, metavar="FOLDER")
@@ -125,6 +127,7 @@ class DropOptions(Checked):
     def _problems(self) -> Iterator[str]:
         yield from _stage_problems(self.base, self.plan)
         yield from at_least("steps", self.steps, 0)
+        yield from at_least("compensation_lr", self.compensation_lr, 0.0)
         yield from at_least("nproc", self.nproc, 1)
         if self.nproc % self.base.pipeline_stages:
             yield (
