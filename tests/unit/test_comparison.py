@@ -396,6 +396,7 @@ def test_flops_of_a_training_are_those_of_what_runs(comparison: Comparison) -> N
         engine = comparison.engine_of(run)
         rows = comparison.calibration[:1]
         flops[budget] = count_flops(functools.partial(engine.train_step, rows, 0.0, 0.0))
+    comparison.attach(comparison.plain)
     assert 0.5 < flops["static"] / flops["dense"] < 0.95
 
 

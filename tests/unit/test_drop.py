@@ -110,8 +110,13 @@ def test_an_export_of_fitted_maps_has_the_tokenizer_and_template_they_were_fitte
 
 def test_an_interrupted_command_waits_for_its_training_to_save(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
+    # A worker of pytest-xdist ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
-        _start(["sh", "-c", f"sleep 0.6; touch {saved}"])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _start(["sh", "-c", f"sleep 0.6; touch {saved}"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert saved.is_file()

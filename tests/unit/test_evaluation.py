@@ -423,9 +423,12 @@ def test_records_hold_what_metrics_of_many_kinds_hold_and_one_document_has_no_in
     assert len(report.lines()) > 1
 
 
-@pytest.mark.parametrize("name", ["/nowhere", str(ROOT / "tests")])
-def test_a_folder_that_is_no_model_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"neither config\.json"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("/nowhere", "no such folder; give"), (str(ROOT / "tests"), r"neither config\.json")],
+)
+def test_a_folder_that_is_no_model_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_for_inference(name, Placement.on(torch.device("cpu")))
 
 

@@ -115,16 +115,23 @@ class Offloaded(DynamicCache):
             self.offloading = True
 
 
-@pytest.mark.parametrize(("granularity", "kv"), [("attn_sequence", "keep"), ("attn_token", "drop")])
-def test_an_offloaded_cache_computes_everything(granularity: str, kv: str) -> None:
+def test_an_offloaded_cache_computes_everything() -> None:
     """It fetches a layer's keys when the layer below is updated, so none may be passed over."""
-    model = as_exported(*trained("llama", granularity), kv=kv)
+    model = as_exported(*trained("llama"))
     ids = whole_ids(3, 9)
     cache = Offloaded(config=model.config)
     cache.offloading = True
     with torch.no_grad(), pytest.warns(UserWarning, match="an offloaded cache cannot hold a part"):
         model(ids, past_key_values=cache)
     assert all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def test_an_offloaded_cache_cannot_drop_keys() -> None:
+    model = as_exported(*trained("llama", "attn_token"), kv="drop")
+    cache = Offloaded(config=model.config)
+    cache.offloading = True
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="an offloaded cache cannot"):
+        model(whole_ids(3, 9), past_key_values=cache)
 
 
 def test_routers_on_another_device_decide_on_that_of_the_layer() -> None:
