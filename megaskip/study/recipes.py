@@ -116,7 +116,7 @@ def _run_for(
     lora: tuple[str, ...] = ()
     if method.endswith("_lora"):
         lora = ("--lora_rank", str(options.lora_rank), "--lora_lr", f"{options.lora_lr:g}")
-    maps = ("--compensation_rank", str(options.compensation_rank))
+    maps: tuple[str, ...] = ("--compensation_rank", str(options.compensation_rank))
     maps += ("--compensation_lr", f"{options.compensation_lr:g}")
     name = f"{method}-r{options.lora_rank}" if lora else method
     kind = STATIC.get(method, ("", ""))[1]
