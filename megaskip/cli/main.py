@@ -45,7 +45,9 @@ COMMANDS = {
         "megaskip.cli.fit", "layers to drop, and maps in their places, in closed form", _GOES_ON
     ),
     "fit-routers": Command(
-        "megaskip.cli.fit_routers", "routers that predict what skipping costs, in closed form"
+        "megaskip.cli.fit_routers",
+        "routers that predict what skipping costs, in closed form",
+        _GOES_ON,
     ),
     "drop": Command("megaskip.cli.drop", "a model to a smaller one: fit, train, export", _GOES_ON),
     "import-routers": Command("megaskip.cli.import_routers", "take in published routers"),

@@ -390,3 +390,8 @@ def test_what_ends_a_command_from_outside_shows_no_traceback(
     code = f"from megaskip.cli.run import run_cli\ndef f(a): raise {error}\n"
     done = python("-c", f"{code}run_cli(f, [], after_interrupt='it goes on')", cwd=ROOT)
     assert (done.returncode, done.stderr) == (status, says)
+
+
+def test_commands_that_can_go_on_say_so_after_an_interrupt() -> None:
+    told = {name for name, command in COMMANDS.items() if command.after_interrupt}
+    assert told == {"train", "fit", "fit-routers", "drop", "compare", "bench"}
