@@ -126,8 +126,7 @@ def export_static(
     stand in the place of what is dropped; `without_compensation` leaves them out, as "decilm"
     needs. `merge` adds a LoRA adapter of the routers to the weights that stay. `chat_template`, a
     jinja file, takes the place of the tokenizer's. `dtype` is the type of the weights while it is
-    measured. `verify` compares logits with those of the base whose
-    sublayers are off.
+    measured. `verify` compares logits with those of the base whose sublayers are off.
 
     Raises ConfigError, DataError, CheckpointError or UnsupportedModelError.
     """

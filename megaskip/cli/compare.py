@@ -3,8 +3,8 @@
     megaskip compare --model path/to/model --data train.jsonl --eval_data heldout.jsonl \\
         --blimp path/to/blimp --skip 12.5,25,37.5,50 --seeds 0,1,2 --output comparison
 
-Trains what is to be trained (runs that are there are taken), puts every method at the same
-shares of all attention skipped, and writes into the output folder
+Trains what is to be trained (runs of these settings that are there are taken, others refused), puts
+every method at the same shares of all attention skipped, and writes into the output folder
 
   report.html             all figures and tables, in one file that needs nothing else
   report.json, report.md  points and paired differences with 95 % intervals

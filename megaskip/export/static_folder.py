@@ -119,8 +119,7 @@ def export_static(
     their place (hf alone); `adapters` are added to the weights that stay; `name` is the base's hub
     id, if known; `tokenizer` takes the place of the base's; `facts` are rows of the model card;
     `progress` is told the bytes of each shard that is done. Shards that keep all their bytes are
-    hard links. Raises CheckpointError, ConfigError or
-    UnsupportedModelError.
+    hard links. Raises CheckpointError, ConfigError or UnsupportedModelError.
     """
     if maps is not None and base.form == "decilm":
         raise ConfigError(NO_MAPS_IN_DECILM)
