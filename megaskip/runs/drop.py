@@ -77,12 +77,17 @@ def _begin(work: Path, options: DropOptions) -> None:
         work.mkdir(parents=True, exist_ok=True)
         write_json(file, asked)
         return
-    for name, before in read_json(file).items():
-        if name in asked and asked[name] != before:
-            raise ConfigError(
-                f"{work} was begun with --{name} {before}, not {asked[name]}; remove it, or name "
-                "another folder with --work_dir"
-            )
+    before = read_json(file)
+    for name, value in asked.items():
+        if name not in before:
+            begun = f"by a version without --{name}"
+        elif value != before[name]:
+            begun = f"with --{name} {before[name]}, not {value}"
+        else:
+            continue
+        raise ConfigError(
+            f"{work} was begun {begun}; remove it, or name another folder with --work_dir"
+        )
 
 
 def _run(options: DropOptions, command: Sequence[str]) -> None:

@@ -67,6 +67,10 @@ def test_work_that_was_begun_with_other_flags_is_not_taken_for_this_command(
     assert len(started) == 6
     recorded = json.loads((tmp_path / "smaller.work/drop.json").read_text())
     assert recorded["drop"] == 25.0
+    del recorded["compensation_lr"]  # as of a version that had no such flag
+    (tmp_path / "smaller.work/drop.json").write_text(json.dumps(recorded))
+    with pytest.raises(ConfigError, match="was begun by a version without --compensation_lr"):
+        drop.main([*argv, "--drop", "25"])
 
 
 def test_adapters_train_with_the_maps_and_are_merged(
