@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megaskip.calibration.cost_model import SkipCostModel
+from megaskip.calibration.finite import require_finite
 from megaskip.calibration.similarity import UpdateSimilarity
 from megaskip.calibration.threshold import TOLERANCE, calibrate_threshold, quantile
 from megaskip.calibration.unit_losses import unit_losses
@@ -174,7 +175,9 @@ def _unit_losses(engine: Engine, batches: Sequence[Batch | None]) -> tuple[Tenso
             keep += [decision.keep[decision.unit_mask].cpu() for decision in decisions]
     everywhere = gather_from_ranks((torch.cat(losses), torch.cat(keep)))
     kept = torch.cat([kept_of_rank for _, kept_of_rank in everywhere])
-    return torch.cat([loss for loss, _ in everywhere]), float(kept.double().mean())
+    of_all = torch.cat([loss for loss, _ in everywhere])
+    require_finite(of_all, "the loss of the calibration text")
+    return of_all, float(kept.double().mean())
 
 
 def _is_lower(losses: Tensor, others: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.equal_scores import give_directions
 from megaskip.calibration.expert_load import ExpertLoad
+from megaskip.calibration.finite import require_finite
 from megaskip.calibration.threshold import TOLERANCE, calibrate_threshold
 from megaskip.checkpoint.adapters import adapter_config
 from megaskip.checkpoint.routers import fill_routers, read_router_config
@@ -124,6 +125,7 @@ def calibrate_all(
             problems.append(_not_reached(capacity, kept))
             continue
         measured = engine.evaluate(held_out, routed=True)
+        require_finite(measured.loss, f"the held-out loss at capacity {capacity:g}")
         off = abs(measured.capacity - capacity)
         if off > TOLERANCE + 2 * measured.capacity_error:
             problems.append(_does_not_hold(capacity, kept, measured))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megaskip.calibration.finite import require_finite
 from megaskip.calibration.fit_progress import FitProgress
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
@@ -41,7 +42,8 @@ def greedy_drop_order(
     was last measured, so only layers that could be next are measured again. Each measurement is a
     forward pass over `batches` of all ranks; `progress` is called after each. What `kept` has is
     not measured again, and what is measured is kept there. Collective.
-    Raises ConfigError when there are fewer routed layers than `count`.
+    Raises ConfigError when there are fewer routed layers than `count`, MegaskipError for a loss
+    that is not finite.
     """
     routers = engine.routers
     if not 0 < count <= len(routers.layers):
@@ -55,6 +57,7 @@ def greedy_drop_order(
         if known is None:
             with routers.disabled(), routers.override(dict.fromkeys(layers, 0.0)):
                 known = engine.evaluate(batches, routed=True).loss
+            require_finite(known, _loss_without(layers))
             if kept is not None:
                 kept.keep_loss(tuple(layers), known)
         progress()
@@ -74,3 +77,9 @@ def greedy_drop_order(
         gone = [step.layer for step in dropped]
         heapq.heappush(queue, (loss_without([*gone, layer]) - before, layer, len(dropped)))
     return dense, dropped
+
+
+def _loss_without(layers: Sequence[int]) -> str:
+    """Return what a loss is called that was measured with `layers` dropped."""
+    dropped = f" with layers {', '.join(map(str, layers))} dropped" if layers else ""
+    return f"the loss of the text{dropped}"

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megaskip.calibration.finite import sum_of_finite
 from megaskip.calibration.fit_progress import SAVED_EVERY, FitProgress
 from megaskip.calibration.low_rank_fit import LowRankFit
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.parallel.collectives import sum_over_ranks
 from megaskip.parallel.engine import Engine
 from megaskip.routing import RouterSet
 
@@ -39,7 +39,8 @@ def fit_compensation(
     is fitted as if all other layers ran. Reduced-rank ridge regression for "low_rank", the mean
     update for "bias". `check` as in Engine.forwards. With `progress` it goes on from where that
     stands, and keeps it up. Collective.
-    Raises ConfigError when the routers have no compensation or there is no text.
+    Raises ConfigError when the routers have no compensation or there is no text, MegaskipError
+    where what a layer reads or returns is not finite.
     """
     routers = engine.routers
     if routers.config.compensation == "none":
@@ -68,6 +69,10 @@ def fit_compensation(
     if progress is not None:
         progress.keep_result(_MAPS, explained, _maps_of(routers))
     return explained
+
+
+def _read_by(layer: int) -> str:
+    return f"what layer {layer} reads and returns on the text of the fit"
 
 
 def _maps_of(routers: RouterSet) -> dict[str, Tensor]:
@@ -132,13 +137,13 @@ class _Fits:
     def begin_second_phase(self) -> None:
         if self._has_features:  # it goes on behind there
             return
-        for fit in self._by_layer.values():
-            fit.begin_second_phase(sum_over_ranks)
+        for layer, fit in self._by_layer.items():
+            fit.begin_second_phase(sum_of_finite(_read_by(layer)))
 
     def finish(self) -> dict[int, float]:
         explained = {}
         for layer, fit in self._by_layer.items():
-            fitted = fit.solve(sum_over_ranks)
+            fitted = fit.solve(sum_of_finite(_read_by(layer)))
             compensation = self._routers.router(layer).compensation
             assert compensation is not None
             for name, parameter in compensation.named_parameters():

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megaskip.calibration.cost_regression import CostRegression, LinearCost
+from megaskip.calibration.finite import sum_of_finite
 from megaskip.calibration.fit_progress import FitProgress
 from megaskip.calibration.unit_costs import deal_groups, measure_costs, read_by_routers
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.parallel.collectives import sum_over_ranks
 from megaskip.parallel.engine import Engine
 from megaskip.routing import AffineRouter, RouterSet
 
@@ -44,7 +44,8 @@ def fit_routers(
     label that is the dense model's prediction: its costs scatter less than those of the text.
     `check` is called before each batch. With `progress` it goes on from where that stands, and
     keeps it up.
-    Collective. Raises ConfigError for other routers than affine ones, and without text.
+    Collective. Raises ConfigError for other routers than affine ones, and without text,
+    MegaskipError for costs that are not finite.
     """
     routers = engine.routers
     if routers.config.router != "affine":
@@ -64,7 +65,10 @@ def fit_routers(
         fits = _regressions(
             engine, batches, groups, distill=distill, seed=seed, check=check, progress=progress
         )
-        fitted = {layer: fit.solve(sum_over_ranks) for layer, fit in fits.items()}
+        fitted = {
+            layer: fit.solve(sum_of_finite(f"what skipping layer {layer} costs"))
+            for layer, fit in fits.items()
+        }
         if progress is not None:
             _keep(fitted, progress)
     _fill(engine, fitted)
@@ -157,8 +161,8 @@ def _choose_features(
                     decisions = engine.own_decisions() if batch is not None else {}
                     for layer, decision in decisions.items():
                         fits[layer].sketch(read[layer][decision.unit_mask])
-    for fit in fits.values():
-        fit.choose_features(sum_over_ranks)
+    for layer, fit in fits.items():
+        fit.choose_features(sum_of_finite(f"what the router of layer {layer} reads"))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megaskip.calibration.drop_order import Dropped, greedy_drop_order
+from megaskip.calibration.finite import require_finite
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.fit_progress import FitProgress
 from megaskip.calibration.similarity import UpdateSimilarity
@@ -118,6 +119,7 @@ def fit_static_drop(
     held_out = ProgressBatches(loader.held_out(), "held out", disable=hidden)
     with engine.routers.disabled():
         dense = engine.evaluate(held_out, routed=True).loss
+        require_finite(dense, "the held-out loss of the dense model")
         with engine.routers.override(dict.fromkeys(order, 0.0)):
             compensated = engine.evaluate(held_out, routed=True).loss
             with without_maps(engine.routers):
@@ -167,7 +169,9 @@ def mean_similarity(engine: Engine, batches: Sequence[Any]) -> dict[int, float]:
     totals = torch.cat([seen.sums, seen.sums.new_tensor([seen.tokens])])
     everywhere: list[Any] = [None] * engine.world_size
     dist.all_gather_object(everywhere, totals)
-    *sums, tokens = torch.stack(everywhere).sum(0).tolist()
+    total = torch.stack(everywhere).sum(0)
+    require_finite(total, "how much the layers change what they read")
+    *sums, tokens = total.tolist()
     return {layer: sums[layer] / max(tokens, 1.0) for layer in routers.layers}
 
 

@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from megaskip.calibration.finite import not_finite
 from megaskip.calibration.search import ThresholdSearch
 from megaskip.parallel.collectives import gather_from_ranks
 from megaskip.routing import RouterSet, RoutingDecision
@@ -107,21 +108,26 @@ def decide_all(
     check: Callable[[], object] = lambda: None,
 ) -> tuple[float, Tensor]:
     """Return (share of the units that ran, float32 [N] by how much the logits of units are above
-    their layer's threshold) over the batches of all ranks. Collective.
+    their layer's threshold) over the batches of all ranks. Collective. Raises MegaskipError for
+    logits that are not finite.
 
     The logits are those of all units, or of evenly chosen ones when there are very many.
     """
-    sums, above = torch.zeros(2, dtype=torch.float64), [torch.zeros(0)]
+    sums, above = torch.zeros(3, dtype=torch.float64), [torch.zeros(0)]
     for batch, _ in engine.forwards(batches, check):
         decisions = engine.own_decisions() if batch is not None else {}
         for layer, decision in decisions.items():
             logit = decision.logit[decision.unit_mask].cpu()
             above.append(logit - engine.routers.thresholds.logits[layer])
-            sums += torch.tensor([float(decision.kept().detach()), float(decision.units())])
+            broken = float((~logit.isfinite()).sum())
+            kept_units = float(decision.kept().detach())
+            sums += torch.tensor([kept_units, float(decision.units()), broken])
     mine = torch.cat(above)
     step = -(-len(mine) * engine.world_size // _ENOUGH) or 1
     everywhere = gather_from_ranks((sums, mine[::step]))
-    kept, units = torch.stack([of_rank for of_rank, _ in everywhere]).sum(0).tolist()
+    kept, units, broken = torch.stack([of_rank for of_rank, _ in everywhere]).sum(0).tolist()
+    if broken:
+        raise not_finite(f"{broken:,.0f} of {units:,.0f} logits of the routers")
     return kept / max(units, 1.0), torch.cat([logits for _, logits in everywhere])
 
 

@@ -23,7 +23,7 @@ from megaskip.config import RunConfig
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.data import Batch
-from megaskip.errors import ConfigError
+from megaskip.errors import ConfigError, MegaskipError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.routing import Counts, Measured, RouterSet
@@ -114,6 +114,21 @@ def test_a_direction_changes_nothing_at_the_thresholds_that_there_were() -> None
         for layer in routers.layers:
             logit = torch.tensor([[logits.get(layer, 0.2)]])
             assert new_rule.keep(logit, layer) == old_rule.keep(logit, layer)
+
+
+def test_scores_and_losses_that_are_not_finite_are_one_message(engine: Engine) -> None:
+    """Every comparison with nan fails: the search would take it for a unit that is skipped."""
+    randomise(engine.routers)
+    text = batches(0, 1)
+    norm = engine.model.get_parameter("model.norm.weight")
+    norm.data[0] = torch.nan
+    with pytest.raises(MegaskipError, match=r"held-out loss at capacity 0\.5: found nan or inf"):
+        calibrate_all(engine, text, text, [0.5])
+    with pytest.raises(MegaskipError, match="loss of the calibration text: found nan or inf"):
+        calibrate_all(engine, text, text, [0.5], rounds=1)
+    engine.model.get_parameter("model.layers.2.mlp.down_proj.weight").data[3, 3] = torch.nan
+    with pytest.raises(MegaskipError, match="128 of 256 logits of the routers: found nan or inf"):
+        calibrate_all(engine, text, text, [0.5])
 
 
 def test_text_of_one_row_alone_reaches_all_or_nothing(engine: Engine) -> None:

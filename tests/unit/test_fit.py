@@ -16,9 +16,10 @@ from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.drop_order import greedy_drop_order
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.fit_progress import FitProgress
+from megaskip.calibration.static_drop import mean_similarity
 from megaskip.config import SUBLAYER_GRANULARITIES, RunConfig
 from megaskip.data import Batch
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, MegaskipError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
 
@@ -149,6 +150,25 @@ def test_nothing_to_fit_is_said(make_engine: Any) -> None:
         fit_compensation(make_engine(), batches(1))
     with pytest.raises(ConfigError, match="no text"):
         fit_compensation(make_engine(compensation="bias"), [])
+
+
+def overflowing(engine: Engine) -> Engine:
+    """Return the engine with a model that computes nan behind the MLP of its layer 2."""
+    engine.model.get_submodule("model.layers.2.mlp.down_proj").weight.data[3, 3] = torch.nan
+    return engine
+
+
+def test_numbers_that_are_not_finite_are_one_message(make_engine: Any) -> None:
+    """No map, order or choice follows from nan: it would be an arbitrary one."""
+    text = batches(1)
+    for compensation in ("bias", "low_rank"):
+        with pytest.raises(MegaskipError, match="what layer 2 reads and returns .* nan or inf"):
+            engine = make_engine(compensation=compensation, granularity="mlp_sequence")
+            fit_compensation(overflowing(engine), text)
+    with pytest.raises(MegaskipError, match="the loss of the text: found nan or inf"):
+        greedy_drop_order(overflowing(make_engine()), text, 2)
+    with pytest.raises(MegaskipError, match="how much the layers change what they read"):
+        mean_similarity(overflowing(make_engine()), text)
 
 
 @pytest.mark.parametrize("compensation", ["none", "low_rank"])

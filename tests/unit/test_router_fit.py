@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from families import tiny_model
-from test_fit import Killed, batches, killed_after, kl_to_dense
+from test_fit import Killed, batches, killed_after, kl_to_dense, overflowing
 from torch import Tensor
 
 from megaskip import RouterConfig, attach_routers
@@ -27,7 +27,7 @@ from megaskip.calibration.unit_costs import deal_groups, measure_costs, points_o
 from megaskip.config import SUBLAYER_GRANULARITIES, RunConfig
 from megaskip.config.commands.fit import TextAndModel
 from megaskip.config.commands.fit_routers import FitRoutersOptions
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, MegaskipError
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import process_group, read_topology
 
@@ -175,6 +175,8 @@ def test_routers_that_cannot_predict_costs_are_refused(make_engine: Any) -> None
         fit_routers(make_engine(router="linear"), batches(4), groups=2)
     with pytest.raises(ConfigError, match="too little"):
         fit_routers(make_engine(), batches(1), groups=2)
+    with pytest.raises(MegaskipError, match="what skipping layer 1 costs: found nan or inf"):
+        fit_routers(overflowing(make_engine()), batches(2), groups=1)
 
 
 def test_a_fit_that_was_killed_goes_on_and_ends_with_the_same_bits(
