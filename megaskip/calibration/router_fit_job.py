@@ -26,6 +26,7 @@ from megaskip.config import RouterConfig, resolve_layers
 from megaskip.config.commands.fit_routers import FitRoutersOptions
 from megaskip.config.paths import require_new
 from megaskip.data import Batch
+from megaskip.errors import ConfigError
 from megaskip.log import quiet_libraries, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.engine import Engine
@@ -116,6 +117,11 @@ def fit_routers_job(options: FitRoutersOptions) -> None:
 
 
 def _router_config(options: FitRoutersOptions, depth: int) -> RouterConfig:
+    if options.layers == "all" and depth < 2:
+        raise ConfigError(
+            "--layers all are all but the first, and the model has one layer; name it with "
+            "--layers 0-0 (--granularity mlp_token), or take a deeper model"
+        )
     spec = f"1-{depth - 1}," if options.layers == "all" else options.layers
     return RouterConfig(
         granularity=options.granularity,

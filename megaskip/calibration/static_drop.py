@@ -71,10 +71,16 @@ def candidate_layers(plan: DropPlan, depth: int) -> tuple[tuple[int, ...], int]:
     """Return (layers that may be dropped, how many are) of a model of `depth` layers; raises
     ConfigError when they are too few."""
     if plan.drop_layers is not None:
-        layers = resolve_layers(f"{plan.drop_layers},", depth)
+        layers = resolve_layers(f"{plan.drop_layers},", depth, flag="drop_layers")
         return layers, len(layers)
+    if plan.candidates is None and depth < 2:
+        raise ConfigError(
+            "the model has one layer, and the first stays unless it is named; name it with "
+            "--drop_layers 0 (--target mlp), or take a deeper model"
+        )
     spec = plan.candidates if plan.candidates is not None else f"1-{depth - 1}"
-    candidates, count = resolve_layers(f"{spec},", depth), max(round(depth * plan.drop / 100), 1)
+    candidates = resolve_layers(f"{spec},", depth, flag="candidates")
+    count = max(round(depth * plan.drop / 100), 1)
     if count > len(candidates):
         raise ConfigError(
             f"--drop {plan.drop:g} asks for {count} of {depth} layers, and {len(candidates)} may "

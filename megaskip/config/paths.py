@@ -25,6 +25,12 @@ def require_new(output: Path) -> None:
         raise ConfigError(f"--output {output} exists and is not empty; name a new folder")
 
 
+def beside(folder: Path, suffix: str) -> Path:
+    """Return the path beside `folder` that has its name and `suffix`."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()  # a name of its own
+    return named.with_name(f"{named.name}{suffix}")
+
+
 def output_file_problems(flag: str, file: Path, suffix: str) -> Iterator[str]:
     """Yield what keeps `file` from being written: it is a folder, or its folder is missing or
     cannot be written."""

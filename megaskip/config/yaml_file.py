@@ -16,22 +16,27 @@ def read_yaml(file: str, flags: Mapping[str, Flag], problems: list[str]) -> dict
     """Return {flag: value} of a file of 'flag: value' lines; what is wrong in it goes to
     `problems`. Raises ConfigError when it is no such file."""
     values = {}
-    for key, value in _content(file).items():
+    content, texts, twice = _content(file)
+    problems += [f"--config {file}: {shown(key)} is there twice; leave one out" for key in twice]
+    for key, value in content.items():
         if key not in flags:
             name = shown(key)
             problems.append(f"--config {file}: unknown key {name}{did_you_mean(key, flags)}")
         elif value is not None:
             try:
-                values[key] = _coerced(flags[key], value)
+                values[key] = _coerced(flags[key], value, texts.get(key))
             except (TypeError, ValueError, OverflowError):
                 expected = flags[key].kind.__name__
                 problems.append(f"--config {file}: {key} is {shown(value)}, expected {expected}")
     return values
 
 
-def _content(file: str) -> dict[Any, Any]:
+def _content(file: str) -> tuple[dict[Any, Any], dict[str, Any], list[str]]:
+    """Return (the keys and values of a file, the text of each value as it is written, or of each
+    entry of a list; the keys that are there twice)."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8")
+        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {file}: {why}") from None
@@ -42,14 +47,34 @@ def _content(file: str) -> dict[Any, Any]:
         raise ConfigError(
             f"--config {file}: expected 'flag: value' lines, found {type(content).__name__}"
         )
-    return content
+    assert isinstance(root, yaml.MappingNode), "a dict is one"
+    keys = [key.value for key, _ in root.value if isinstance(key, yaml.ScalarNode)]
+    twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    texts = {k.value: _written(v) for k, v in root.value if isinstance(k, yaml.ScalarNode)}
+    return content, texts, twice
 
 
-def _coerced(flag: Flag, value: Any) -> Any:
+def _written(node: yaml.Node) -> Any:
+    """Return the text of a value, or of each entry of a list; None for an object."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_written(entry) for entry in node.value]
+    return node.value if isinstance(node, yaml.ScalarNode) else None
+
+
+def _coerced(flag: Flag, value: Any, written: Any) -> Any:
     """Return a value as the flag's type; YAML reads 1e-3 as a string and 5 as an int for a
     float."""
     if flag.takes_list and isinstance(value, list):
-        return tuple(map(flag.kind, value)) if flag.is_tuple else tuple(value)
-    if isinstance(value, bool) != (flag.kind is bool) or isinstance(value, (list, dict)):
+        if not flag.is_tuple:
+            return tuple(value)
+        return tuple(_single(flag, *pair) for pair in zip(value, written, strict=True))
+    return (_single(flag, value, written),) if flag.is_tuple else _single(flag, value, written)
+
+
+def _single(flag: Flag, value: Any, written: Any) -> Any:
+    """Return one value; a text is as it is written: YAML has 1.1 for 1.10 and 83 for 0123."""
+    if isinstance(value, bool) != (flag.kind is bool) or isinstance(value, list | dict | None):
         raise TypeError
-    return (flag.kind(value),) if flag.is_tuple else flag.kind(value)
+    if flag.kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return flag.kind(value if flag.kind is not str or isinstance(value, str) else written)

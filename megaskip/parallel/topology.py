@@ -21,6 +21,9 @@ LAUNCHER_VARIABLES = (
     "TORCHELASTIC_USE_AGENT_STORE",
 )
 """What tells a process that it is a rank, and where the others are."""
+_MEETING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+"""What ranks cannot find each other without."""
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,20 +157,27 @@ def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
     """
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
-    if topology.world_size == 1 and "MASTER_ADDR" not in os.environ:
+    missing = [name for name in _MEETING if not os.environ.get(name)]
+    if topology.world_size == 1 and missing:
         os.environ.update(
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1"
         )
-    if os.environ.get("MASTER_PORT") == "0":
+    elif missing:
+        raise ConfigError(
+            f"{topology.world_size} ranks are asked for, but the environment lacks "
+            f"{', '.join(missing)}; start with torchrun or deepspeed, which set it"
+        )
+    port = _number(os.environ, "MASTER_PORT", 0)
+    if port == 0 or port > _LAST_PORT:
         raise RankError(
-            "MASTER_PORT is 0, which no rank can connect to; start torchrun with --standalone, or "
-            "with --master_port and a free port"
+            f"MASTER_PORT is {port}, which no rank can connect to; start torchrun with "
+            "--standalone, or with --master_port and a free port"
         )
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
     backend = "cpu:gloo,cuda:nccl" if topology.device.type == "cuda" else "gloo"
     try:
         if not topology.is_first:
-            _wait_for_port(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+            _wait_for_port(os.environ["MASTER_ADDR"], port, timeout)
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     except (dist.DistStoreError, dist.DistNetworkError, TimeoutError, ConnectionError) as error:
         raise RankError(

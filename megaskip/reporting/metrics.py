@@ -154,7 +154,7 @@ def _truncate(path: Path, first_step: int) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             step = int(entry["step"])
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
             if number < len(lines):  # a killed run leaves half a line, and nothing after it
                 logger.warning("%s, line %d is damaged: it is removed", path, number)
             continue

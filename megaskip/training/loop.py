@@ -221,7 +221,7 @@ class Trainer(ABC):
         same on ranks that share rows, because they decide alike about them."""
         seed = self.config.optim.seed * 1_000_003 + self.step
         rank = self.topology.rank - self.topology.sequence_rank
-        torch.manual_seed(seed * 65_537 + rank)
+        torch.manual_seed((seed * 65_537 + rank) % 2**64)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -47,8 +47,10 @@ def test_layers_are_a_count_of_the_deepest_but_the_last_or_a_list(spec, depth, e
     ],
 )
 def test_layers_that_do_not_exist_are_named(spec: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        resolve_layers(spec, 32)
+    with pytest.raises(ConfigError, match=f"^--candidates '?{spec}'?: .*{message}"):
+        resolve_layers(spec if spec in ("0", "40") else f"{spec},", 32, flag="candidates")
+    with pytest.raises(ConfigError, match="--layers: the model has one layer"):
+        resolve_layers("half", 1)
 
 
 def test_all_problems_are_reported_at_once_with_suggestions() -> None:
@@ -82,6 +84,15 @@ def test_flags_win_over_the_yaml_file_and_unknown_keys_are_named(tmp_path: Path)
     assert config.router.layers == "8-14"
     assert config.data.packing
     assert not parse_run_config(["--config", str(file), "--no-packing"]).data.packing
+    file.write_text("revision: 1.10\nlayers: [4, 5]\ntokenizer:\nmax_steps: 1.0e+3\n")
+    config = parse_run_config(["--config", str(file)])
+    assert (config.model.revision, config.model.tokenizer) == ("1.10", None)
+    assert (config.router.layers, config.optim.max_steps) == ((4, 5), 1000)
+    file.write_text("lr: 1\nlr: 2\nmax_steps: 10.7\ndata: [null]\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: 'lr' is there twice") as error:
+        parse_run_config(["--config", str(file)])
+    assert "max_steps is 10.7, expected int" in str(error.value)
+    assert "data is [None], expected str" in str(error.value)
     file.write_text("capactiy: 0.3\nlr: fast\nseed: 1.5.2\n")
     with pytest.raises(
         ConfigError, match="unknown key 'capactiy'; did you mean 'capacity'"

@@ -1,6 +1,7 @@
 """Settings of a wrong type or size, found by tests/fuzz: each is one message that names it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from megaskip.config.cli import parse_run_config
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.config.run import OptimConfig
 from megaskip.data.fields import parse_json
-from megaskip.errors import CheckpointError, ConfigError, MegaskipError
+from megaskip.errors import CheckpointError, ConfigError, MegaskipError, RankError
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.loading.source import DEMO_FOLDER, find_model_folder, resolve_source
-from megaskip.parallel.topology import read_topology
+from megaskip.parallel.topology import process_group, read_topology
 from megaskip.reporting.metrics import MetricsWriter
 from megaskip.runs.source import find_routers, read_as, run_facts
 
@@ -154,6 +155,27 @@ def test_an_environment_that_no_launcher_makes_is_named(environment: dict[str, s
         read_topology(environment)
 
 
+def test_ranks_that_cannot_find_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "node-1")  # of a profile: this process was not launched
+    with process_group(read_topology({}), timeout=60):
+        assert os.environ["RANK"] == "0"
+    many = {"RANK": "1", "WORLD_SIZE": "2"}
+    for name in names:
+        monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match="2 ranks .* lacks MASTER_ADDR, MASTER_PORT, RANK"):
+        process_group(read_topology(many), timeout=60).__enter__()
+    for name, value in {**many, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "a"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="MASTER_PORT is 'a', expected a whole number"):
+        process_group(read_topology(many), timeout=60).__enter__()
+    monkeypatch.setenv("MASTER_PORT", "70000")
+    with pytest.raises(RankError, match="MASTER_PORT is 70000"):
+        process_group(read_topology(many), timeout=60).__enter__()
+
+
 def test_a_config_json_that_transformers_refuses_is_one_message(tmp_path: Path) -> None:
     content = json.loads((DEMO_FOLDER / "backbone/config.json").read_text())
     for name, value in (("num_hidden_layers", [6]), ("rope_parameters", 3), ("model_type", {})):
@@ -166,7 +188,7 @@ def test_a_config_json_that_transformers_refuses_is_one_message(tmp_path: Path) 
 def test_damaged_lines_of_the_metrics_are_left_out_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lines = ['{"step": 1}', "\0\0", '{"step": 2}', '{"step": 3}', '{"ste']
+    lines = ['{"step": 1}', '{"step": Infinity}', '{"step": 2}', '{"step": 3}', '{"ste']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     with MetricsWriter(tmp_path, (), first_step=2, trackers={}) as metrics:
         assert [entry["step"] for entry in metrics.history] == [1, 2]

@@ -13,6 +13,7 @@ from megaskip.calibration.fit_job import _next
 from megaskip.calibration.static_drop import Fitted, candidate_layers
 from megaskip.cli import drop, fit
 from megaskip.config.commands.fit import DropPlan
+from megaskip.config.paths import beside
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER
 from megaskip.runs.drop import _start
@@ -36,6 +37,10 @@ def test_layers_to_drop_are_whole_ones_of_those_that_may_go() -> None:
     assert candidate_layers(DropPlan(drop=25.0), 30) == (tuple(range(1, 30)), 8)
     assert candidate_layers(DropPlan(drop=1.0), 30)[1] == 1
     assert candidate_layers(DropPlan(drop_layers="4"), 30) == ((4,), 1)
+    with pytest.raises(ConfigError, match="the model has one layer, .* name it with --drop_layers"):
+        candidate_layers(DropPlan(), 1)
+    with pytest.raises(ConfigError, match="--drop_layers 30: layer 30 is out of range"):
+        candidate_layers(DropPlan(drop_layers="30"), 30)
     with pytest.raises(ConfigError, match="asks for 15 of 30 layers, and 6 may go"):
         candidate_layers(DropPlan(drop=50.0, candidates="5-10"), 30)
 
@@ -43,6 +48,22 @@ def test_layers_to_drop_are_whole_ones_of_those_that_may_go() -> None:
 def test_ranks_that_do_not_fill_the_stages_are_refused() -> None:
     with pytest.raises(ConfigError, match="--nproc 3 ranks cannot form copies of 2 stages"):
         drop.parse([*SMALL, "--output", "o", "--nproc", "3", "--pipeline_stages", "2"])
+
+
+def test_what_only_the_training_would_refuse_is_refused_before_the_fit(tmp_path: Path) -> None:
+    argv = [*SMALL, "--output", str(tmp_path / "o")]
+    with pytest.raises(ConfigError, match=r"--distill 1\.5 is outside \[0, 1\]"):
+        drop.parse([*argv, "--distill", "1.5"])
+    with pytest.raises(ConfigError, match="--seed 18446744073709551616 is outside"):
+        drop.parse([*argv, "--seed", str(2**64)])
+
+
+def test_what_is_kept_beside_a_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert beside(Path("a/b"), ".work") == Path("a/b.work")
+    assert beside(Path("."), ".work") == tmp_path.with_name(f"{tmp_path.name}.work")
 
 
 def test_cosine_does_not_run_in_stages() -> None:

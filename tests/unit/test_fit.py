@@ -162,8 +162,8 @@ def test_numbers_that_are_not_finite_are_one_message(make_engine: Any) -> None:
     """No map, order or choice follows from nan: it would be an arbitrary one."""
     text = batches(1)
     for compensation in ("bias", "low_rank"):
+        engine = make_engine(compensation=compensation, granularity="mlp_sequence")
         with pytest.raises(MegaskipError, match="what layer 2 reads and returns .* nan or inf"):
-            engine = make_engine(compensation=compensation, granularity="mlp_sequence")
             fit_compensation(overflowing(engine), text)
     with pytest.raises(MegaskipError, match="the loss of the text: found nan or inf"):
         greedy_drop_order(overflowing(make_engine()), text, 2)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaskip.config.adapter import AdapterConfig, adapter_problems
-from megaskip.config.checks import at_least, percentage
+from megaskip.config.checks import at_least, percentage, whole_seed, within
 from megaskip.config.commands.hub import HubTarget
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import COMPENSATIONS
@@ -84,6 +84,7 @@ class TextAndModel(Checked):
     def _problems(self) -> Iterator[str]:
         for name in ("seq_length", "held_out", "micro_batch_size", "pipeline_stages"):
             yield from at_least(name, getattr(self, name), 1)
+        yield from whole_seed("seed", self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,7 @@ class DropOptions(Checked):
     def _problems(self) -> Iterator[str]:
         yield from _stage_problems(self.base, self.plan)
         yield from at_least("steps", self.steps, 0)
+        yield from within("distill", self.distill, 0.0, 1.0)
         yield from at_least("compensation_lr", self.compensation_lr, 0.0)
         yield from at_least("nproc", self.nproc, 1)
         if self.nproc % self.base.pipeline_stages:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaskip.config.checks import at_least, within
+from megaskip.config.checks import at_least, whole_seed, within
 from megaskip.config.options import Checked, option
 from megaskip.config.paths import output_file_problems
 from megaskip.config.run import DTYPES
@@ -52,6 +52,7 @@ class GenerateOptions(Checked):
     def _problems(self) -> Iterator[str]:
         yield from at_least("max_new_tokens", self.max_new_tokens, 1)
         yield from at_least("num_beams", self.num_beams, 1)
+        yield from whole_seed("seed", self.seed)
         if not 0 <= self.temperature < math.inf:
             yield f"--temperature {self.temperature:g} must be 0 or a positive number"
         yield from within("top_p", self.top_p, 0.0, 1.0, open_low=True)
