@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from megaskip.config.value_types import shown
 from megaskip.errors import DataError
 
 _FENCE = "---"
@@ -33,12 +34,14 @@ def subsets_of(folder: Path) -> list[Subset]:
     head = _head(path)
     try:
         card = yaml.safe_load(head)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, of endless lists
         reason = " ".join(str(error).split())
         raise DataError(
             f"{path}: its head is not YAML ({reason}). Mend it, or name files"
         ) from None
     entries = card.get("configs") if isinstance(card, dict) else None
+    if not isinstance(entries, list | None):
+        raise _unusable(path, "configs", entries, "a list of subsets")
     return [_subset(folder, entry) for entry in entries or [] if isinstance(entry, dict)]
 
 
@@ -67,12 +70,21 @@ def _subset(folder: Path, entry: dict[str, Any]) -> Subset:
     name, root = str(entry.get("config_name", "default")), str(entry.get("data_dir") or "")
     split_of: dict[Path, str] = {}
     for split, pattern in _patterns(entry.get("data_files") or "**"):
+        if not isinstance(pattern, str):
+            expected = "a path or a pattern of files"
+            raise _unusable(folder / "README.md", f"data_files of {name}", pattern, expected)
         for match in sorted(glob.glob(str(Path(root, pattern)), root_dir=folder, recursive=True)):
             split_of.setdefault(folder / match, split)
     return Subset(name=name, split_of=split_of, is_default=bool(entry.get("default")))
 
 
-def _patterns(value: Any) -> list[tuple[str, str]]:
+def _unusable(path: Path, key: str, value: Any, expected: str) -> DataError:
+    return DataError(
+        f"{path}: {key} in its head is {shown(value)}, expected {expected}. Mend it, or name files"
+    )
+
+
+def _patterns(value: Any) -> list[tuple[str, Any]]:
     """Return (split, pattern) of data_files in any of the shapes that the hub knows: a pattern, a
     list of them, {split: patterns}, or a list of {split, path}."""
     if isinstance(value, dict):
@@ -83,7 +95,7 @@ def _patterns(value: Any) -> list[tuple[str, str]]:
             split = str(item.get("split", _TRAIN))
             pairs += [(split, path) for path in _listed(item.get("path", []))]
         else:
-            pairs.append((_TRAIN, str(item)))
+            pairs.append((_TRAIN, item))
     return pairs
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megaskip.config import DataConfig
 from megaskip.data.corpus import Job, read_samples, tokenise_all
-from megaskip.data.fingerprint import fingerprint
+from megaskip.data.fingerprint import Stamps, fingerprint, require_unchanged, stamps_of
 from megaskip.data.mix import interleave
 from megaskip.data.plan import plan_rows
 from megaskip.data.row import Row
@@ -27,6 +27,7 @@ from megaskip.data.stats import DataStats, SourceStats, check_losses
 from megaskip.data.store import (
     RowWriter,
     StoredRows,
+    cache_errors,
     open_store,
     write_meta,
     write_plan,
@@ -69,6 +70,7 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
         tokenizer, seq_length=config.seq_length, template_file=config.chat_template
     )
     train, held_out = find_sources(config)
+    before = stamps_of((*train, *held_out))
     key = fingerprint(config, tokenizer, sample_tokenizer, train, held_out)
     if config.streaming:
         data = _stream(config, sample_tokenizer, train, held_out, key)
@@ -77,12 +79,12 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
     root = Path(config.cache_dir or "~/.cache/megaskip/data").expanduser()
     folder = root / key
     if not folder.is_dir():
-        with _cache_errors(root):
+        with cache_errors(root):
             root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{key}.lock"):
             if not folder.is_dir():
-                _build(folder, config, sample_tokenizer, train, held_out)
-    with _cache_errors(root):
+                _build(folder, config, sample_tokenizer, train, held_out, before)
+    with cache_errors(root):
         rows, kept, stats = open_store(folder)
     stats = stats.of_sources((*train, *held_out))
     _log_notes(stats)
@@ -111,20 +113,10 @@ def find_sources(config: DataConfig) -> tuple[tuple[Source, ...], tuple[Source, 
 
 
 @contextmanager
-def _cache_errors(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"--cache_dir {root}: tokenised data cannot be kept there ({error.strerror or error})"
-        ) from None
-
-
-@contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of one cache entry; the system frees it when its holder dies."""
     lock = filelock.FileLock(path)
-    with _cache_errors(path.parent):
+    with cache_errors(path.parent):
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -142,13 +134,15 @@ def _build(
     tokenizer: SampleTokenizer,
     train: Sequence[Source],
     held_out: Sequence[Source],
+    before: Stamps,
 ) -> None:
-    """Tokenise into another folder and rename it: a killed process leaves no folder of that name.
+    """Tokenise into another folder and rename it: a killed process leaves no folder of that name,
+    and files that are no longer as they were `before` leave none either.
 
     Locks of shared file systems do not always exclude: a second process works in a folder of its
     own, and takes what the first one has finished.
     """
-    with _cache_errors(folder.parent):
+    with cache_errors(folder.parent):
         own_prefix = f"{folder.name}.tmp-{platform.node()}-"
         for draft in folder.parent.glob(f"{folder.name}.tmp-*"):
             if _is_abandoned(draft, own_prefix):
@@ -157,7 +151,8 @@ def _build(
         work.chmod(0o755)
     try:
         _write(work, config, tokenizer, train, held_out)
-        with _cache_errors(folder.parent):
+        require_unchanged(before)
+        with cache_errors(folder.parent):
             try:
                 os.replace(work, folder)
             except OSError:

@@ -52,11 +52,14 @@ class Fields:
         self._prefix = prefix
         self._column = column
         self._fields = {key.lower(): value for key, value in fields.items()}
+        self._is_ambiguous = len(self._fields) < len(fields)
         self._asked: set[str] = set()
         self._nested: list[Fields] = []
 
     def get(self, key: str) -> Any:
         self._asked.add(key)
+        if self._is_ambiguous:
+            self._require_single(key)
         return self._fields.get(key)
 
     def filled(self) -> Iterator[Column]:
@@ -106,6 +109,14 @@ class Fields:
         present = ", ".join(map(shown, self._fields)) or "nothing"
         raise DataError(f"{self.place}: field {self._prefix + key!r} is missing; found {present}")
 
+    def _require_single(self, key: str) -> None:
+        names = [name for name in self.raw if name.lower() == key]
+        if len(names) > 1:
+            raise DataError(
+                f"{self.place}: fields {' and '.join(self._prefix + name for name in names)} are "
+                "the same but for their case; expected one of them. Rename or remove the others"
+            )
+
     def wrong(self, key: str, value: Any, expected: str) -> NoReturn:
         """Raise DataError: the field holds `value`, and not what was expected."""
         self._wrong(self._prefix + key, value, expected)
@@ -141,13 +152,27 @@ def parse_json(text: str) -> Any:
     digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError:
         raise
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except _TwiceError as error:
+        raise json.JSONDecodeError(f"the key {error} is twice in an object", text, 0) from None
     except ValueError:
         raise json.JSONDecodeError("a number has too many digits", text, 0) from None
+
+
+class _TwiceError(Exception):
+    """A key that is twice in an object; which value is meant nobody knows."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(shown(next(name for name in names if names.count(name) > 1)))
+    return fields
 
 
 _KINDS = {

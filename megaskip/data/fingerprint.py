@@ -38,6 +38,35 @@ def fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+Stamps = dict[Path, tuple[int, int]]
+"""File -> its size in bytes and when it was last written, in nanoseconds."""
+
+
+def stamps_of(sources: Sequence[Source]) -> Stamps:
+    """Return the stamps of the local files of `sources`; raises DataError for one that is gone."""
+    files = (file for source in sources for path in source.files for file in _inside(path))
+    return {file: _stamp(file) for file in files}
+
+
+def require_unchanged(before: Stamps) -> None:
+    """Raise DataError for a file whose stamp is another one than `before`: what was read of it is
+    not what its fingerprint says."""
+    for file, stamp in before.items():
+        if _stamp(file) != stamp:
+            raise DataError(
+                f"{file}: it was written to while it was read; expected a file that is finished. "
+                "Start again when it is"
+            )
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        facts = file.stat()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
+    return facts.st_size, facts.st_mtime_ns
+
+
 def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     identity = {
         "class": type(tokenizer).__name__,

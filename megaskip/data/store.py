@@ -1,5 +1,6 @@
 """Tokenised rows on disk: written once, mapped by every rank. Knows no tokenizer and no format."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,17 @@ from megaskip.errors import DataError
 _TYPES = {"input_ids": np.int32, "supervised": np.bool_, "starts": np.int64}
 _TYPES |= {"prompt_length": np.int32, "source": np.int32}
 _TYPES |= {"held_out": np.int64, "train": np.int64, "train_starts": np.int64}
+
+
+@contextlib.contextmanager
+def cache_errors(root: Path) -> Iterator[None]:
+    """Turn what the system says of files in the cache `root` into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"--cache_dir {root}: tokenised data cannot be kept there ({error.strerror or error})"
+        ) from None
 
 
 def content_hash(row: Row) -> int:
@@ -51,15 +63,19 @@ class RowWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._ids.close()
-        self._supervised.close()
-        write_column(self._folder, "starts", self.starts)
-        write_column(self._folder, "prompt_length", np.array(self._prompt_length))
-        write_column(self._folder, "source", self.sources)
+        # After an error the folder goes away: what cannot be written of it does not matter.
+        known = cache_errors(self._folder.parent) if error is None else contextlib.suppress(OSError)
+        with known, self._ids, self._supervised:
+            pass  # closes both
+        if error is None:
+            write_column(self._folder, "starts", self.starts)
+            write_column(self._folder, "prompt_length", np.array(self._prompt_length))
+            write_column(self._folder, "source", self.sources)
 
     def append(self, row: Row) -> None:
-        row.input_ids.tofile(self._ids)
-        row.supervised.tofile(self._supervised)
+        with cache_errors(self._folder.parent):
+            self._ids.write(row.input_ids.tobytes())
+            self._supervised.write(row.supervised.tobytes())
         self._starts.append(self._starts[-1] + len(row))
         self._prompt_length.append(row.prompt_length)
         self._source.append(row.source)
@@ -144,7 +160,8 @@ def write_plan(
 
 
 def write_column(folder: Path, name: str, values: NDArray[Any]) -> None:
-    values.astype(_TYPES[name]).tofile(folder / f"{name}.bin")
+    with cache_errors(folder.parent), (folder / f"{name}.bin").open("wb") as file:
+        file.write(np.ascontiguousarray(values, dtype=_TYPES[name]).data)
 
 
 def write_meta(folder: Path, stats: DataStats) -> None:
@@ -154,7 +171,8 @@ def write_meta(folder: Path, stats: DataStats) -> None:
     if not stats.held_out_in_training:  # older versions read this file, too, and do not know it
         del counts["held_out_in_training"]
     meta = {"stats": counts, "sizes": sizes}
-    with (folder / "meta.json").open("w", encoding="utf-8") as file:
+    path = folder / "meta.json"
+    with cache_errors(folder.parent), path.open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

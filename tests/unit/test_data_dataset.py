@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -271,6 +272,30 @@ def test_a_cache_that_cannot_be_made_is_one_message(config: DataConfig, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="--cache_dir .*Not a directory"):
         build_dataset(changed(config, cache_dir=str(tmp_path / "file/cache")), fast_tokenizer())
+
+
+def test_a_disk_that_fills_up_and_a_file_that_grows_are_one_message(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leave nothing that passes for the tokens of that file."""
+
+    def written_to(*args: Any, **options: Any) -> Iterator[tuple[int, Tokenised]]:
+        yield from tokenise_all(*args, **options)
+        with (tmp_path / "qa.jsonl").open("a") as file:
+            file.write("\n")
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"--cache_dir .*cannot be kept there \(File too large"):
+            build_dataset(config, fast_tokenizer())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(TOKENISE, written_to)
+        with pytest.raises(DataError, match=r"qa\.jsonl: it was written to while it was read"):
+            build_dataset(config, fast_tokenizer())
+    assert not [path for path in Path(str(config.cache_dir)).iterdir() if path.is_dir()]
 
 
 def test_damaged_cache_is_noticed(config: DataConfig) -> None:

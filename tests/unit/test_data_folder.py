@@ -141,9 +141,17 @@ def test_card_of_a_hub_data_set_tells_subsets_and_splits(tmp_path: Path) -> None
     assert names_read(find_source(str(folder / "second"))) == ["b/c.jsonl"]
     (folder / "README.md").write_text(CARD.format(more="  default: true\n"))
     assert names_read(find_source(str(folder))) == ["b/c.jsonl"]
-    (folder / "README.md").write_text("---\nconfigs: [\n---\n")
-    with pytest.raises(DataError, match=r"README\.md: its head is not YAML"):
-        find_source(str(folder))
+    for head, message in (
+        ("configs: [", "its head is not YAML"),
+        ("date: 2024-99-99", "its head is not YAML"),
+        ("a: " + "[" * 1000, "its head is not YAML"),
+        ("configs: 5", "configs in its head is 5, expected a list"),
+        ("configs: [{data_files: {train: 5}}]", "data_files of default in its head is 5, expected"),
+        ("configs: [{data_files: [{path: null}]}]", "data_files of default in its head is None"),
+    ):
+        (folder / "README.md").write_text(f"---\n{head}\n---\n")
+        with pytest.raises(DataError, match=rf"README\.md: {message}"):
+            find_source(str(folder))
 
 
 @pytest.mark.parametrize("head", ["", "# Notes\n---\nx: [\n---\n", "---\nlicense: mit\n---\n"])

@@ -201,6 +201,15 @@ def test_text_file_is_cut_at_empty_lines_and_loses_nothing(tmp_path: Path) -> No
         ('{"text": "a"}\n[1]\n', "line 2: expected an object {...}, found [1]"),
         ('{"text": "a"}\n{"txt": "b"}\n', "line 2: field 'text' is missing; found 'txt'"),
         ('{"text": "a"}\n{"text": 5}\n', "line 2: field 'text' is the number 5; expected text"),
+        (
+            '{"text": "a"}\n{"text": "a", "text": "b"}\n',
+            "line 2, column 1: not valid JSON (the key 'text' is twice in an object)",
+        ),
+        (
+            '{"text": "a", "ID": 1, "id": 1}\n{"text": "a", "Text": "b"}\n',
+            "line 2: fields text and Text are the same but for their case; expected one of them. "
+            "Rename or remove the others",
+        ),
     ],
 )
 def test_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None:
