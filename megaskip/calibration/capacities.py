@@ -18,6 +18,7 @@ from megaskip.checkpoint.adapters import adapter_config
 from megaskip.checkpoint.routers import fill_routers, read_router_config
 from megaskip.config import RouterConfig, RunConfig, Threshold
 from megaskip.data import Batch
+from megaskip.log import get_logger
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.engine import Engine
@@ -25,6 +26,8 @@ from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.results import EvalResult
 from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet
+
+logger = get_logger(__name__)
 
 _SEARCH_ROUNDS = 8
 """Tries of a threshold; the search stops earlier when it is close enough."""
@@ -131,6 +134,7 @@ def calibrate_all(
             problems.append(_does_not_hold(capacity, kept, measured))
             continue
         points.append(_calibrated(engine.routers, capacity, kept, measured))
+        logger.info("capacity %g: keeps %.4f of held-out text", capacity, measured.capacity)
     return CalibrationResult(
         points=tuple(reversed(points)),
         problems=tuple(problems),

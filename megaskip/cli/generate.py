@@ -1,7 +1,10 @@
-"""Generate with a routed model and see what it skipped.
+"""Generate with a model and see what it skipped.
 
 megaskip generate --model exported
 megaskip generate --model runs/demo-attn_sequence-001 --prompts prompts.txt --picture what_ran
+megaskip generate --model smaller
+
+The last is what megaskip drop writes; any model folder works, to compare.
 """
 
 from collections.abc import Sequence

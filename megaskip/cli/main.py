@@ -37,7 +37,7 @@ COMMANDS = {
         "megaskip.cli.inspect_data", "what each row of the data becomes, and why"
     ),
     "evaluate": Command("megaskip.cli.evaluate", "lm-eval tasks, routed beside dense"),
-    "generate": Command("megaskip.cli.generate", "text from a routed model, and what ran for it"),
+    "generate": Command("megaskip.cli.generate", "text from a model, and what ran for it"),
     "calibrate": Command("megaskip.cli.calibrate", "thresholds for the capacities you ask for"),
     "convert": Command("megaskip.cli.convert", "a run to a Hugging Face folder"),
     "export-static": Command("megaskip.cli.export_static", "drop sublayers for good"),

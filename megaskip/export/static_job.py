@@ -77,6 +77,10 @@ def export_without_dropped(options: ExportStaticOptions) -> None:
     if (verified := outcome.verified) is not None:
         difference = f"differ by at most {verified.difference:.1e} over {verified.tokens} tokens"
         rows.append(("verified", f"fresh process, fp32, against the forced base: {difference}"))
+    if options.format == "hf":
+        load = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+        rows.append(("load", load))
+        rows.append(("next", f"megaskip generate --model {outcome.done.folder}"))
     print("\n".join(table(rows, title=f"exported: {outcome.done.folder}")))
     outcome.require_verified()
     print_pushed(outcome.done.folder, options.hub)

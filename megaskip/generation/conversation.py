@@ -1,5 +1,6 @@
-"""A conversation with a routed model: turns on one cache, and what ran for each."""
+"""A conversation with a model: turns on one cache, and what ran for each."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from megaskip.errors import ConfigError, DataError
 from megaskip.generation.prompts import Messages
 from megaskip.generation.record import RunRecord
 from megaskip.reporting.token_map import TokenMap, token_map_texts
-from megaskip.routing import PREFIX
+from megaskip.routing import Routers
 
 
 @dataclass(kw_only=True)
@@ -27,14 +28,16 @@ class Conversation:
     """Turns on one cache: what a sequence decided on its first prompt holds for all of them."""
 
     model: Any
+    routers: Routers | None
+    """Those of the model; None where the same layers run for every text."""
     tokenizer: Any
     options: GenerateOptions
     messages: Messages = field(default_factory=list)
     pictures: int = 0
 
     def __post_init__(self) -> None:
-        routers = self.model.get_submodule(PREFIX)
-        if self.options.static and getattr(routers.executor, "drops_tokens", False):
+        executor = None if self.routers is None else self.routers.executor
+        if self.options.static and getattr(executor, "drops_tokens", False):
             raise ConfigError(
                 "--static does not go with a folder of --kv drop: a static cache holds the keys "
                 "of all tokens; leave it out"
@@ -46,7 +49,7 @@ class Conversation:
         self.messages = []
         self._cache: Any = DynamicCache(config=self.model.config)
         self._seen = torch.zeros(1, 0, dtype=torch.int64)
-        self._record = RunRecord(self.model)
+        self._record = None if self.routers is None else RunRecord(self.routers, self.model)
 
     @torch.no_grad()
     def answer(self, turn: Messages) -> dict[str, Any]:
@@ -62,7 +65,7 @@ class Conversation:
             self.messages = messages
         options = self.options
         streams = options.num_beams == 1
-        with self._record:
+        with self._record or nullcontext():
             out = self.model.generate(
                 ids.to(self.model.device),
                 attention_mask=torch.ones_like(ids).to(self.model.device),
@@ -96,7 +99,7 @@ class Conversation:
         return TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def _report(self, ids: Tensor, prompt_tokens: int) -> dict[str, Any]:
-        if self.options.num_beams > 1:
+        if self._record is None or self.options.num_beams > 1:
             return {}
         ran, layers = self._record.matrix(self._seen.shape[1]), self._record.layers
         if not ran.size:
@@ -109,15 +112,16 @@ class Conversation:
         return {"capacity": float(ran.mean()), "capacity_per_layer": shares}
 
     def _draw(self, name: str, ids: Tensor, ran: np.ndarray, prompt_tokens: int) -> None:
-        routers = self.model.get_submodule(PREFIX)
+        assert self.routers is not None
+        routing = self.routers.config
         picture = TokenMap(
             tokens=token_map_texts(self.tokenizer, ids[: ran.shape[1]].tolist()),
-            layers=self._record.layers,
+            layers=tuple(self.routers.layers),
             ran=ran,
             num_layers=len(find_decoder(self.model).layers),
             prompt_tokens=min(prompt_tokens, ran.shape[1]),
-            title=f"{routers.config.granularity}: what ran, by token and layer",
-            target=routers.config.target,
+            title=f"{routing.granularity}: what ran, by token and layer",
+            target=routing.target,
         )
         self.pictures += 1
         path = Path(f"{name}-{self.pictures}" if self.pictures > 1 else name)

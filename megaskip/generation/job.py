@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -15,8 +14,7 @@ from megaskip.errors import ConfigError
 from megaskip.generation.conversation import Conversation
 from megaskip.generation.prompts import read_prompts, typed_prompts
 from megaskip.log import quiet_libraries
-from megaskip.parallel.inference import Placement, load_for_inference
-from megaskip.routing import PREFIX
+from megaskip.parallel.inference import InferenceModel, Placement, load_for_inference
 
 
 def generate(options: GenerateOptions) -> None:
@@ -25,16 +23,21 @@ def generate(options: GenerateOptions) -> None:
     template = read_template(options.chat_template) if options.chat_template else None
     quiet_libraries()
     transformers.utils.logging.disable_progress_bar()
-    model, folder = load_routed(options.model, options.dtype, options.base)
-    if options.capacity is not None:
-        model.get_submodule(PREFIX).set_capacity(options.capacity)
-    tokenizer = other_tokenizer(options.tokenizer, Path(options.model), folder)
+    loaded = load_alone(options.model, options.dtype, options.base)
+    if loaded.routers is None:
+        _require_nothing_of_routers(options)
+        print(f"[{loaded.description}: the same layers run for every text]")
+    elif options.capacity is not None:
+        loaded.routers.set_capacity(options.capacity)
+    tokenizer = other_tokenizer(options.tokenizer, Path(options.model), loaded.folder)
     if tokenizer is None:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(loaded.folder)
     if template is not None:
         tokenizer.chat_template = template
     torch.manual_seed(options.seed)
-    conversation = Conversation(model=model, tokenizer=tokenizer, options=options)
+    conversation = Conversation(
+        model=loaded.model, routers=loaded.routers, tokenizer=tokenizer, options=options
+    )
     if options.output:
         _write(options.output, "w", "")
     for prompt in prompts:
@@ -49,13 +52,21 @@ def generate(options: GenerateOptions) -> None:
         print(f"answers: {options.output}")
 
 
-def load_routed(name: str, dtype: str, base: str | None) -> tuple[Any, Path]:
-    """Return (model in evaluation mode, folder of its tokenizer) of an exported or a run folder."""
+def load_alone(name: str, dtype: str, base: str | None) -> InferenceModel:
+    """Return the model of any folder that `load_for_inference` takes, whole on this process's
+    device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_for_inference(name, Placement.on(device), dtype=dtype, base=base)
-    if loaded.routers is None:
-        raise ConfigError(f"--model {name} is a model without routers; export a run first")
-    return loaded.model, loaded.folder
+    return load_for_inference(name, Placement.on(device), dtype=dtype, base=base)
+
+
+def _require_nothing_of_routers(options: GenerateOptions) -> None:
+    """Raise ConfigError for flags that a model without routers does not have."""
+    for flag, value in (("--capacity", options.capacity), ("--picture", options.picture)):
+        if value is not None:
+            raise ConfigError(
+                f"{flag} is for routers, and --model {options.model} has none: the same layers run "
+                "for every text; leave it out"
+            )
 
 
 def _write(output: Path, mode: str, text: str) -> None:

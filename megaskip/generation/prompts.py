@@ -29,14 +29,23 @@ def read_prompts(path: Path) -> list[Messages]:
 
 
 def typed_prompts() -> Iterator[Messages | None]:
-    """Yield what is typed; None starts a new conversation."""
-    if sys.stdin.isatty():
+    """Yield what is typed; None starts a new conversation. Raises DataError where it comes from a
+    pipe that has no prompt."""
+    is_typed, is_empty = sys.stdin.isatty(), True
+    if is_typed:
         print("/new starts over, /quit (or Ctrl-D) ends")
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").removeprefix(_BYTE_ORDER_MARK).strip()
-        except (EOFError, KeyboardInterrupt):
+            line = input("> " if is_typed else "").removeprefix(_BYTE_ORDER_MARK).strip()
+        except KeyboardInterrupt:
             return
+        except EOFError:
+            if is_empty and not is_typed:
+                raise DataError(
+                    "standard input holds no prompt; type them in a terminal, or give --prompts"
+                ) from None
+            return
+        is_empty = is_empty and not line
         line = line.encode(errors="replace").decode()  # bytes that are no text
         if line == "/quit":
             return

@@ -6,15 +6,16 @@ import numpy as np
 import torch
 
 from megaskip.arch import find_decoder
-from megaskip.routing import PREFIX
+from megaskip.routing import Routers
 
 
 class RunRecord:
     """Context that notes which (layer, token) pairs ran, for the first row: call by call where each
     token decides. A sequence's decisions stay what they are."""
 
-    def __init__(self, model: Any) -> None:
-        self._routers = model.get_submodule(PREFIX)
+    def __init__(self, routers: Routers, model: Any) -> None:
+        """`routers` are those of `model`."""
+        self._routers = routers
         self._decoder = find_decoder(model).decoder
         self._calls: list[np.ndarray] = []
         self.layers: tuple[int, ...] = tuple(self._routers.layers)

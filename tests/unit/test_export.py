@@ -26,7 +26,7 @@ from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import bundled_code
 from megaskip.export.folder import MODES, base_name, export_folder
 from megaskip.export.verify import verify_folder
-from megaskip.generation.job import load_routed
+from megaskip.generation.job import load_alone
 from megaskip.inference.routed import MegaskipForCausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")
@@ -381,7 +381,7 @@ def test_a_base_shard_that_is_cut_off_is_refused(
     with pytest.raises(CheckpointError, match=f"{last.name} is damaged.*download it again"):
         export_folder(tmp_path / "routers", tmp_path / "base", tmp_path / "new", mode=mode)
     with pytest.raises(CheckpointError, match=f"{last.name} is damaged"):
-        load_routed(str(tmp_path / "routers"), "auto", str(tmp_path / "base"))
+        load_alone(str(tmp_path / "routers"), "auto", str(tmp_path / "base"))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -389,7 +389,7 @@ def test_an_exported_folder_that_is_cut_off_does_not_load(tmp_path: Path) -> Non
     exported = export("llama", tmp_path, mode="copy")
     cut_off(sorted(exported.glob("model*.safetensors"))[0], -1)
     with pytest.raises(CheckpointError, match="is damaged: it has"):
-        load_routed(str(exported), "auto", None)
+        load_alone(str(exported), "auto", None)
     with pytest.raises(SafetensorError):
         MegaskipForCausalLM.from_pretrained(exported)
 
@@ -491,4 +491,4 @@ def test_a_folder_that_lost_its_routers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"3 routers are missing \(skip_routers\.2\.attn\.weight"):
         MegaskipForCausalLM.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="nothing would be skipped"):
-        load_routed(str(folder), "auto", None)
+        load_alone(str(folder), "auto", None)

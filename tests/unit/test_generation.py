@@ -1,6 +1,7 @@
 """launch/generate.py: answers, shares and pictures from runs and exported folders."""
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -27,8 +28,10 @@ from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError, DataError
 from megaskip.export.folder import export_folder
 from megaskip.generation.conversation import Conversation, prompt_ids
-from megaskip.generation.job import load_routed
-from megaskip.generation.prompts import read_prompts
+from megaskip.generation.job import load_alone
+from megaskip.generation.prompts import read_prompts, typed_prompts
+from megaskip.parallel.inference import InferenceModel
+from megaskip.routing import PREFIX
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "megaskip/demo/backbone"
@@ -87,12 +90,12 @@ def test_routers_are_not_attached_to_other_weights_of_the_same_shape(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(BASE, other)
-    assert load_routed(str(exported / "run"), "auto", str(other))
+    assert load_alone(str(exported / "run"), "auto", str(other))
     tensors = load_file(other / "model.safetensors")
     moved = {name: tensor + 0.1 for name, tensor in tensors.items()}
     save_file(moved, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="belongs to another base model: weights is"):
-        load_routed(str(exported / "run"), "auto", str(other))
+        load_alone(str(exported / "run"), "auto", str(other))
 
 
 TEMPLATE = "{% for message in messages %}Q: {{ message['content'] }} A:{% endfor %}"
@@ -161,7 +164,6 @@ def test_export_and_generation_take_the_tokenizer_of_the_run(
     ("flags", "says"),
     [
         (["--model", "/nowhere"], "/nowhere: no such folder"),
-        (["--model", str(BASE)], "without routers"),
         (["--model", str(BASE), "--max_new_tokens", "0"], "at least 1"),
     ],
 )
@@ -293,36 +295,40 @@ def test_a_calibrated_capacity_is_chosen_and_another_is_refused(
         generate(["--model", str(folder), "--capacity", "0.5", *prompts])
 
 
+def conversation_with(loaded: InferenceModel, tokenizer: Any, options: Any) -> Conversation:
+    return Conversation(
+        model=loaded.model, routers=loaded.routers, tokenizer=tokenizer, options=options
+    )
+
+
 def test_a_prompt_that_the_template_rejects_and_an_empty_one_are_named(exported: Path) -> None:
-    model, folder = load_routed(str(exported / "exported"), "float32", None)
-    tokenizer = load_tokenizer(folder)
+    loaded = load_alone(str(exported / "exported"), "float32", None)
+    tokenizer = load_tokenizer(loaded.folder)
     tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
     options = parse(["--model", "x"])
-    conversation = Conversation(model=model, tokenizer=tokenizer, options=options)
+    conversation = conversation_with(loaded, tokenizer, options)
     with pytest.raises(DataError, match="rejects 'Hi' after 0 messages .*only one turn"):
         conversation.answer([{"role": "user", "content": "Hi"}])
-    raw = Conversation(
-        model=model,
-        tokenizer=fast_tokenizer(None, bos=False),
-        options=parse(["--model", "x", "--raw"]),
-    )
+    bare = fast_tokenizer(None, bos=False)
+    raw = conversation_with(loaded, bare, parse(["--model", "x", "--raw"]))
     with pytest.raises(DataError, match="a prompt is empty"):
         raw.answer([{"role": "user", "content": ""}])
 
 
 def test_a_prompt_with_a_token_beyond_the_embedding_is_one_line(exported: Path) -> None:
-    model, folder = load_routed(str(exported / "exported"), "float32", None)
-    tokenizer = load_tokenizer(folder)
+    loaded = load_alone(str(exported / "exported"), "float32", None)
+    tokenizer = load_tokenizer(loaded.folder)
     tokenizer.add_tokens(["@@odd"])
-    conversation = Conversation(model=model, tokenizer=tokenizer, options=parse(["--model", "x"]))
+    conversation = conversation_with(loaded, tokenizer, parse(["--model", "x"]))
     with pytest.raises(DataError, match="a prompt: token 1536 is beyond the model's vocabulary"):
         conversation.answer([{"role": "user", "content": "Hi @@odd"}])
 
 
 def test_a_static_cache_for_a_model_that_drops_keys_is_refused() -> None:
     model = as_exported(*trained("llama", "attn_token"), kv="drop")
+    routers, options = model.get_submodule(PREFIX), parse(["--model", "x", "--static"])
     with pytest.raises(ConfigError, match="--static does not go with a folder of --kv drop"):
-        Conversation(model=model, tokenizer=None, options=parse(["--model", "x", "--static"]))
+        Conversation(model=model, routers=routers, tokenizer=None, options=options)
 
 
 def test_answers_do_not_take_the_place_of_prompts(tmp_path: Path) -> None:
@@ -340,14 +346,35 @@ def test_static_turns_are_those_of_a_cache_that_grows(
     for number, router in enumerate(routers.parameters()):
         torch.nn.init.normal_(router, generator=torch.Generator().manual_seed(number))
     save_routers(tmp_path / "routers", routers, base=describe_folder(BASE))
-    model, folder = load_routed(str(tmp_path / "routers"), "float32", None)
+    loaded = load_alone(str(tmp_path / "routers"), "float32", None)
     answers = []
     for flags in ([], ["--static"]):
         options = parse(["--model", "x", "--max_new_tokens", "6", *flags])
-        conversation = Conversation(model=model, tokenizer=load_tokenizer(folder), options=options)
+        conversation = conversation_with(loaded, load_tokenizer(loaded.folder), options)
         for text in ("Reverse: a b", "Again"):
             answers.append(conversation.answer([{"role": "user", "content": text}]))
     assert answers[2:] == answers[:2]
     assert 0 < answers[0]["capacity"] < 1
     with pytest.raises(ConfigError, match="--static is for one token"):
         parse(["--model", "x", "--static", "--num_beams", "2"])
+
+
+def test_a_model_without_routers_answers_and_says_that_nothing_is_decided(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("Reverse: a b\n")
+    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--max_new_tokens", "4"]
+    output = tmp_path / "answers.jsonl"
+    generate(["--model", "demo", *prompts, "--output", str(output)])
+    assert "[demo, dense: the same layers run for every text]" in capsys.readouterr().out
+    (row,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert row["messages"][1]["content"] and row.keys() == {"messages"}
+    for flag, value in (("--capacity", "0.5"), ("--picture", "what_ran")):
+        with pytest.raises(ConfigError, match=f"{flag} is for routers, and --model demo has none"):
+            generate(["--model", "demo", *prompts, flag, value])
+
+
+def test_input_that_ends_without_a_prompt_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(DataError, match="standard input holds no prompt"):
+        list(typed_prompts())

@@ -13,10 +13,10 @@ from megaskip.config.run import DTYPES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions(Checked):
-    """Text from a routed model, and what ran for it."""
+    """Text from a model, and what ran for it."""
 
     model: str = option(metavar="MODEL")
-    """Exported folder, run folder or router folder."""
+    """Exported folder, run folder, router folder or a model without routers."""
     base: str | None = option(None, metavar="MODEL")
     """Base model of a run or router folder [what it names]."""
     tokenizer: str | None = option(None, metavar="TOKENIZER")
