@@ -56,11 +56,11 @@ def training_flops(shape: Shape, method: str, batch: int, tokens: int) -> float:
     return batch * (forward + shape.layers * (layer_backward + dense) + 2 * head)
 
 
-def lora_parameters(shape: Shape, rank: int = LORA_RANK) -> int:
+def lora_parameters(shape: Shape) -> int:
     """Return the weights of one layer's adapters on all of its projections."""
     kv = shape.kv_heads * shape.head_dim
     widths = 2 * (shape.hidden + shape.hidden) + 2 * (shape.hidden + kv)
-    return rank * (widths + 3 * (shape.hidden + shape.mlp))
+    return LORA_RANK * (widths + 3 * (shape.hidden + shape.mlp))
 
 
 def serving_bytes(shape: Shape, batch: int, tokens: int, element: int) -> int:

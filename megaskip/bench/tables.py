@@ -35,12 +35,12 @@ def markdown_table(columns: Sequence[Column], rows: Iterable[Row]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def number(name: str, form: str, *, unit: float = 1.0) -> Callable[[Row], str]:
-    """Return what shows the number `name` of a row, divided by `unit`."""
+def number(name: str, form: str) -> Callable[[Row], str]:
+    """Return what shows the number `name` of a row."""
 
     def cell(row: Row) -> str:
         value = row.get(name)
-        return NOTHING if value is None else format(value / unit, form)
+        return NOTHING if value is None else format(value, form)
 
     return cell
 

@@ -29,7 +29,6 @@ def fit_compensation(
     engine: Engine,
     batches: Sequence[Batch | None],
     *,
-    ridge: float = 1e-3,
     check: Callable[[], object] = lambda: None,
     progress: FitProgress | None = None,
 ) -> dict[int, float]:
@@ -47,7 +46,7 @@ def fit_compensation(
         raise ConfigError("there is nothing to fit with compensation none; take low_rank or bias")
     if not batches:
         raise ConfigError("there is no text to fit compensations on; give more --data")
-    fits = _Fits(routers, ridge, engine.device)
+    fits = _Fits(routers, engine.device)
     if progress is not None and _MAPS in progress.results:
         progress.restore_fitted(_maps_of(routers))
         return {int(layer): share for layer, share in progress.results[_MAPS].items()}
@@ -89,12 +88,12 @@ class _Fits:
     """The regressions of all routed layers; those of other pipeline stages see nothing here, and
     get their sums from there."""
 
-    def __init__(self, routers: RouterSet, ridge: float, device: torch.device) -> None:
+    def __init__(self, routers: RouterSet, device: torch.device) -> None:
         config = routers.config
         rank = config.compensation_rank if config.compensation == "low_rank" else 0
         self._routers, self._is_counted = routers, True
         self._by_layer = {
-            layer: LowRankFit(routers.hidden_size, rank, ridge=ridge, seed=layer, device=device)
+            layer: LowRankFit(routers.hidden_size, rank, seed=layer, device=device)
             for layer in routers.layers
         }
 

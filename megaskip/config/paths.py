@@ -31,13 +31,13 @@ def beside(folder: Path, suffix: str) -> Path:
     return named.with_name(f"{named.name}{suffix}")
 
 
-def output_file_problems(flag: str, file: Path, suffix: str) -> Iterator[str]:
-    """Yield what keeps `file` from being written: it is a folder, or its folder is missing or
-    cannot be written."""
+def output_file_problems(file: Path, suffix: str) -> Iterator[str]:
+    """Yield what keeps the `file` of --output from being written: it is a folder, or its folder is
+    missing or cannot be written."""
     folder = file.absolute().parent
     if file.is_dir():
-        yield f"--{flag} {file}: this is a folder; name a {suffix} file"
+        yield f"--output {file}: this is a folder; name a {suffix} file"
     elif not folder.is_dir():
-        yield f"--{flag} {file}: there is no folder {folder}; make it first"
+        yield f"--output {file}: there is no folder {folder}; make it first"
     elif why := why_unwritable(folder):
-        yield f"--{flag} {file}: cannot write there ({why})"
+        yield f"--output {file}: cannot write there ({why})"

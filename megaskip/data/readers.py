@@ -24,8 +24,6 @@ from megaskip.extras import extra
 TEXT_PIECE = 100_000
 """Characters of a .txt file that are tokenised at once: bounds the memory, not the meaning."""
 
-RawRow = tuple[Place, Mapping[str, Any]]
-
 ReadRow = tuple[Place, Mapping[str, Any] | DataError]
 """A row, or why it cannot be read; the rows behind an unreadable one may still be good."""
 

@@ -18,7 +18,6 @@ from megaskip.data.folder import (
     choose_in_subset,
 )
 from megaskip.data.readers import (
-    RawRow,
     ReadRow,
     first_line,
     is_readable,
@@ -70,14 +69,6 @@ def find_source(entry: str, *, streaming: bool = False, held_out: bool = False) 
     if _looks_like_hub(name):
         return Source(name=name, weight=weight, streaming=streaming, held_out=held_out)
     raise DataError(f"data {name!r}: no such file or folder{_nearby(Path(name).expanduser())}")
-
-
-def read_rows(source: Source) -> Iterator[RawRow]:
-    """Yield the rows of a source in file order. Bad JSON or an unreadable file is a DataError."""
-    for place, row in read_every_row(source):
-        if isinstance(row, DataError):
-            raise row
-        yield place, row
 
 
 def read_every_row(source: Source) -> Iterator[ReadRow]:

@@ -29,7 +29,7 @@ from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.routing import PREFIX
 from megaskip.routing.adapters import AdapterSet
 
-TEXT = "A frozen language model learns which of its layers it can skip."
+_TEXT = "A frozen language model learns which of its layers it can skip."
 TOLERANCE = 1e-5
 _CHILD = """
 import os
@@ -86,7 +86,7 @@ class Verified:
             )
 
 
-def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> Verified:
+def verify_folder(folder: Path, base: Path, routers: Path) -> Verified:
     """Compare logits and routers of `folder`, in a fresh process without megaskip, with the trained
     ones.
 
@@ -94,7 +94,7 @@ def verify_folder(folder: Path, base: Path, routers: Path, text: str = TEXT) -> 
     in its weights, if `routers` have one. Raises
     CheckpointError when the folder does not load.
     """
-    ids = _probe_ids(base, text)
+    ids = _probe_ids(base)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "logits.safetensors"
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -156,10 +156,10 @@ def _same(loaded: torch.Tensor | None, expected: torch.Tensor) -> bool:
     return loaded is not None and torch.equal(loaded, expected)
 
 
-def _probe_ids(base: Path, text: str) -> str:
-    """Return token ids of the text, or the first ids where the base has no tokenizer."""
+def _probe_ids(base: Path) -> str:
+    """Return the token ids of a short text, or the first ids where the base has no tokenizer."""
     try:
         tokenizer = read_tokenizer(base, trust_remote_code=False)
     except (ConfigError, MissingExtraError):
         return ",".join(map(str, range(1, 33)))
-    return ",".join(map(str, tokenizer(text)["input_ids"]))
+    return ",".join(map(str, tokenizer(_TEXT)["input_ids"]))

@@ -77,7 +77,7 @@ def build_engine(
         loss, handle = TaskLoss(model, chunk_tokens=config.parallel.loss_chunk_tokens), None
     else:
         chunk_tokens = config.parallel.loss_chunk_tokens
-        loss, handle = shard_backbone(source, ds_content, chunk_tokens, topology)
+        loss, handle = shard_backbone(source, ds_content, chunk_tokens)
     _prepare_packing(loss.model, config)
     verify_task_loss(loss)
     loss.needs_mask, loss.takes_lengths = _needs_mask(loss.model), takes_lengths(loss.model)
@@ -185,7 +185,7 @@ def choose_executor(routers: RouterSet, config: RunConfig) -> None:
 
 
 def shard_backbone(
-    source: ModelSource, ds_content: dict[str, Any], chunk_tokens: int, topology: Topology
+    source: ModelSource, ds_content: dict[str, Any], chunk_tokens: int
 ) -> tuple[TaskLoss, Any]:
     """Return (the frozen backbone in its task loss, handle of ZeRO-3's hooks), partitioned over
     the ranks. Collective."""

@@ -228,7 +228,7 @@ class _Backbone:
             self.model = self._staged.model
         elif placement.ds_content is not None:
             chunk_tokens = ParallelConfig().loss_chunk_tokens
-            loss, _ = shard_backbone(source, placement.ds_content, chunk_tokens, topology)
+            loss, _ = shard_backbone(source, placement.ds_content, chunk_tokens)
             self.model = loss.model.eval()
         else:
             model = on_every_rank(topology, lambda: load_whole(source, self._device))

@@ -48,10 +48,6 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             self._note(tensor, counts=False)
 
-    def reset_peak(self) -> None:
-        """Start a new peak from what is alive now."""
-        self.peak = self.current
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

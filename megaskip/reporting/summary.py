@@ -11,6 +11,9 @@ import torch
 
 from megaskip.routing.compensation import describe_compensation
 
+_COLUMNS = 110
+"""Width of tables."""
+
 
 def versions() -> dict[str, str]:
     """Return the versions of what a run's numbers depend on."""
@@ -32,16 +35,16 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def table(rows: Iterable[Sequence[str]], *, title: str, columns: int = 110) -> list[str]:
+def table(rows: Iterable[Sequence[str]], *, title: str) -> list[str]:
     """Return rows of (name, value) as aligned lines under a title; long values are wrapped."""
     rows = [tuple(row) for row in rows]
     width = max(len(row[0]) for row in rows)
     lines = []
     for name, value in rows:
-        wrapped = textwrap.wrap(value, columns - width - 2, break_long_words=False) or [""]
+        wrapped = textwrap.wrap(value, _COLUMNS - width - 2, break_long_words=False) or [""]
         lines.append(f"{name:<{width}}  {wrapped[0]}")
         lines += [f"{'':<{width}}  {more}" for more in wrapped[1:]]
-    rule = "-" * columns
+    rule = "-" * _COLUMNS
     return [rule, title, rule, *lines, rule]
 
 

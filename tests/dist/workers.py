@@ -403,7 +403,7 @@ def scattered_weights(model: str, flags: list[str]) -> tuple[dict[str, torch.Ten
     ds_content = read_ds_config(config.parallel.ds_config, config)
     assert ds_content is not None
     try:
-        shard_backbone(source, ds_content, 64, topology)
+        shard_backbone(source, ds_content, 64)
     except (MegaskipError, RuntimeError) as error:
         return weights, f"{type(error).__name__}: {error}"
     return weights, "nothing"

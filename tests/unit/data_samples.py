@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from megaskip.data import Row
+from megaskip.data.fields import Place
+from megaskip.data.source import Source, read_every_row
+from megaskip.errors import DataError
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -39,6 +42,14 @@ _WORDS = [
     "system user assistant tool hello world how are you today I am fine thanks",
     "what is two plus two the answer is four a b c d e f g h one three five",
 ]
+
+
+def read_rows(source: Source) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """Yield the rows of a source; raises the error of the first one that cannot be read."""
+    for place, row in read_every_row(source):
+        if isinstance(row, DataError):
+            raise row
+        yield place, row
 
 
 def fast_tokenizer(template: str | None = CHATML, *, bos: bool = True) -> Any:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from data_samples import write_lines
+from data_samples import read_rows, write_lines
 
 from megaskip.data.folder import summarise
-from megaskip.data.source import Source, find_source, read_rows
+from megaskip.data.source import Source, find_source
 from megaskip.errors import DataError
 
 

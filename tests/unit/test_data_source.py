@@ -12,12 +12,12 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pytest
-from data_samples import write_lines
+from data_samples import read_rows, write_lines
 
 from megaskip.data.columns import ColumnCounts
 from megaskip.data.corpus import read_samples
 from megaskip.data.readers import TEXT_PIECE, number_rows
-from megaskip.data.source import find_source, read_rows
+from megaskip.data.source import find_source
 from megaskip.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "two"}]

@@ -67,4 +67,4 @@ class EvaluateOptions(Checked):
             yield "--chat_template is used with --apply_chat_template; add that, or leave it out"
         if not self.tasks:
             yield "--tasks names no task; give names separated by commas"
-        yield from output_file_problems("output", self.output, ".json")
+        yield from output_file_problems(self.output, ".json")

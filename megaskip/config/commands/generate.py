@@ -67,4 +67,4 @@ class GenerateOptions(Checked):
         if self.prompts is not None and self.output.resolve() == self.prompts.resolve():
             yield f"--output {self.output} is the file of --prompts; name another"
         else:
-            yield from output_file_problems("output", self.output, ".jsonl")
+            yield from output_file_problems(self.output, ".jsonl")

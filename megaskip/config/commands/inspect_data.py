@@ -31,4 +31,4 @@ class InspectOptions(Checked):
         yield from at_least("rows", self.rows, 0)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)
         if self.output is not None:
-            yield from output_file_problems("output", self.output, ".jsonl")
+            yield from output_file_problems(self.output, ".jsonl")
