@@ -29,3 +29,8 @@ class CheckpointError(MegaskipError):
 
 class RankError(MegaskipError):
     """A rank that died, hangs or disagrees with the others; names it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error for a message, or the name of its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

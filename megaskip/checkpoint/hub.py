@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from megaskip.config.commands.hub import HubTarget
-from megaskip.errors import ConfigError, MegaskipError
+from megaskip.errors import ConfigError, MegaskipError, first_line
 
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 """Of the library beneath, which is another one in other versions: what is raised for a network that
@@ -25,7 +25,7 @@ def require_hub(target: HubTarget) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"--push_to_hub {name}: {_first_line(error)}") from None
+        raise ConfigError(f"--push_to_hub {name}: {_why(error)}") from None
     if constants.is_offline_mode():
         raise ConfigError(
             f"--push_to_hub {name}: HF_HUB_OFFLINE is set; unset it, or leave the flag out"
@@ -54,7 +54,7 @@ def push_to_hub(folder: Path, target: HubTarget) -> str | None:
         )
     except (OSError, HFValidationError, _HTTP_ERROR) as error:
         raise MegaskipError(
-            f"--push_to_hub {name}: the hub did not take it ({_first_line(error)}); {folder} is "
+            f"--push_to_hub {name}: the hub did not take it ({_why(error)}); {folder} is "
             f"whole: send it with `hf upload {name} {folder}`"
         ) from None
     return str(made)
@@ -68,15 +68,14 @@ def _user(name: str) -> dict[str, Any]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, LocalTokenNotFoundError) or status in _NOT_ALLOWED:
             raise ConfigError(
-                f"--push_to_hub {name}: not logged in ({_first_line(error)}); run `hf auth login` "
+                f"--push_to_hub {name}: not logged in ({_why(error)}); run `hf auth login` "
                 "with a token that may write, or set HF_TOKEN"
             ) from None
         raise ConfigError(
-            f"--push_to_hub {name}: the hub does not answer ({_first_line(error)}); check the "
+            f"--push_to_hub {name}: the hub does not answer ({_why(error)}); check the "
             "network, or leave the flag out"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def _why(error: Exception) -> str:
+    return first_line(error).rstrip(".")

@@ -24,7 +24,7 @@ _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 _OF_RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Files that ranks saved apart; where there are any, transformers reads them and nothing else."""
-_OTHER_STATE = ("training_args", "optimizer", "scheduler", "rng_state")
+OTHER_STATE = ("training_args", "optimizer", "scheduler", "rng_state")
 """Files that a Trainer leaves beside the weights."""
 
 
@@ -221,4 +221,4 @@ def _unread(folder: Path, read: set[str]) -> tuple[str, ...]:
     """Return the weight files that lie in a folder and do not count."""
     names = {file.name for file in folder.iterdir() if file.is_file()} - read
     weights = {name for name in names if name.endswith(_WEIGHT_SUFFIXES)}
-    return tuple(sorted(name for name in weights if not name.startswith(_OTHER_STATE)))
+    return tuple(sorted(name for name in weights if not name.startswith(OTHER_STATE)))

@@ -11,14 +11,13 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from megaskip.config.value_types import shown
 from megaskip.data.fields import Place, parse_json
 from megaskip.data.formats import fits_format
-from megaskip.errors import DataError
+from megaskip.errors import DataError, first_line
 from megaskip.extras import extra
 
 TEXT_PIECE = 100_000
@@ -77,11 +76,6 @@ def read_path(path: Path) -> Iterator[ReadRow]:
     except _DAMAGED as error:
         reason = f"{path}: the compressed file is damaged or not complete ({first_line(error)})"
         yield Place(file=str(path)), DataError(reason)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or the name of its class."""
-    return next(islice(str(error).splitlines(), 1), type(error).__name__)
 
 
 def _open(path: Path) -> IO[bytes]:

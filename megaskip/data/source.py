@@ -19,13 +19,12 @@ from megaskip.data.folder import (
 )
 from megaskip.data.readers import (
     ReadRow,
-    first_line,
     is_readable,
     known_kinds,
     number_rows,
     read_path,
 )
-from megaskip.errors import DataError
+from megaskip.errors import DataError, first_line
 from megaskip.extras import extra
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)

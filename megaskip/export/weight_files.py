@@ -15,14 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megaskip.checkpoint.stored_weights import OTHER_STATE
 from megaskip.checkpoint.weight_index import SINGLE, read_weight_map
-from megaskip.errors import CheckpointError
+from megaskip.errors import CheckpointError, first_line
 
 _SAFE = ".safetensors"
 _TORCH = (".bin", ".pt", ".pth")
 _WHOLE = (SINGLE, "pytorch_model.bin")
-_OTHER_STATE = ("training_args", "optimizer", "scheduler", "rng_state")
-"""Files that a Trainer leaves beside the weights."""
 _DAMAGE = (
     pickle.UnpicklingError,
     struct.error,
@@ -105,7 +104,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from None
     safe = [file for file in files if file.suffix == _SAFE]
     others = [
-        file for file in files if file.suffix in _TORCH and not file.name.startswith(_OTHER_STATE)
+        file for file in files if file.suffix in _TORCH and not file.name.startswith(OTHER_STATE)
     ]
     if not safe and not others:
         raise CheckpointError(
@@ -139,9 +138,9 @@ def _read_torch(file: Path) -> Mapping[str, Tensor]:
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
     except _DAMAGE as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{file} cannot be read as plain tensors ({reason}); save its state dict as safetensors"
+            f"{file} cannot be read as plain tensors ({first_line(error)}); save its state dict as "
+            "safetensors"
         ) from None
     if not isinstance(content, dict):
         raise CheckpointError(

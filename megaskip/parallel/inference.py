@@ -27,7 +27,7 @@ from megaskip.checkpoint.routers import (
 from megaskip.checkpoint.tensors import read_tensors
 from megaskip.config import ModelConfig, ParallelConfig, RouterConfig
 from megaskip.config.run import DEMO
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, first_line
 from megaskip.inference.dropped import DroppedForCausalLM
 from megaskip.inference.executor import InferenceExecutor
 from megaskip.inference.hf import MODEL_TYPE, MegaskipConfig
@@ -42,7 +42,6 @@ from megaskip.parallel.loading.source import (
     ModelSource,
     choose_arithmetic,
     find_model_folder,
-    first_line,
     resolve_source,
     source_in,
 )

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megaskip.checkpoint.atomic import read_json, write_json
-from megaskip.errors import MegaskipError
+from megaskip.errors import MegaskipError, first_line
 from megaskip.extras import MissingExtraError, extra
 from megaskip.log import get_logger
 
@@ -280,7 +280,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _refused(name: str, error: Exception) -> MegaskipError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     return MegaskipError(
-        f"--report_to {name}: it does not start ({lines[0]}); set it up, or leave it out"
+        f"--report_to {name}: it does not start ({first_line(error)}); set it up, or leave it out"
     )

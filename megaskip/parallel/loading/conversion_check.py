@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from megaskip.checkpoint.stored_weights import StoredTensor
-from megaskip.errors import CheckpointError
-from megaskip.parallel.loading.source import ModelSource, first_line
+from megaskip.errors import CheckpointError, first_line
+from megaskip.parallel.loading.source import ModelSource
 
 _DTYPES = {
     "F64": torch.float64,

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from megaskip.errors import ConfigError
+from megaskip.errors import ConfigError, first_line
 from megaskip.parallel.loading.quantised import quantise_linears
-from megaskip.parallel.loading.source import ModelSource, first_line
+from megaskip.parallel.loading.source import ModelSource
 
 _CANNOT_BUILD = (
     *(ValueError, ImportError, TypeError, LookupError, AttributeError),

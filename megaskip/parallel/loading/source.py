@@ -25,7 +25,7 @@ from megaskip.checkpoint.header import require_no_pointer
 from megaskip.checkpoint.stored_weights import ADAPTER
 from megaskip.config import ModelConfig
 from megaskip.config.run import DEMO
-from megaskip.errors import CheckpointError, ConfigError
+from megaskip.errors import CheckpointError, ConfigError, first_line
 from megaskip.log import get_logger
 from megaskip.parallel.loading.four_bit import FourBit, stored_four_bit
 from megaskip.parallel.loading.weight_plan import WeightPlan
@@ -231,9 +231,3 @@ def uses_tf32(dtype: torch.dtype, device: torch.device) -> bool:
 def _multiplies_bfloat16() -> bool:
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return supported is None or supported()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, for messages."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_accelerate_available
 
 from megaskip.arch.stage import LayerRange
-from megaskip.errors import MegaskipError
+from megaskip.errors import MegaskipError, first_line
 from megaskip.parallel.loading.loaded_values import require_loaded
-from megaskip.parallel.loading.source import ModelSource, first_line
+from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.weight_check import plan_of
 
 
