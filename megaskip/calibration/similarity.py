@@ -4,16 +4,18 @@ Source: LLM-Drop, arXiv 2406.15786. Shapes: B documents, T tokens, D hidden.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megaskip.arch.decoder import find_decoder
-from megaskip.arch.padding import needs_mask
 from megaskip.arch.sites import find_sites
+from megaskip.calibration.finite import require_finite
 from megaskip.data import Batch
+from megaskip.parallel.collectives import gather_from_ranks
+from megaskip.parallel.engine import Engine
 
 
 class UpdateSimilarity:
@@ -23,19 +25,16 @@ class UpdateSimilarity:
     or of the whole layer ("block").
     """
 
-    def __init__(
-        self, model: nn.Module, target: str = "attn", layers: Sequence[int] | None = None
-    ) -> None:
-        """Watch the decoder layers `layers` of `model`, or all of them."""
+    def __init__(self, model: nn.Module, target: str, layers: Sequence[int]) -> None:
+        """Watch the decoder layers `layers` of `model`."""
         self._decoder, self._target = find_decoder(model), target
         # Granite multiplies every update by a number of its own before it is added.
         config: Any = model.config
         self._scale = getattr(config, "residual_multiplier", None) or 1.0
-        depth = len(self._decoder.layers)
-        self._layers = range(depth) if layers is None else layers
+        self._layers = layers
         self._mask: Tensor | None = None
         self._states: dict[str, Tensor] = {}
-        self.sums = torch.zeros(depth, dtype=torch.float64)
+        self.sums = torch.zeros(len(self._decoder.layers), dtype=torch.float64)
         """By layer, over real tokens; 0 for layers that are not watched. Sums of ranks add up."""
         self.tokens = 0
         """Real tokens so far."""
@@ -98,19 +97,19 @@ def _tensor(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def update_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, float]:
-    """Return for each layer the mean cos(X, X + Attn(LN(X))) over the real tokens of `batches`.
-
-    High: the attention changes little, and is dropped first.
-    """
-    similarity, masked = UpdateSimilarity(model), needs_mask(model)
-    with similarity.watching():
+def mean_similarity(engine: Engine, batches: Sequence[Batch | None]) -> dict[int, float]:
+    """Return by routed layer the mean cosine of what its target reads and what comes of it, over
+    the real tokens of all ranks' `batches`. High: it changes little, and is dropped first.
+    Collective; without pipeline stages."""
+    routers = engine.routers
+    seen = UpdateSimilarity(engine.model, routers.config.target, routers.layers)
+    with routers.disabled(), seen.watching():
         for batch in batches:
-            similarity.set_batch(batch.token_mask)
-            find_decoder(model).decoder(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask if masked else None,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
-    return dict(enumerate((similarity.sums / max(similarity.tokens, 1)).tolist()))
+            seen.set_batch(batch.token_mask if batch is not None else None)
+            for _ in engine.forwards([batch]):
+                pass
+    totals = torch.cat([seen.sums, seen.sums.new_tensor([seen.tokens])])
+    total = torch.stack(gather_from_ranks(totals)).sum(0)
+    require_finite(total, "how much the layers change what they read")
+    *sums, tokens = total.tolist()
+    return {layer: sums[layer] / max(tokens, 1.0) for layer in routers.layers}

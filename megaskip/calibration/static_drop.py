@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megaskip.calibration.drop_order import Dropped, greedy_drop_order
 from megaskip.calibration.finite import require_finite
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.fit_progress import FitProgress
-from megaskip.calibration.similarity import UpdateSimilarity
+from megaskip.calibration.similarity import mean_similarity
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.config.commands.fit import DropPlan
 from megaskip.data.loader import DataLoader
@@ -159,26 +158,6 @@ def _order(
     with tqdm(desc="choosing layers", unit="pass", disable=hidden) as bar:
         _, steps = greedy_drop_order(engine, batches, count, progress=bar.update, kept=kept)
     return [step.layer for step in steps], steps
-
-
-@torch.no_grad()
-def mean_similarity(engine: Engine, batches: Sequence[Any]) -> dict[int, float]:
-    """Return by routed layer the mean cosine of what its target reads and what comes of it, over
-    the real tokens of all ranks' `batches`. Collective; without pipeline stages."""
-    routers = engine.routers
-    seen = UpdateSimilarity(engine.model, routers.config.target, routers.layers)
-    with routers.disabled(), seen.watching():
-        for batch in batches:
-            seen.set_batch(batch.token_mask if batch is not None else None)
-            for _ in engine.forwards([batch]):
-                pass
-    totals = torch.cat([seen.sums, seen.sums.new_tensor([seen.tokens])])
-    everywhere: list[Any] = [None] * engine.world_size
-    dist.all_gather_object(everywhere, totals)
-    total = torch.stack(everywhere).sum(0)
-    require_finite(total, "how much the layers change what they read")
-    *sums, tokens = total.tolist()
-    return {layer: sums[layer] / max(tokens, 1.0) for layer in routers.layers}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from megaskip.arch.adapters import add_adapters
 from megaskip.calibration.allocation import UnreachedError, allocate
 from megaskip.calibration.capacities import reach_capacity
 from megaskip.calibration.router_fit import split_off
-from megaskip.calibration.static_drop import mean_similarity
+from megaskip.calibration.similarity import mean_similarity
 from megaskip.calibration.threshold import TOLERANCE
 from megaskip.checkpoint.adapters import load_adapter
 from megaskip.checkpoint.routers import fill_routers, read_router_config

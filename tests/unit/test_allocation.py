@@ -23,7 +23,7 @@ from megaskip.calibration.allocation import (
 )
 from megaskip.calibration.capacities import calibrate_all, with_points
 from megaskip.calibration.cost_model import SkipCostModel
-from megaskip.calibration.similarity import update_similarity
+from megaskip.calibration.similarity import mean_similarity
 from megaskip.calibration.threshold import calibrate_threshold
 from megaskip.config import RunConfig
 from megaskip.data import Batch
@@ -224,11 +224,9 @@ def test_nothing_better_than_a_static_drop_leaves_the_static_drop(
     kept = allocate(engine, texts, 0.375, rounds=1)
     found = engine.evaluate(texts, routed=True)
     assert kept == found.capacity == pytest.approx(0.375, abs=0.01)
-    model, routers = engine.module.model, engine.routers
-    with routers.disabled():
-        similarity = update_similarity(model, [one for one in texts if one is not None])
-    by_change = sorted(routers.layers, key=similarity.__getitem__)
-    share = dict(zip(routers.layers, found.capacity_per_layer, strict=True))
+    similarity = mean_similarity(engine, texts)
+    by_change = sorted(engine.routers.layers, key=similarity.__getitem__)
+    share = dict(zip(engine.routers.layers, found.capacity_per_layer, strict=True))
     assert by_change[0] == COSTLY
     assert [share[layer] for layer in by_change] == pytest.approx([1, 0.5, 0, 0], abs=0.04)
 

@@ -14,7 +14,6 @@ from tiny_run import alone, rows, tiny_config
 from megaskip import attach_routers
 from megaskip.arch.padding import needs_mask
 from megaskip.arch.task_loss import TaskLoss
-from megaskip.calibration.similarity import update_similarity
 from megaskip.config import ModelConfig
 from megaskip.data import Batch, collate
 from megaskip.export.static import measure_capacity
@@ -91,7 +90,6 @@ def test_no_mask_reaches_attention_in_a_run_and_its_evaluation(full: bool, tmp_p
 
 
 MEASURES: dict[str, Callable[..., Any]] = {
-    "similarity": lambda model, routers: update_similarity(model, [padded()]),
     "capacity": lambda model, routers: measure_capacity(model, routers, [padded()]),
     "scores": lambda model, routers: score(model, routers, [padded()]).nll.tolist(),
 }
@@ -108,6 +106,6 @@ def test_what_is_measured_before_and_after_training_needs_no_mask_either(name: s
         plain = MEASURES[name](model, routers)
     assert seen.calls > probe.calls and seen.masked == probe.masked == probe.calls // 2
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("calibration.similarity", "export.static", "study.scoring"):
+        for module in ("export.static", "study.scoring"):
             patch.setattr(f"megaskip.{module}.needs_mask", lambda *_: True)
         assert MEASURES[name](model, routers) == plain
