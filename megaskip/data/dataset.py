@@ -1,24 +1,19 @@
 """From a DataConfig to training and held-out rows: tokenised once per machine, then shared."""
 
-import os
-import platform
-import shutil
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import filelock
 import numpy as np
 from tqdm import tqdm
 
 from megaskip.config import DataConfig
+from megaskip.data.build_once import build_once
 from megaskip.data.corpus import Job, read_samples, tokenise_all
-from megaskip.data.fingerprint import Stamps, fingerprint, require_unchanged, stamps_of
+from megaskip.data.demo import with_demo
+from megaskip.data.fingerprint import fingerprint, require_unchanged, stamps_of
 from megaskip.data.mix import interleave
 from megaskip.data.plan import plan_rows
 from megaskip.data.row import Row
@@ -34,16 +29,13 @@ from megaskip.data.store import (
 )
 from megaskip.data.streaming import StreamingRows, take_held_out
 from megaskip.data.tokenize import SampleTokenizer
-from megaskip.data.vocabulary import has_unknown_tokens, require_known_token
+from megaskip.data.vocabulary import has_unknown_tokens, padding_token, require_known_token
 from megaskip.errors import DataError
 from megaskip.log import get_logger
 
 logger = get_logger(__name__)
 
 T = TypeVar("T")
-
-_STALE = 24 * 3600
-"""Seconds after which a draft of another machine that nobody has written to is a dead process's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,16 +71,26 @@ def build_dataset(config: DataConfig, tokenizer: Any) -> TokenizedData:
     root = Path(config.cache_dir or "~/.cache/megaskip/data").expanduser()
     folder = root / key
     if not folder.is_dir():
-        with cache_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{key}.lock"):
-            if not folder.is_dir():
-                _build(folder, config, sample_tokenizer, train, held_out, before)
+
+        def write(work: Path) -> None:
+            _write(work, config, sample_tokenizer, train, held_out)
+            require_unchanged(before)  # of files that were written to meanwhile nothing is kept
+
+        build_once(folder, write)
     with cache_errors(root):
         rows, kept, stats = open_store(folder)
     stats = stats.of_sources((*train, *held_out))
     _log_notes(stats)
     return TokenizedData(train=rows, held_out=kept, stats=stats, fingerprint=key)
+
+
+def data_for_model(
+    config: DataConfig, tokenizer: Any, vocabulary: int
+) -> tuple[TokenizedData, int]:
+    """Return (the data of a run, a token to pad with) for a model with an embedding of `vocabulary`
+    rows; as `build_dataset`, and raises DataError for tokens that the model does not know."""
+    data = build_dataset(with_demo(config), tokenizer)
+    return for_vocabulary(data, tokenizer, vocabulary), padding_token(tokenizer, vocabulary)
 
 
 def _log_notes(stats: DataStats) -> None:
@@ -110,78 +112,6 @@ def find_sources(config: DataConfig) -> tuple[tuple[Source, ...], tuple[Source, 
         if source.weight != 1:
             raise DataError(f"--eval_data {source.name}: held-out data take no weight; remove it")
     return train, held_out
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one cache entry; the system frees it when its holder dies."""
-    lock = filelock.FileLock(path)
-    with cache_errors(path.parent):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            logger.info("Another process is tokenising the data; waiting for %s.", path)
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _build(
-    folder: Path,
-    config: DataConfig,
-    tokenizer: SampleTokenizer,
-    train: Sequence[Source],
-    held_out: Sequence[Source],
-    before: Stamps,
-) -> None:
-    """Tokenise into another folder and rename it: a killed process leaves no folder of that name,
-    and files that are no longer as they were `before` leave none either.
-
-    Locks of shared file systems do not always exclude: a second process works in a folder of its
-    own, and takes what the first one has finished.
-    """
-    with cache_errors(folder.parent):
-        own_prefix = f"{folder.name}.tmp-{platform.node()}-"
-        for draft in folder.parent.glob(f"{folder.name}.tmp-*"):
-            if _is_abandoned(draft, own_prefix):
-                shutil.rmtree(draft, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{own_prefix}{os.getpid()}-", dir=folder.parent))
-        work.chmod(0o755)
-    try:
-        _write(work, config, tokenizer, train, held_out)
-        require_unchanged(before)
-        with cache_errors(folder.parent):
-            try:
-                os.replace(work, folder)
-            except OSError:
-                if not (folder / "meta.json").is_file():
-                    raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _is_abandoned(draft: Path, own_prefix: str) -> bool:
-    """Return whether nobody writes a draft any more: on this machine its process tells, whatever
-    the clock says; on others its age."""
-    if draft.name.startswith(own_prefix):
-        return _is_dead(draft.name.removeprefix(own_prefix).partition("-")[0])
-    try:
-        return time.time() - draft.stat().st_mtime > _STALE
-    except FileNotFoundError:  # another process has removed it
-        return False
-
-
-def _is_dead(process: str) -> bool:
-    """Return whether this is the number of a process of this machine that has ended."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, PermissionError):
-        return False  # another machine's name, or somebody else's process
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def for_vocabulary(data: TokenizedData, tokenizer: Any, vocabulary: int) -> TokenizedData:

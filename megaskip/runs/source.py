@@ -12,13 +12,10 @@ from megaskip.checkpoint.run_tokenizer import other_tokenizer
 from megaskip.config import DataConfig, ModelConfig
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.config.stored import stored_settings, stored_value
-from megaskip.data import build_dataset
-from megaskip.data.dataset import for_vocabulary
-from megaskip.data.demo import with_demo
+from megaskip.data.dataset import data_for_model
 from megaskip.data.loader import DataLoader
 from megaskip.data.template import read_template
 from megaskip.data.tokenizer import load_tokenizer
-from megaskip.data.vocabulary import padding_token
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.parallel.loading.source import ModelSource, find_model_folder
 
@@ -158,14 +155,37 @@ def open_text(
     tokenizer = load_tokenizer(
         model.tokenizer or source.folder, trust_remote_code=model.trust_remote_code
     )
-    vocabulary = source.text_config.vocab_size
+    return text_loader(
+        data,
+        tokenizer,
+        source.text_config.vocab_size,
+        prompt_tokens=prompt_tokens,
+        micro_batch_size=micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def text_loader(
+    data: DataConfig,
+    tokenizer: Any,
+    vocabulary: int,
+    *,
+    prompt_tokens: int,
+    micro_batch_size: int = 4,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Return what `open_text` does for a tokenizer that is loaded already; `vocabulary` is the rows
+    of the model's embedding."""
+    tokenized, pad_token_id = data_for_model(data, tokenizer, vocabulary)
     return DataLoader(
-        data=for_vocabulary(build_dataset(with_demo(data), tokenizer), tokenizer, vocabulary),
+        data=tokenized,
         rank=rank,
         world_size=world_size,
         micro_batch_size=micro_batch_size,
         global_batch_size=micro_batch_size * world_size,
         seed=data.seed,
-        pad_token_id=padding_token(tokenizer, vocabulary),
+        pad_token_id=pad_token_id,
         prompt_tokens=prompt_tokens,
     )

@@ -21,11 +21,8 @@ from megaskip.calibration.threshold import TOLERANCE
 from megaskip.checkpoint.adapters import load_adapter
 from megaskip.checkpoint.routers import fill_routers, read_router_config
 from megaskip.config import RouterConfig, RunConfig, resolve_layers
-from megaskip.data import Batch, build_dataset
-from megaskip.data.dataset import for_vocabulary
-from megaskip.data.loader import DataLoader
+from megaskip.data import Batch
 from megaskip.data.tokenizer import load_tokenizer
-from megaskip.data.vocabulary import padding_token
 from megaskip.errors import ConfigError
 from megaskip.parallel.build import build_engine, choose_executor
 from megaskip.parallel.engine import Engine
@@ -33,6 +30,7 @@ from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import RouterSet
+from megaskip.runs.source import text_loader
 from megaskip.study.agreement import Continuations
 from megaskip.study.baselines import (
     Order,
@@ -80,21 +78,17 @@ class Comparison:
         self.depth = len(find_decoder(self.model).layers)
         self.layers = resolve_layers(config.router.layers, self.depth)
         self._tokenizer = load_tokenizer(source.folder)
-        self._vocabulary = vocabulary = source.text_config.vocab_size
-        data = build_dataset(config.data, self._tokenizer)
-        data = for_vocabulary(data, self._tokenizer, vocabulary)
-        documents = spread_documents(data.held_out, config.data.held_out)
-        data = dataclasses.replace(data, held_out=documents)
-        loader = DataLoader(
-            data=data,
-            rank=0,
-            world_size=1,
-            micro_batch_size=_ROWS,
-            global_batch_size=_ROWS,
-            seed=config.data.seed,
-            pad_token_id=padding_token(self._tokenizer, vocabulary),
+        self._vocabulary = source.text_config.vocab_size
+        loader = text_loader(
+            config.data,
+            self._tokenizer,
+            self._vocabulary,
             prompt_tokens=config.data.prompt_tokens,
+            micro_batch_size=_ROWS,
         )
+        documents = spread_documents(loader.data.held_out, config.data.held_out)
+        data = dataclasses.replace(loader.data, held_out=documents)
+        loader = dataclasses.replace(loader, data=data)
         rows = config.optim.calibration_rows + cost_rows
         cost_text, calibration = split_off(loader.calibration(rows), cost_rows / rows)
         self.cost_text = self._here(cost_text)

@@ -5,12 +5,10 @@ from pathlib import Path
 from megaskip.arch.positions import too_long
 from megaskip.checkpoint.resume import read_state
 from megaskip.config import OptimConfig, RunConfig
-from megaskip.data import TokenizedData, build_dataset
-from megaskip.data.dataset import for_vocabulary
-from megaskip.data.demo import with_demo
+from megaskip.data import TokenizedData
+from megaskip.data.dataset import data_for_model
 from megaskip.data.loader import DataLoader
 from megaskip.data.tokenizer import load_tokenizer
-from megaskip.data.vocabulary import padding_token
 from megaskip.errors import ConfigError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.source import ModelSource
@@ -31,9 +29,7 @@ def read_data(config: RunConfig, source: ModelSource) -> tuple[TokenizedData, in
     warning = too_long(model, config.data.seq_length)
     if warning is not None:
         logger.warning("%s", warning)
-    data = build_dataset(with_demo(config.data), tokenizer)
-    data = for_vocabulary(data, tokenizer, model.vocab_size)
-    return data, padding_token(tokenizer, model.vocab_size)
+    return data_for_model(config.data, tokenizer, model.vocab_size)
 
 
 def make_loader(

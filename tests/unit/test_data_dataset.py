@@ -407,7 +407,7 @@ def test_a_second_process_that_no_lock_holds_back_is_no_problem(
 ) -> None:
     """As on file systems without locks: while one tokenises, another does so from start to end."""
     nothing = contextlib.nullcontext()
-    monkeypatch.setattr("megaskip.data.dataset._locked", lambda path: nothing)
+    monkeypatch.setattr("megaskip.data.build_once._locked", lambda path: nothing)
     real, inner = tokenise_all, []
 
     def tokenise(*args: Any, **kwargs: Any) -> Any:
