@@ -25,7 +25,6 @@ from megaskip.checkpoint.routers import (
 from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.checkpoint.weight_index import INDEX, SINGLE
 from megaskip.config import ModelConfig, RouterConfig
-from megaskip.config.commands.convert import MODES
 from megaskip.config.paths import require_new
 from megaskip.data.tokenizer import read_tokenizer
 from megaskip.errors import ConfigError
@@ -80,13 +79,11 @@ def export_folder(
 ) -> Exported:
     """Write `output` from a router folder and its base model's folder, whole or not at all.
 
-    With `merge` an adapter that was trained with the routers is added to the weights, without it
-    the folder has it beside them. `tokenizer` takes the place of the base's; `facts` are
-    numbers of the run for the model card; `progress` is told the bytes of each file that is done.
-    Raises CheckpointError or ConfigError.
+    `mode` and `kv` are as in ConvertOptions. With `merge` an adapter that was trained with the
+    routers is added to the weights, without it the folder has it beside them. `tokenizer` takes the
+    place of the base's; `facts` are numbers of the run for the model card; `progress` is told the
+    bytes of each file that is done. Raises CheckpointError or ConfigError.
     """
-    if mode not in MODES:
-        raise ConfigError(f"--mode {mode!r} is not one of {', '.join(MODES)}")
     config, layers, described = read_router_config(routers)
     _require_droppable(config, mode, kv)
     require_new(output)
@@ -95,21 +92,13 @@ def export_folder(
     adapters = read_adapter(routers)
     if merge and adapters is None:
         raise ConfigError(f"--merge: {routers} has no adapter; leave it out")
-    plan: WeightPlan | None = None
-    if mode == "adapter":
-        read_stored_weights(base)  # its own modelling code, if it has any, is not run here
-    else:
-        plan = check_weights(resolve_source(ModelConfig(model=str(base))))
-    text_config = base_config.get("text_config", base_config)
-    experts = find_experts(text_config) if config.routes_experts else None
-    hidden_size = int(text_config["hidden_size"])
-    tensors = read_router_weights(routers, layers, config, hidden_size, experts)
+    plan = _checked_weights(base, mode)
+    tensors = _router_tensors(routers, config, layers, base_config)
     map_parameters = sum(t.numel() for n, t in tensors.items() if is_compensation(n))
+    made_from = base_name(described.name if described is not None else "", base)
     with new_folder(output) as folder:
         if mode == "adapter":
-            _put_adapter(folder, routers)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            _put_routers(folder, routers, tokenizer)
         else:
             merging = (adapters, plan) if merge and adapters is not None and plan else None
             _put_weights(folder, base, tensors, done, progress, merging)
@@ -117,10 +106,7 @@ def export_folder(
             content = routed_config(base_config, config, layers, kv)
             if adapters is not None:
                 content["routing"]["adapter"] = MERGED if merge else FOLDER
-            write_json(folder / "config.json", content)
-            _let_use_cache(folder / "generation_config.json")
-            (folder / CODE).write_text(bundled_code("routed"), encoding="utf-8")
-        made_from = base_name(described.name if described is not None else "", base)
+            _put_config(folder, content)
         if adapters is not None and not merge:
             write_adapter(folder / FOLDER, adapters, made_from)
         rows = routing_rows(config, layers, kv, map_parameters=map_parameters)
@@ -137,6 +123,24 @@ def export_folder(
         )
     done.written = size_of(output) - done.linked
     return done
+
+
+def _checked_weights(base: Path, mode: str) -> WeightPlan | None:
+    """Return which stored tensor becomes which weight of the base, whose files must be whole; None
+    for the mode "adapter", in which its own modelling code, if it has any, is not run."""
+    if mode == "adapter":
+        read_stored_weights(base)
+        return None
+    return check_weights(resolve_source(ModelConfig(model=str(base))))
+
+
+def _router_tensors(
+    routers: Path, config: RouterConfig, layers: tuple[int, ...], base_config: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return the weights of a router folder, checked against its base's config.json."""
+    text_config = base_config.get("text_config", base_config)
+    experts = find_experts(text_config) if config.routes_experts else None
+    return read_router_weights(routers, layers, config, int(text_config["hidden_size"]), experts)
 
 
 def _base_rows(of_base: str, adapters: AdapterSet | None, *, merge: bool) -> dict[str, str]:
@@ -164,9 +168,13 @@ def routed_config(
     return {**own_config(base), **cached, "routing": {**dataclasses.asdict(stored), "kv": kv}}
 
 
-def _let_use_cache(path: Path) -> None:
-    if path.is_file() and (content := read_json(path)).get("use_cache") is False:
-        write_json(path, {**content, "use_cache": True})
+def _put_config(folder: Path, content: dict[str, Any]) -> None:
+    """Write config.json and the code that reads it, and let generation use the cache."""
+    write_json(folder / "config.json", content)
+    (folder / CODE).write_text(bundled_code("routed"), encoding="utf-8")
+    generation = folder / "generation_config.json"
+    if generation.is_file() and (settings := read_json(generation)).get("use_cache") is False:
+        write_json(generation, {**settings, "use_cache": True})
 
 
 def own_config(
@@ -285,6 +293,9 @@ def _tokenizer_of(base: Path) -> Any | None:
         return None
 
 
-def _put_adapter(folder: Path, routers: Path) -> None:
+def _put_routers(folder: Path, routers: Path, tokenizer: Any | None) -> None:
+    """Copy the files of a router folder, with a tokenizer beside them where one is given."""
     for name in (WEIGHTS, CONFIG):
         shutil.copyfile(routers / name, folder / name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

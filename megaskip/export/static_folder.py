@@ -20,7 +20,7 @@ from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import save_routers
 from megaskip.checkpoint.weight_index import SINGLE
 from megaskip.config import ModelConfig, RouterConfig
-from megaskip.config.commands.export_static import FORMATS
+from megaskip.config.paths import require_new
 from megaskip.errors import ConfigError, UnsupportedModelError
 from megaskip.export.base_weights import RENAMED_SINGLE, put_base_weights, require_safetensors
 from megaskip.export.bundle import CODE, bundled_code
@@ -31,7 +31,6 @@ from megaskip.export.folder import (
     base_name,
     own_config,
     put_rest,
-    require_new,
     size_of,
 )
 from megaskip.export.merge import merge_adapter, merged_files
@@ -79,13 +78,12 @@ class StaticBase:
 
 
 def require_exportable(base: Path, output: Path, form: str) -> StaticBase:
-    """Return the base model in a folder, once it is known that `form` can express it.
+    """Return the base model in a folder, once it is known that `form`, hf or decilm, can express
+    it.
 
     What can be refused before anything is measured or loaded is refused here, with CheckpointError,
     ConfigError or UnsupportedModelError.
     """
-    if form not in FORMATS:
-        raise ConfigError(f"--format {form!r} is not one of {', '.join(FORMATS)}")
     require_new(output)
     content = read_json(base / "config.json")
     if "auto_map" in content:

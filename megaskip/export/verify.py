@@ -72,8 +72,9 @@ class Verified:
         """Return whether the routers are the trained ones and only rounding is left."""
         return not self.wrong_routers and self.difference <= TOLERANCE * max(self.scale, 1.0)
 
-    def require(self, folder: Path) -> None:
-        """Raise CheckpointError unless the folder has passed."""
+    def require(self, folder: Path, expected: str = "the trained model's") -> None:
+        """Raise CheckpointError unless the folder has passed; `expected` says whose logits it was
+        compared with."""
         if self.wrong_routers:
             names = ", ".join(self.wrong_routers)
             raise CheckpointError(
@@ -81,8 +82,8 @@ class Verified:
             )
         if not self.passed:
             raise CheckpointError(
-                f"{folder}: its logits differ by {self.difference:.1e} from the trained model's, "
-                f"whose largest is {self.scale:.1e}; do not use this folder"
+                f"{folder}: its logits differ by {self.difference:.1e} from {expected}, whose "
+                f"largest is {self.scale:.1e}; do not use this folder"
             )
 
 

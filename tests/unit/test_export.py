@@ -22,9 +22,10 @@ from megaskip import RouterConfig, attach_routers, detach_routers, load_routers,
 from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.cli import convert
+from megaskip.config.commands.convert import MODES
 from megaskip.errors import CheckpointError, ConfigError
 from megaskip.export.bundle import bundled_code
-from megaskip.export.folder import MODES, base_name, export_folder
+from megaskip.export.folder import base_name, export_folder
 from megaskip.export.verify import verify_folder
 from megaskip.generation.job import load_alone
 from megaskip.inference.routed import MegaskipForCausalLM
