@@ -17,14 +17,10 @@ def one_of(flag: str, value: str, choices: Iterable[str]) -> Iterator[str]:
     )
 
 
-def within(
-    flag: str, value: float, low: float, high: float, *, open_low: bool = False
-) -> Iterator[str]:
-    """Yield a problem when `value` lies outside [low, high], or (low, high] with `open_low`."""
-    too_low = value <= low if open_low else value < low
-    if too_low or value > high or value != value:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
-        yield f"--{flag} {value:g} is outside {interval}"
+def share(flag: str, value: float, *, above_zero: bool = False) -> Iterator[str]:
+    """Yield a problem when `value` lies outside [0, 1], or (0, 1] with `above_zero`."""
+    if not 0 <= value <= 1 or (above_zero and value == 0):
+        yield f"--{flag} {value:g} is outside {'(' if above_zero else '['}0, 1]"
 
 
 def percentage(flag: str, value: float) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from megaskip.config.checks import at_least, share_hint, within
+from megaskip.config.checks import at_least, share, share_hint
 from megaskip.config.routing import SATURATED, RoutingConfig
 from megaskip.config.value_types import wrong_types
 from megaskip.errors import ConfigError
@@ -52,10 +52,10 @@ class RouterConfig(RoutingConfig):
         yield from RoutingConfig._problems(self)
         if self.granularity == "expert_token":
             yield from self._problems_of_experts()
-        for problem in within("capacity", self.capacity, 0.0, 1.0):
+        for problem in share("capacity", self.capacity):
             yield problem + share_hint(self.capacity)
         if self.capacity_low is not None:
-            yield from within("capacity_low", self.capacity_low, 0.0, 1.0)
+            yield from share("capacity_low", self.capacity_low)
             if self.capacity_low > self.capacity:
                 yield (
                     f"--capacity_low {self.capacity_low:g} is above --capacity {self.capacity:g}: "

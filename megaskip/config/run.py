@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megaskip.config.adapter import AdapterConfig, adapter_problems
-from megaskip.config.checks import at_least, finite, whole_seed, within
+from megaskip.config.checks import at_least, finite, share, whole_seed
 from megaskip.config.four_bit import four_bit_problems
 from megaskip.config.full import full_problems
 from megaskip.config.log import LogConfig
@@ -153,13 +153,13 @@ class OptimConfig(Checked):
         yield from at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         yield from at_least("lr", self.lr, 0.0)
         yield from at_least("compensation_lr", self.compensation_lr, 0.0)
-        yield from within("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
-        yield from within("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
+        yield from share("warmup_ratio", self.warmup_ratio)
+        yield from share("min_lr_ratio", self.min_lr_ratio)
         yield from at_least("weight_decay", self.weight_decay, 0.0)
         yield from at_least("max_grad_norm", self.max_grad_norm, 0.0)
         yield from at_least("calibration_rows", self.calibration_rows, 0)
         yield from at_least("fit_rows", self.fit_rows, 0)
-        yield from within("distill", self.distill, 0.0, 1.0)
+        yield from share("distill", self.distill)
         yield from at_least("noise", self.noise, 0.0)
         yield from whole_seed("seed", self.seed)
         if self.temperature <= 0:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaskip.config.adapter import AdapterConfig, adapter_problems
-from megaskip.config.checks import at_least, percentage, whole_seed, within
+from megaskip.config.checks import at_least, percentage, share, whole_seed
 from megaskip.config.commands.hub import HubTarget
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import COMPENSATIONS
@@ -128,7 +128,7 @@ class DropOptions(Checked):
     def _problems(self) -> Iterator[str]:
         yield from _stage_problems(self.base, self.plan)
         yield from at_least("steps", self.steps, 0)
-        yield from within("distill", self.distill, 0.0, 1.0)
+        yield from share("distill", self.distill)
         yield from at_least("compensation_lr", self.compensation_lr, 0.0)
         yield from at_least("nproc", self.nproc, 1)
         if self.nproc % self.base.pipeline_stages:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megaskip.config.checks import at_least, share_hint, within
+from megaskip.config.checks import at_least, share, share_hint
 from megaskip.config.commands.fit import TextAndModel
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import COMPENSATIONS, SUBLAYER_GRANULARITIES
@@ -53,4 +53,4 @@ class FitRoutersOptions(Checked):
                 yield problem + share_hint(capacity)
         for name in ("compensation_rank", "rows", "cost_rows", "groups"):
             yield from at_least(name, getattr(self, name), 1)
-        yield from within("distill", self.distill, 0.0, 1.0)
+        yield from share("distill", self.distill)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaskip.config.checks import at_least, whole_seed, within
+from megaskip.config.checks import at_least, share, whole_seed
 from megaskip.config.options import Checked, option
 from megaskip.config.paths import output_file_problems
 from megaskip.config.run import DTYPES
@@ -55,7 +55,7 @@ class GenerateOptions(Checked):
         yield from whole_seed("seed", self.seed)
         if not 0 <= self.temperature < math.inf:
             yield f"--temperature {self.temperature:g} must be 0 or a positive number"
-        yield from within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        yield from share("top_p", self.top_p, above_zero=True)
         if 0 < self.top_p < 1 and self.temperature == 0:
             yield f"--top_p {self.top_p:g} is for sampling; give a --temperature above 0"
         if self.picture and self.num_beams > 1:
