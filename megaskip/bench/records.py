@@ -1,6 +1,5 @@
 """The folder of a report: one file for each part, so that what is measured outlives any crash."""
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,7 @@ class Records:
 
     def write(self, record: Record) -> None:
         """Write a record, whole or not at all."""
-        draft = self._file(record.name).with_suffix(".tmp")
-        write_json(draft, asdict(record))
-        os.replace(draft, self._file(record.name))
+        write_json(self._file(record.name), asdict(record))
 
     @property
     def log(self) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megaskip.measures.costs import Cost, total
 from megaskip.measures.paired import Aggregate, Difference, difference, standard_error
+from megaskip.reporting.summary import aligned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +150,7 @@ class EvalReport:
         for name, task in self.outcome.items():
             for number, metric in enumerate(task.metrics):
                 rows.append(self._cells(name, metric, is_first=number == 0))
-        return [*_align(rows), _TOKENS[bool(self.about.get("lm_eval_compatible"))]]
+        return [*_ruled(rows), _TOKENS[bool(self.about.get("lm_eval_compatible"))]]
 
     def _cells(self, name: str, metric: str, *, is_first: bool) -> list[str]:
         task, gap = self.outcome[name], self.difference(name, metric)
@@ -187,11 +188,9 @@ _TITLES = [
 ]
 
 
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+def _ruled(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines, the first one between rules."""
+    lines = aligned(rows)
     rule = "-" * max(map(len, lines))
     return [rule, lines[0], rule, *lines[1:], rule]
 

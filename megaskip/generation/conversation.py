@@ -19,6 +19,7 @@ from megaskip.data.vocabulary import require_known_token
 from megaskip.errors import ConfigError, DataError
 from megaskip.generation.prompts import Messages
 from megaskip.generation.record import RunRecord
+from megaskip.reporting.summary import capacity_line
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import Routers
 
@@ -105,7 +106,7 @@ class Conversation:
         if not ran.size:
             return {}
         shares = {layer: float(row.mean()) for layer, row in zip(layers, ran, strict=True)}
-        line = "  ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())
+        line = capacity_line(shares)
         print(f"[ran {float(ran.mean()):.2f} of the routed units; by layer {line}]")
         if self.options.picture:
             self._draw(self.options.picture, ids, ran > 0, prompt_tokens)

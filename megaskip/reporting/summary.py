@@ -48,6 +48,12 @@ def table(rows: Iterable[Sequence[str]], *, title: str) -> list[str]:
     return [rule, title, rule, *lines, rule]
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines whose cells stand in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 def human_bytes(count: float) -> str:
     """Return a number of bytes with a fitting unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -15,6 +15,7 @@ from megaskip.checkpoint.atomic import read_json
 from megaskip.config.stored import stored_value
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.reporting.metrics import EVALUATIONS, FILE
+from megaskip.reporting.summary import aligned
 
 _WINDOW = 20
 """Steps at the end over which speed and capacity are averaged, as in a run's own report."""
@@ -67,9 +68,7 @@ def summarise(folder: Path) -> RunSummary:
 
 def run_table(runs: Sequence[RunSummary]) -> list[str]:
     """Return the runs as aligned lines under a header."""
-    rows = [_HEADER, *map(_cells, runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return aligned([_HEADER, *map(_cells, runs)])
 
 
 def _is_run(path: Path) -> bool:
