@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megaskip.arch.stage import LayerRange
 from megaskip.errors import MegaskipError
 from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.stored_values import read_stored
 from megaskip.parallel.loading.weight_plan import WeightPlan
 
 _LAYER = re.compile(r"(?:(?<=^layers\.)|(?<=\.layers\.))\d+(?=\.)")
@@ -88,19 +88,11 @@ def _stored(
     layers: LayerRange, wanted: set[str], plan: WeightPlan, source: ModelSource
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the stored tensors of some layers, the first of them numbered 0."""
-    tensors = list(plan.stored.items())
-    tensors += [(tensor.name, tensor) for group in plan.converted.values() for tensor in group]
-    mine = [(name, tensor) for name, tensor in tensors if _belongs(name, layers, wanted)]
-    for file in sorted({tensor.file for _, tensor in mine}):
-        try:
-            with safe_open(source.folder / file, framework="pt") as handle:
-                for name, tensor in mine:
-                    if tensor.file == file:
-                        yield _renumbered(name, -layers.first), handle.get_tensor(tensor.name)
-        except (OSError, SafetensorError) as error:
-            raise MegaskipError(
-                f"{source.folder / file}: cannot read the weights ({error})"
-            ) from None
+    tensors = dict(plan.stored)
+    tensors |= {tensor.name: tensor for group in plan.converted.values() for tensor in group}
+    mine = {name: stored for name, stored in tensors.items() if _belongs(name, layers, wanted)}
+    for name, tensor in read_stored(source.folder, mine):
+        yield _renumbered(name, -layers.first), tensor
 
 
 def _belongs(name: str, layers: LayerRange, wanted: set[str]) -> bool:

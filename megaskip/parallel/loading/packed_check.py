@@ -26,7 +26,7 @@ _NESTED_BLOCKSIZE = 256
 """The only one that bitsandbytes multiplies with (matmul_4bit)."""
 _DTYPES = ("float32", "float16", "bfloat16")
 _LONGEST_STATE = 4096
-_NOT_OF_THE_CONFIG = "the files are not those of this config.json"
+NOT_OF_THE_CONFIG = "the files are not those of this config.json"
 
 Beside = Mapping[str, Mapping[str, StoredTensor]]
 """What lies beside each weight, by its stored name and by what follows that in the other's."""
@@ -65,7 +65,7 @@ def require_packed(
         if name not in asked and tensors[0].name in beside:
             raise CheckpointError(
                 f"{folder}: {tensors[0].name} is packed in 4 bit, and config.json does not say so "
-                f"(quantization_config, llm_int8_skip_modules); {_NOT_OF_THE_CONFIG}"
+                f"(quantization_config, llm_int8_skip_modules); {NOT_OF_THE_CONFIG}"
             )
     return {
         name: _packed(folder, four_bit, direct[name][0], beside, tuple(weight.shape))
@@ -135,7 +135,7 @@ def _require(
     if (tensor.dtype, tensor.shape) != (dtype, shape):
         raise CheckpointError(
             f"{folder}: {tensor.name} is {tensor.dtype} of shape {tensor.shape}, expected {dtype} "
-            f"of {shape} ({why}, by config.json); {_NOT_OF_THE_CONFIG}"
+            f"of {shape} ({why}, by config.json); {NOT_OF_THE_CONFIG}"
         )
 
 
@@ -162,7 +162,7 @@ def _state(
         if repr(state[key]) not in map(repr, values):
             raise CheckpointError(
                 f"{folder}: {tensor.name} says {key} {state[key]!r}, expected "
-                f"{' or '.join(map(str, values))}; {_NOT_OF_THE_CONFIG}"
+                f"{' or '.join(map(str, values))}; {NOT_OF_THE_CONFIG}"
             )
     offset = state.get("nested_offset", 0.0)
     if not isinstance(offset, float) or not math.isfinite(offset):

@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from megaskip.config.four_bit import four_bit_problems
-from megaskip.errors import CheckpointError, ConfigError, MegaskipError
+from megaskip.errors import CheckpointError, ConfigError
 from megaskip.log import get_logger
 from megaskip.parallel.collectives import gather_from_ranks
 from megaskip.parallel.loading.joined_values import holds_row, joined_rows, not_joined
 from megaskip.parallel.loading.loaded_values import require_same
 from megaskip.parallel.loading.skeleton import build_model, skeleton
 from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.stored_values import read_stored
 from megaskip.parallel.loading.weight_check import plan_of
 from megaskip.parallel.loading.weight_plan import WeightPlan
 from megaskip.parallel.loading.whole import load_whole
@@ -66,18 +66,10 @@ def load_partitioned(source: ModelSource, ds_config: Mapping[str, Any]) -> nn.Mo
 @torch.no_grad()
 def _fill_partitions(model: nn.Module, source: ModelSource, plan: WeightPlan) -> None:
     """Copy this rank's slice of every parameter from the mapped shards into its partition."""
-    by_file: dict[str, list[tuple[str, Any]]] = {}
-    for name, parameter in model.named_parameters():
-        by_file.setdefault(plan.stored[name].file, []).append((name, parameter))
-    for file, parameters in sorted(by_file.items()):
-        try:
-            with safe_open(source.folder / file, framework="pt") as handle:
-                for name, parameter in parameters:
-                    _fill(parameter, handle.get_tensor(plan.stored[name].name))
-        except (OSError, SafetensorError) as error:
-            raise MegaskipError(
-                f"{source.folder / file}: cannot read the weights ({error})"
-            ) from None
+    parameters = dict(model.named_parameters())
+    wanted = {name: plan.stored[name] for name in parameters}
+    for name, stored in read_stored(source.folder, wanted):
+        _fill(parameters[name], stored)
 
 
 def _fill(parameter: Any, stored: Tensor) -> None:

@@ -2,16 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megaskip.arch.stage import LayerRange
-from megaskip.checkpoint.stored_weights import StoredTensor
 from megaskip.errors import MegaskipError, UnsupportedModelError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.converted import load_converted, makes_same_layers
@@ -25,6 +22,7 @@ from megaskip.parallel.loading.quantised import (
 )
 from megaskip.parallel.loading.skeleton import build_uninitialised
 from megaskip.parallel.loading.source import ModelSource
+from megaskip.parallel.loading.stored_values import read_stored
 from megaskip.parallel.loading.weight_check import plan_of
 from megaskip.parallel.loading.whole import load_whole
 
@@ -71,7 +69,7 @@ def load_stage(
     packed_there = {name: plan.packed[name] for name in wanted if name in plan.packed}
     plain = wanted.keys() - packed_there.keys()
     if plain <= plan.stored.keys():
-        stored = _from_files(source.folder, {name: plan.stored[name] for name in plain})
+        stored = read_stored(source.folder, {name: plan.stored[name] for name in plain})
     else:
         stored = iter(load_converted(model, layers, plain, plan, source).items())
     filled: dict[int, Tensor] = {
@@ -142,18 +140,6 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _from_files(folder: Path, wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the stored values of each wanted tensor by the model's names, file by file."""
-    for file in sorted({tensor.file for tensor in wanted.values()}):
-        try:
-            with safe_open(folder / file, framework="pt") as handle:
-                for name, tensor in wanted.items():
-                    if tensor.file == file:
-                        yield name, handle.get_tensor(tensor.name)
-        except (OSError, SafetensorError) as error:
-            raise MegaskipError(f"{folder / file}: cannot read the weights ({error})") from None
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
-"""Values of stored tensors, read from their bytes: blocks of one, or two compared whole."""
+"""Values of stored tensors: all of some, blocks of one, or two compared whole."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaskip.checkpoint.stored_weights import StoredTensor
-from megaskip.errors import CheckpointError
+from megaskip.errors import CheckpointError, MegaskipError
 
 DTYPES = {
     "F64": torch.float64,
@@ -22,6 +24,22 @@ DTYPES = {
 }
 _BLOCK = 4 << 20
 """Elements that are compared at once."""
+
+
+def read_stored(folder: Path, wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the wanted tensors by their names in `wanted`, file by file. They are mapped: of a
+    tensor that is used in part, that part alone is read.
+
+    Raises MegaskipError when a file cannot be read.
+    """
+    for file in sorted({tensor.file for tensor in wanted.values()}):
+        try:
+            with safe_open(folder / file, framework="pt") as handle:
+                for name, tensor in wanted.items():
+                    if tensor.file == file:
+                        yield name, handle.get_tensor(tensor.name)
+        except (OSError, SafetensorError) as error:
+            raise MegaskipError(f"{folder / file}: cannot read the weights ({error})") from None
 
 
 def read_block(folder: Path, tensor: StoredTensor, start: int, count: int) -> Tensor:

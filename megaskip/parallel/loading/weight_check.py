@@ -18,6 +18,7 @@ from megaskip.log import get_logger
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.loading.conversion_check import missing_after_conversion
 from megaskip.parallel.loading.packed_check import (
+    NOT_OF_THE_CONFIG,
     NOTHING_BESIDE,
     Beside,
     require_packed,
@@ -44,8 +45,6 @@ from megaskip.parallel.topology import Topology
 from megaskip.routing import PREFIX
 
 logger = get_logger(__name__)
-
-_NOT_OF_THE_CONFIG = "the files are not those of this config.json"
 
 
 def with_checked_weights(source: ModelSource, topology: Topology) -> ModelSource:
@@ -238,7 +237,7 @@ def _require_shapes(
         if asked[1:] == tensor.shape[1:] and asked[:1] == (vocabulary,):
             why = f"vocab_size is {vocabulary} there; mend it, or name the right folder"
         else:
-            why = _NOT_OF_THE_CONFIG
+            why = NOT_OF_THE_CONFIG
         raise CheckpointError(
             f"{source.folder}: {tensor.name} has shape {tensor.shape}, config.json asks for "
             f"{asked}; {why}"
@@ -284,7 +283,7 @@ def _require_no_other_model(folder: Path, model: Any, extra: Iterable[str]) -> N
         if match is not None or computes:
             raise CheckpointError(
                 f"{folder}: the files hold {name}, for which {type(model).__name__} has no place; "
-                f"{_NOT_OF_THE_CONFIG} (see its model_type)"
+                f"{NOT_OF_THE_CONFIG} (see its model_type)"
             )
 
 
