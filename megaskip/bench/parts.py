@@ -8,9 +8,6 @@ from megaskip.bench.setup import Speeds
 from megaskip.bench.shapes import SHAPES, Shape
 
 GPU, CPU = "gpu", "cpu"
-DEVICES = (GPU, CPU)
-KINDS = ("machine", "routing", "zero3", "train", "serve")
-"""What a part measures; "routing" and "zero3" check that two ways give the same numbers."""
 
 _EFFICIENCY = 0.3
 """Share of a matrix product's speed that whole models are expected to reach."""
@@ -43,6 +40,8 @@ class Part:
 
     name: str
     kind: str
+    """What is measured: machine, train or serve; or the check routing or zero3, that two ways give
+    the same numbers."""
     seconds: float
     """Time after which it begins no new run."""
     shape: str = ""

@@ -19,7 +19,7 @@ from megaskip.bench.sanity import check_routing, check_zero3
 from megaskip.bench.serving import measure_serving
 from megaskip.bench.setup import Setup, Snapshots
 from megaskip.bench.training import measure_training
-from megaskip.errors import MegaskipError
+from megaskip.errors import MegaskipError, first_line
 from megaskip.log import quiet_libraries
 
 READY, ROWS, DONE, FAILED = "ready", "rows", "done", "failed"
@@ -62,8 +62,7 @@ def _attempt(part: Part, setup: Setup, connection: Connection) -> str | None:
     except torch.OutOfMemoryError:
         return "out of memory"
     except (MegaskipError, RuntimeError, ImportError, OSError, ValueError) as error:
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from megaskip.checkpoint.atomic import read_json, write_json
 from megaskip.errors import MegaskipError, first_line
 from megaskip.extras import MissingExtraError, extra
-from megaskip.log import get_logger
 
 IDS = "trackers.json"
 """In the run folder: by tracker, the name under which a run that goes on is found again."""
@@ -25,7 +24,6 @@ _PROJECT = "megaskip"
 _EXTRAS = {"tensorboard": "train", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 Array = np.ndarray[Any, Any]
-logger = get_logger(__name__)
 
 
 class Tracker(Protocol):
