@@ -20,8 +20,10 @@ from megaskip.data.collate import Batch
 from megaskip.data.loader import DataLoader
 from megaskip.errors import DataError
 from megaskip.export.static import measure_capacity
+from megaskip.parallel.forward_engine import ForwardEngine
 from megaskip.parallel.loading.source import ModelSource, source_in
 from megaskip.parallel.loading.whole import load_whole
+from megaskip.parallel.topology import Topology
 from megaskip.routing import RouterSet
 from megaskip.runs.source import TrainedRouters, open_text, read_as
 
@@ -55,13 +57,17 @@ class TextMeasure:
         held_out = [batch for batch in self._loader.held_out() if batch is not None]
         chosen = held_out or self._loader.calibration(self._options.rows)
         batches = _first(self._options.rows, [batch for batch in chosen if batch is not None])
+        if not any(batch.counts.supervised for batch in batches):
+            raise DataError("the text holds no tokens to predict; name another with --data")
         model, routers = self._model
         task = TaskLoss(model, chunk_tokens=ParallelConfig().loss_chunk_tokens)
         task.needs_mask = needs_mask(model, routers)
+        topology = Topology(rank=0, world_size=1, local_rank=0, device=model.device)
+        engine = ForwardEngine(task, routers, topology)
         with routers.override({layer: float(layer not in dropped) for layer in routers.layers}):
-            compensated = _mean_loss(task, routers, batches)
+            compensated = engine.evaluate(batches, routed=True).loss
             with without_maps(routers):
-                plain = _mean_loss(task, routers, batches)
+                plain = engine.evaluate(batches, routed=True).loss
         return compensated, plain, f"{self._about(batches)}{', held out' if held_out else ''}"
 
     @functools.cached_property
@@ -99,19 +105,3 @@ def _first(rows: int, batches: Sequence[Batch]) -> list[Batch]:
             break
         chosen.append(batch)
     return chosen
-
-
-@torch.no_grad()
-def _mean_loss(task: TaskLoss, routers: RouterSet, batches: Sequence[Batch]) -> float:
-    """Return the mean loss of the supervised tokens of `batches`, nats."""
-    device = next(task.parameters()).device
-    tokens = sum(batch.counts.supervised for batch in batches)
-    if not tokens:
-        raise DataError("the text holds no tokens to predict; name another with --data")
-    total = 0.0
-    for batch in (batch.to(device) for batch in batches):
-        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
-        routers.set_batch(*masks, batch.counts.segments)
-        inputs = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels)
-        total += float(task(*inputs, predicting=batch.predicting))
-    return total / tokens
