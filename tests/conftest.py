@@ -26,6 +26,18 @@ def a_log_that_no_command_has_set_up() -> None:
     ours.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(scope="module")
+def own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the code that exported folders bring along a place of its own for a file's tests."""
+    import transformers
+
+    cache = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        patch.syspath_prepend(cache)
+        yield
+
+
 def _leave_group() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from decilm_reference import load_decilm
+from dropped_models import LAYERS, dropped_from, static, stored_names
 from families import FAMILIES, tiny_model
 from routed_models import padded_ids, randomise, whole_ids
 from safetensors import safe_open
@@ -25,49 +23,12 @@ from megaskip.data.collate import collate
 from megaskip.data.row import Row
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
-from megaskip.export.decilm import ffn_mult, intermediate_size_of
 from megaskip.export.shards import copy_without, names_of_dropped
-from megaskip.export.static import choose_dropped, measure_capacity, sublayers
-from megaskip.export.static_folder import (
-    StaticExport,
-    export_static,
-    require_exportable,
-    verify_static,
-)
+from megaskip.export.static import measure_capacity, sublayers
+from megaskip.export.static_folder import verify_static
 
 DEMO = Path(__file__).parents[2] / "megaskip/demo/backbone"
-LAYERS = (1, 3, 4)  # layer 1 is the first of gemma2's that attends to everything
-WIDE = {"intermediate_size": 256}  # what DeciLM can say
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    cache = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        yield
-
-
-def static(
-    folder: Path, family: str = "llama", target: str = "attn", form: str = "hf", **options: Any
-) -> tuple[Path, Any]:
-    """Return (exported folder, its base as a model whose `target` is forced off in LAYERS)."""
-    model = tiny_model(family, **options)
-    model.save_pretrained(folder / "base", max_shard_size="60KB")
-    dropped_from(folder, sublayers(target, LAYERS), form)
-    return folder / "out", forced_off(model, target)
-
-
-def dropped_from(folder: Path, dropped: Any, form: str = "hf", **options: Any) -> StaticExport:
-    base = require_exportable(folder / "base", folder / "out", form)
-    return export_static(base, folder / "out", dropped, **options)
-
-
-def forced_off(model: Any, target: str) -> Any:
-    config = RouterConfig(granularity=f"{target}_sequence", layers=LAYERS)
-    attach_routers(model, config).place([math.inf] * len(LAYERS))
-    return model
+pytestmark = pytest.mark.usefixtures("own_modules_cache")
 
 
 def load(folder: Path) -> Any:
@@ -76,14 +37,6 @@ def load(folder: Path) -> Any:
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return loaded.eval()
-
-
-def stored_names(folder: Path) -> set[str]:
-    names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as handle:
-            names |= set(handle.keys())
-    return names
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -280,175 +233,6 @@ def test_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing, which"):
         dropped_from(tmp_path, sublayers("attn", [3]))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
-# -- DeciLM
-
-
-@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_decilm_folder_is_the_forced_base_for_a_server(
-    family: str, target: str, tmp_path: Path
-) -> None:
-    folder, base = static(tmp_path, family, target, form="decilm", **WIDE)
-    ids = whole_ids(2, 12)
-    with torch.no_grad():
-        found, expected = load_decilm(folder)(ids), base(ids).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_decilm_config_says_what_each_layer_has(tmp_path: Path) -> None:
-    folder, base = static(tmp_path, "mistral", "attn", form="decilm", **WIDE)
-    config = read_json(folder / "config.json")
-    assert config["architectures"] == ["DeciLMForCausalLM"]
-    assert config["model_type"] == "nemotron-nas"
-    assert config["num_key_value_heads"] == base.config.num_key_value_heads
-    assert config["rope_parameters"] == base.config.rope_parameters
-    ffn = {"ffn_mult": 12.0, "no_op": False, "replace_with_linear": False}
-    for index, block in enumerate(config["block_configs"]):
-        no_op = index in LAYERS
-        group = None if no_op else 2
-        attention = {"n_heads_in_group": group, "no_op": no_op, "replace_with_linear": False}
-        assert block == {"attention": attention, "ffn": ffn}
-    norms = {f"model.layers.{layer}.input_layernorm.weight" for layer in LAYERS}
-    assert not norms & stored_names(folder)
-    assert "model.layers.1.post_attention_layernorm.weight" in stored_names(folder)
-
-
-def test_decilm_ends_with_the_last_layer_that_computes_something(tmp_path: Path) -> None:
-    model = tiny_model("llama", **WIDE)
-    model.save_pretrained(tmp_path / "base")
-    dropped_from(tmp_path, sublayers("block", [4, 5]), "decilm")
-    config = read_json(tmp_path / "out/config.json")
-    assert config["num_hidden_layers"] == len(config["block_configs"]) == 4
-    model.model.layers = model.model.layers[:4]
-    ids = whole_ids(2, 12)
-    with torch.no_grad():
-        found, expected = load_decilm(tmp_path / "out")(ids), model.eval()(ids).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "reason"),
-    [
-        ("qwen3", {}, "model_type is qwen3, expected llama or mistral"),
-        ("llama", {}, "intermediate_size is 48, and ffn_mult stands for multiples of 256"),
-        ("llama", {**WIDE, "attention_bias": True}, r"has biases \(model.layers.0.self_attn"),
-        ("llama", {**WIDE, "hidden_act": "gelu"}, "hidden_act is gelu, expected silu"),
-        ("mistral", {**WIDE, "sliding_window": 8}, "attention slides"),
-    ],
-)
-def test_decilm_refuses_what_it_cannot_express(
-    family: str, options: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UnsupportedModelError, match=reason):
-        static(tmp_path, family, form="decilm", **options)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "default"},
-        {
-            "rope_type": "llama3",
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ],
-    ids=["plain", "llama3"],
-)
-def test_decilm_says_the_rotary_embedding_to_old_readers_and_new(
-    scaling: dict[str, Any], tmp_path: Path
-) -> None:
-    rope = {"rope_theta": 5000.0, **scaling}
-    folder, base = static(tmp_path, form="decilm", rope_parameters=rope, **WIDE)
-    stored = read_json(folder / "config.json")
-    assert stored["rope_theta"] == 5000.0
-    assert stored.get("rope_scaling", {"rope_type": "default"})["rope_type"] == rope["rope_type"]
-    loaded = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert loaded.rope_parameters == base.config.rope_parameters == rope
-
-
-def test_multiplier_stands_for_the_sizes_of_published_models() -> None:
-    sizes = {(4096, 14336), (4096, 11008), (8192, 28672), (5120, 13824), (2048, 5632), (576, 1536)}
-    for hidden, size in sizes:
-        mult = ffn_mult(size, hidden)
-        assert mult is not None
-        assert intermediate_size_of(mult, hidden) == size
-    assert ffn_mult(28672, 8192) == 5.25  # as in Llama-3.1-Nemotron-51B
-    assert ffn_mult(4864, 896) == 8.142857
-    assert ffn_mult(352, 128) is None
-
-
-# -- which layers
-
-CAPACITY = {2: 0.6, 3: 0.2, 4: 0.4, 5: 0.2}
-
-
-def test_layers_are_chosen_by_capacity() -> None:
-    assert choose_dropped(CAPACITY, below=0.5) == (3, 4, 5)
-    assert choose_dropped(CAPACITY, below=0.4) == (3, 5)
-    assert choose_dropped(CAPACITY, count=1) == (5,)
-    assert choose_dropped(CAPACITY, count=3) == (3, 4, 5)
-    assert choose_dropped(CAPACITY, layers=[5, 2, 5]) == (2, 5)
-    assert choose_dropped(CAPACITY, layers=list(CAPACITY)) == (2, 3, 4, 5)
-    assert choose_dropped({0: 0.0, **CAPACITY}, count=2) == (3, 5)
-    assert sublayers("block", (3, 5)) == {"attn": [3, 5], "mlp": [3, 5]}
-    assert sublayers("mlp", (3,)) == {"attn": [], "mlp": [3]}
-
-
-@pytest.mark.parametrize(
-    ("way", "message"),
-    [
-        ({}, "exactly one way .* found none"),
-        ({"below": 0.5, "count": 2}, "found --below and --count"),
-        ({"below": 0.1}, "drops nothing: the lowest capacity is 0.200, of layer 5"),
-        ({"below": 0.9}, r"drops every routed layer \(2-5\)"),
-        ({"below": 3.0}, r"--below 3 is outside \(0, 1\]"),
-        ({"count": 0}, r"--count 0 is outside \[1, 4\]"),
-        ({"count": 9}, r"--count 9 is outside \[1, 4\]"),
-        ({"count": 4}, "--count 4 drops every routed layer"),
-        ({"layers": [0, 3]}, "layer 0 is never dropped"),
-        ({"layers": [3, 9]}, "layer 9 has no router; the routed ones are 2-5"),
-        ({"layers": []}, "names no layer"),
-    ],
-)
-def test_wrong_choices_say_what_to_change(way: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        choose_dropped(CAPACITY, **way)
-
-
-@pytest.mark.parametrize(
-    ("dropped", "error", "message"),
-    [
-        ({"attn": [0]}, ConfigError, "expected one of layers 1 to 5"),
-        ({"attn": [6]}, ConfigError, "expected one of layers 1 to 5"),
-        ({"attn": []}, ConfigError, "nothing to drop"),
-        ({"block": [3]}, ConfigError, "nothing to drop"),
-    ],
-)
-def test_folder_refuses_what_cannot_be_dropped(
-    dropped: dict[str, list[int]], error: type[Exception], message: str, tmp_path: Path
-) -> None:
-    tiny_model().save_pretrained(tmp_path / "base")
-    with pytest.raises(error, match=message):
-        dropped_from(tmp_path, dropped)
-    with pytest.raises(ConfigError, match="not one of hf, decilm"):
-        dropped_from(tmp_path, {"attn": [3]}, "gguf")
-
-
-def test_tensors_that_are_not_clear_are_refused() -> None:
-    text = ["model.layers.3.self_attn.q_proj.weight", "model.norm.weight"]
-    assert names_of_dropped(text, {"attn": [3]}) == {text[0]}
-    with pytest.raises(UnsupportedModelError, match="2 stacks of layers .*vision.layers"):
-        names_of_dropped([*text, "vision.layers.3.self_attn.q_proj.weight"], {"attn": [3]})
-    with pytest.raises(UnsupportedModelError, match=r"layer 3 has no .* \(it has self_attn\)"):
-        names_of_dropped(text, {"mlp": [3]})
-    with pytest.raises(UnsupportedModelError, match="0 stacks"):
-        names_of_dropped(["h.3.attn.weight"], {"attn": [3]})
 
 
 # -- what is measured

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,9 @@ from megaskip.runs.source import open_text
 
 KINDS = ("bias", "low_rank")
 LAYERS = (1, 3, 4)  # layer 1 is the first of gemma2's that attends to everything
+pytestmark = pytest.mark.usefixtures("own_modules_cache")
 BEHIND = {"gemma2", "gemma3", "olmo2", "glm4"}
 """Families with norms behind sublayers."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    cache = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        yield
 
 
 def trained(
