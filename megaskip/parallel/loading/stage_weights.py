@@ -1,7 +1,7 @@
 """Weights of one pipeline stage: each rank reads its own tensors from the safetensors shards."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from megaskip.parallel.loading.skeleton import build_uninitialised
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.loading.stored_values import read_stored
 from megaskip.parallel.loading.weight_check import plan_of
+from megaskip.parallel.loading.weight_plan import WeightPlan
 from megaskip.parallel.loading.whole import load_whole
 
 logger = get_logger(__name__)
@@ -47,18 +48,8 @@ def load_stage(
     """
     plan = plan_of(source)
     model = _without_weights(source)
-    named = plan.stored.keys() | plan.packed.keys()
-    stored_as_named = {name for name, _ in model.named_parameters()} <= named
-    if not stored_as_named and not makes_same_layers(model, layers):
-        if source.four_bit is not None:
-            raise UnsupportedModelError(
-                f"{source.hf_config.model_type}: a base in 4 bit is read weight by weight, and "
-                "this family's layers differ by their number; name the 16-bit model, without "
-                "--base_dtype nf4"
-            )
-        logger.info("every rank reads the whole model (its layers differ by their number)")
-        whole = load_whole(source, torch.device("cpu"))
-        return take_apart(whole).eval().to(device)
+    if not _reads_its_own(model, plan, layers):
+        return _taken_from_whole(source, take_apart, device)
     if source.four_bit is not None:
         quantise_linears(model, source.dtype, source.four_bit)
     names, exact = _stored_names(model), _kept_exact(model)
@@ -66,35 +57,58 @@ def load_stage(
     # Buffers count that are stored, such as the bias by which experts are chosen.
     buffers = [buffer for buffer in stage.buffers() if names.get(id(buffer)) in plan.stored]
     wanted = {names[id(empty)]: empty for empty in (*stage.parameters(), *buffers)}
-    packed_there = {name: plan.packed[name] for name in wanted if name in plan.packed}
-    plain = wanted.keys() - packed_there.keys()
-    if plain <= plan.stored.keys():
-        stored = read_stored(source.folder, {name: plan.stored[name] for name in plain})
-    else:
-        stored = iter(load_converted(model, layers, plain, plan, source).items())
-    filled: dict[int, Tensor] = {
-        id(wanted[name]): weight
-        for name, weight in read_packed(source.folder, packed_there, device)
-    }
-    for name, tensor in stored:
-        if name not in plain:
-            continue
-        if is_quantised(wanted[name]):
-            packed = quantised(tensor, wanted[name], device, source.dtype)
-            require_quantised(name, tensor, packed)
-            filled[id(wanted[name])] = packed
-        else:
-            filled[id(wanted[name])] = _own(tensor, wanted[name], name, device, exact(name))
-    missing = [name for name, empty in wanted.items() if id(empty) not in filled]
-    if missing:
-        raise MegaskipError(
-            f"{source.folder}: no stored tensor becomes {missing[0]}; is it complete?"
-        )
+    packed = {name: plan.packed[name] for name in wanted if name in plan.packed}
+    plain = wanted.keys() - packed.keys()
+    filled: dict[str, Tensor] = dict(read_packed(source.folder, packed, device))
+    for name, tensor in _values(source, plan, model, layers, plain):
+        filled[name] = _own(tensor, wanted[name], name, source, device, exact(name))
     for name, empty in wanted.items():
+        if name not in filled:
+            raise MegaskipError(
+                f"{source.folder}: no stored tensor becomes {name}; is it complete?"
+            )
         if not is_quantised(empty):
-            require_same_weight(source.folder, plan, name, filled[id(empty)])
-    _replace(stage, filled)
+            require_same_weight(source.folder, plan, name, filled[name])
+    _replace(stage, {id(wanted[name]): weight for name, weight in filled.items()})
     return stage.to(device)
+
+
+def _reads_its_own(model: nn.Module, plan: WeightPlan, layers: LayerRange) -> bool:
+    """Return whether the weights of a stage can be read without those of the other stages."""
+    named = plan.stored.keys() | plan.packed.keys()
+    is_stored_as_named = {name for name, _ in model.named_parameters()} <= named
+    return is_stored_as_named or makes_same_layers(model, layers)
+
+
+def _taken_from_whole(
+    source: ModelSource, take_apart: Callable[[nn.Module], Stage], device: torch.device
+) -> Stage:
+    """Return a stage of the whole model, which is read into the CPU's memory."""
+    if source.four_bit is not None:
+        raise UnsupportedModelError(
+            f"{source.hf_config.model_type}: a base in 4 bit is read weight by weight, and this "
+            "family's layers differ by their number; name the 16-bit model, without --base_dtype "
+            "nf4"
+        )
+    logger.info("every rank reads the whole model (its layers differ by their number)")
+    whole = load_whole(source, torch.device("cpu"))
+    return take_apart(whole).eval().to(device)
+
+
+def _values(
+    source: ModelSource,
+    plan: WeightPlan,
+    model: nn.Module,
+    layers: LayerRange,
+    names: Set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the values of the weights `names`, which are not packed in the files."""
+    if names <= plan.stored.keys():
+        yield from read_stored(source.folder, {name: plan.stored[name] for name in names})
+        return
+    for name, tensor in load_converted(model, layers, set(names), plan, source).items():
+        if name in names:
+            yield name, tensor
 
 
 def _replace(stage: nn.Module, filled: Mapping[int, Tensor]) -> None:
@@ -143,8 +157,15 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _own(stored: Tensor, like: Tensor, name: str, device: torch.device, exact: bool) -> Tensor:
-    """Return stored values as a parameter or buffer, whichever `like` is; float32 if `exact`."""
+def _own(
+    stored: Tensor, like: Tensor, name: str, source: ModelSource, device: torch.device, exact: bool
+) -> Tensor:
+    """Return stored values as `like`: a parameter that is packed in 4 bit, another one, or a
+    buffer; in float32 if `exact`."""
+    if is_quantised(like):
+        packed = quantised(stored, like, device, source.dtype)
+        require_quantised(name, stored, packed)
+        return packed
     if stored.shape != like.shape:
         raise MegaskipError(
             f"{name} has shape {tuple(stored.shape)}, config.json asks for {tuple(like.shape)}"
