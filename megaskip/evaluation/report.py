@@ -10,7 +10,7 @@ from typing import Any
 
 from megaskip.measures.costs import Cost, total
 from megaskip.measures.paired import Aggregate, Difference, difference, standard_error
-from megaskip.reporting.summary import aligned
+from megaskip.reporting.summary import aligned, or_dash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +168,7 @@ class EvalReport:
             cells.append(f"{self.dense[name].metrics[metric].value:.4f}")
             cells += ["-", "-"] if gap is None else [f"{gap.value:+.4f}", _interval(gap)]
         skipped = cost.skip_ratio
-        ratios = ["-" if skipped is None else f"{skipped:.3f}"]
+        ratios = [or_dash(skipped, ".3f")]
         ratios += [f"{cost.flop_ratio:.3f}", f"{cost.kv_ratio:.3f}"]
         return cells + (ratios if is_first else ["", "", ""])
 

@@ -54,6 +54,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
+def or_dash(value: float | None, form: str) -> str:
+    """Return a number for a table, and "-" for one that is not known."""
+    return "-" if value is None else format(value, form)
+
+
 def human_bytes(count: float) -> str:
     """Return a number of bytes with a fitting unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):

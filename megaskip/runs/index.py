@@ -15,7 +15,7 @@ from megaskip.checkpoint.atomic import read_json
 from megaskip.config.stored import stored_value
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.reporting.metrics import EVALUATIONS, FILE
-from megaskip.reporting.summary import aligned
+from megaskip.reporting.summary import aligned, or_dash
 
 _WINDOW = 20
 """Steps at the end over which speed and capacity are averaged, as in a run's own report."""
@@ -157,7 +157,7 @@ def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def _cells(run: RunSummary) -> tuple[str, ...]:
-    loss = "-" if run.loss is None else f"{run.loss:.4f}"
+    loss = or_dash(run.loss, ".4f")
     if run.loss is not None and run.loss_dense is not None:
         loss += f" ({run.loss - run.loss_dense:+.4f})"
     state = f"{run.state}, step {run.step}" if run.step is not None else run.state
@@ -166,9 +166,9 @@ def _cells(run: RunSummary) -> tuple[str, ...]:
         run.begun or "-",
         Path(run.model).name if run.model else "-",
         run.trains or "-",
-        "-" if run.asked_capacity is None else f"{run.asked_capacity:.3f}",
-        "-" if run.capacity is None else f"{run.capacity:.3f}",
+        or_dash(run.asked_capacity, ".3f"),
+        or_dash(run.capacity, ".3f"),
         loss,
-        "-" if run.tokens_per_second is None else f"{run.tokens_per_second:.0f}",
+        or_dash(run.tokens_per_second, ".0f"),
         state,
     )

@@ -255,8 +255,8 @@ def _contrast_row(contrast: Contrast) -> tuple[str, ...]:
         f"{contrast.method} - {contrast.against}",
         f"{contrast.skip:.1%}",
         interval(contrast.loss, "+.4f"),
-        "-" if contrast.pairs is None else interval(contrast.pairs, "+.2%"),
-        "-" if contrast.choice is None else interval(contrast.choice, "+.2%"),
+        interval(contrast.pairs, "+.2%"),
+        interval(contrast.choice, "+.2%"),
         interval(contrast.exact, "+.2%"),
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megaskip.extras import extra
 from megaskip.measures.paired import Difference
+from megaskip.reporting.summary import or_dash
 
 with extra("report"):
     from matplotlib.axes import Axes
@@ -127,18 +128,18 @@ def table_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
             f"{point.skipped:.1%}",
             f"{point.loss:.4f}",
             interval(point.loss_gap, "+.4f"),
-            "-" if point.pairs is None else f"{point.pairs:.2%}",
-            "-" if point.pairs_gap is None else interval(point.pairs_gap, "+.2%"),
-            "-" if point.choice is None else f"{point.choice:.2%}",
-            "-" if point.choice_gap is None else interval(point.choice_gap, "+.2%"),
+            or_dash(point.pairs, ".2%"),
+            interval(point.pairs_gap, "+.2%"),
+            or_dash(point.choice, ".2%"),
+            interval(point.choice_gap, "+.2%"),
             f"{point.exact:.2%}",
             interval(point.exact_gap, "+.2%"),
             f"{point.flops:.3f}",
             f"{point.kv:.3f}",
-            "-" if point.latency is None else f"{point.latency:.3f}",
-            "-" if point.same is None else f"{point.same:.1%}",
-            "-" if point.likelihood is None else f"{point.likelihood:.3f}",
-            "-" if point.train_seconds is None else f"{point.train_seconds:.0f}",
+            or_dash(point.latency, ".3f"),
+            or_dash(point.same, ".1%"),
+            or_dash(point.likelihood, ".3f"),
+            or_dash(point.train_seconds, ".0f"),
         )
         for point in points
     ]
@@ -201,6 +202,8 @@ def loss_axes(axes: Axes, points: Sequence[Point], spent: Sequence[float]) -> No
     axes.grid(alpha=0.3)
 
 
-def interval(gap: Difference, form: str) -> str:
-    """Return a difference with its interval as text."""
+def interval(gap: Difference | None, form: str) -> str:
+    """Return a difference with its interval for a table, and "-" for one that is not known."""
+    if gap is None:
+        return "-"
     return f"{gap.value:{form}} [{gap.low:{form}}, {gap.high:{form}}]"

@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaskip.bench.counts import attention_formulas
-from megaskip.reporting.summary import human_bytes
+from megaskip.reporting.summary import human_bytes, or_dash
 
 CONTROL = "dense_adapted"
 """The method that others are set against: LoRA for as many steps."""
@@ -56,13 +56,13 @@ class TrainingCost:
         return (
             self.method,
             f"{self.asked:.1%}",
-            _text(self.fit_seconds, ".1f"),
-            _text(self.train_seconds, ".1f"),
-            _text(tera, ".3g"),
-            _text(self.parameters, ",d"),
+            or_dash(self.fit_seconds, ".1f"),
+            or_dash(self.train_seconds, ".1f"),
+            or_dash(tera, ".3g"),
+            or_dash(self.parameters, ",d"),
             "-" if self.saved_bytes is None else human_bytes(self.saved_bytes),
-            _text(self.seconds_ratio, ".2f"),
-            _text(self.flops_ratio, ".2f"),
+            or_dash(self.seconds_ratio, ".2f"),
+            or_dash(self.flops_ratio, ".2f"),
         )
 
 
@@ -118,7 +118,3 @@ def _bytes(run: Path) -> int:
 
 def _ratio(value: float | None, control: float | None) -> float | None:
     return None if value is None or not control else value / control
-
-
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
