@@ -15,7 +15,8 @@ def get_logger(name: str) -> logging.Logger:
 
 def set_up_logging(*, rank: int) -> None:
     """Send megaskip's log to stdout: everything on rank 0, warnings with the rank's number
-    elsewhere."""
+    elsewhere; libraries are quiet."""
+    quiet_libraries()
     root = logging.getLogger("megaskip")
     root.handlers.clear()
     handler = logging.StreamHandler(sys.stdout)

@@ -17,7 +17,7 @@ from megaskip.checkpoint.routers import save_routers
 from megaskip.config import RouterConfig
 from megaskip.config.commands.fit import DropPlan, FitOptions
 from megaskip.config.paths import require_new
-from megaskip.log import quiet_libraries, set_up_logging
+from megaskip.log import set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.reporting.summary import table
@@ -31,7 +31,6 @@ def fit(options: FitOptions) -> None:
     base, plan = options.base, options.plan
     topology = topology_of(base)
     set_up_logging(rank=topology.rank)
-    quiet_libraries()
     require_new(options.output)
     with opened(base, lambda depth: _router_config(plan, depth), topology) as job:
         depth = job.source.text_config.num_hidden_layers

@@ -32,7 +32,7 @@ from megaskip.config.paths import require_new, why_unwritable
 from megaskip.data import Batch
 from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
-from megaskip.log import quiet_libraries, set_up_logging
+from megaskip.log import set_up_logging
 from megaskip.parallel.agree import attempt_on_first_rank, on_first_rank
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import resolve_source
@@ -50,7 +50,6 @@ def calibrate(options: CalibrateOptions) -> None:
     """
     topology = read_topology(os.environ)
     set_up_logging(rank=topology.rank)
-    quiet_libraries()
     job = CalibrationJob(options, topology, shows_progress=topology.is_first)
     with process_group(topology, timeout=job.config.parallel.dist_timeout):
         result = job.search()

@@ -27,7 +27,7 @@ from megaskip.config.commands.fit_routers import FitRoutersOptions
 from megaskip.config.paths import require_new
 from megaskip.data import Batch
 from megaskip.errors import ConfigError
-from megaskip.log import quiet_libraries, set_up_logging
+from megaskip.log import set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.engine import Engine
 from megaskip.reporting.progress import ProgressBatches
@@ -93,7 +93,6 @@ def fit_routers_job(options: FitRoutersOptions) -> None:
     base = options.base
     topology = topology_of(base)
     set_up_logging(rank=topology.rank)
-    quiet_libraries()
     require_new(options.output)
     recompute = options.activation_checkpointing
     with opened(

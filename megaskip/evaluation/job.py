@@ -16,7 +16,7 @@ from megaskip.evaluation.evaluate import EvalSettings, evaluate_lm, find_tasks, 
 from megaskip.evaluation.lm import MegaskipLM
 from megaskip.evaluation.report import EvalReport
 from megaskip.evaluation.runner import LocalRunner, Runner, StageRunner
-from megaskip.log import get_logger, quiet_libraries, set_up_logging
+from megaskip.log import get_logger, set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.ds_config import read_ds_config
 from megaskip.parallel.heartbeat import HeartbeatMonitor
@@ -35,7 +35,6 @@ def evaluate(options: EvaluateOptions) -> None:
     """Evaluate, print the table and write the report. Every rank calls it."""
     topology = read_topology(os.environ, num_stages=options.pipeline_stages)
     set_up_logging(rank=topology.rank)
-    quiet_libraries()
     quiet_lm_eval()
     transformers.utils.logging.disable_progress_bar()
     heartbeat = HeartbeatMonitor(

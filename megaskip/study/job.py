@@ -10,7 +10,7 @@ from megaskip.config import DataConfig, ModelConfig, OptimConfig, RouterConfig, 
 from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
 from megaskip.data.demo import with_demo
 from megaskip.errors import ConfigError
-from megaskip.log import get_logger, quiet_libraries, set_up_logging
+from megaskip.log import get_logger, set_up_logging
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.weight_check import with_checked_weights
 from megaskip.parallel.topology import Topology, alone, process_group, read_topology
@@ -33,7 +33,6 @@ def compare(options: CompareOptions) -> None:
     output folder, each with a model of its own; the first one reports."""
     launched = read_topology(os.environ)
     set_up_logging(rank=launched.rank)
-    quiet_libraries()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,7 +15,7 @@ from megaskip.config import RunConfig
 from megaskip.data import TokenizedData
 from megaskip.data.demo import with_demo
 from megaskip.data.loader import DataLoader
-from megaskip.log import get_logger, quiet_libraries, set_up_logging
+from megaskip.log import get_logger, set_up_logging
 from megaskip.parallel.agree import attempt_on_first_rank, on_first_rank
 from megaskip.parallel.build import build_engine, build_full_engine, require_four_bit_fits
 from megaskip.parallel.ds_config import read_ds_config
@@ -72,7 +72,6 @@ def train(config: RunConfig) -> None:
     """Train as `config` says. Every rank calls it."""
     topology = _read_topology(config)
     set_up_logging(rank=topology.rank)
-    quiet_libraries()
     config = with_initial_routers(config)
     ds_content = read_ds_config(config.parallel.ds_config, config)
     source = resolve_source(config.model)
