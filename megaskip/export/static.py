@@ -1,46 +1,14 @@
 """Which sublayers a model does without for good: those that routers seldom let run.
 
-Knows capacities, not files.
+Knows capacities, no models and no files.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
-from torch import nn
-
-from megaskip.arch.decoder import find_decoder
-from megaskip.arch.padding import needs_mask
 from megaskip.arch.trainable import describe_layers
-from megaskip.data.collate import Batch
-from megaskip.errors import ConfigError, DataError
-from megaskip.routing import Counts, Routers
+from megaskip.errors import ConfigError
 
 WORDS = {"attn": "attention", "mlp": "MLP"}
-
-
-@torch.no_grad()
-def measure_capacity(
-    model: nn.Module, routers: Routers, batches: Iterable[Batch]
-) -> dict[int, float]:
-    """Return, for each routed layer, the share of real units that run in `batches`."""
-    decoder = find_decoder(model).decoder
-    device = next(model.parameters()).device
-    masked = needs_mask(model, routers)
-    counts = Counts.zeros(len(routers.layers), device=device)
-    for batch in batches:
-        batch = batch.to(device)
-        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
-        routers.set_batch(*masks, batch.counts.segments)
-        decoder(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask if masked else None,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-        counts = counts + Counts.of(routers.decisions().values())
-    if not counts.units.all():
-        raise DataError("the calibration text holds no tokens; name another with --data")
-    return dict(zip(routers.layers, counts.capacity_per_layer(), strict=True))
 
 
 def choose_dropped(

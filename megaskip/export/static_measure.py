@@ -5,11 +5,13 @@ Loads model and text when they are first asked for, and once.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from megaskip.arch.decoder import find_decoder
 from megaskip.arch.padding import needs_mask
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.static_drop import without_maps
@@ -19,12 +21,11 @@ from megaskip.config.commands.export_static import ExportStaticOptions
 from megaskip.data.collate import Batch
 from megaskip.data.loader import DataLoader
 from megaskip.errors import DataError
-from megaskip.export.static import measure_capacity
 from megaskip.parallel.forward_engine import ForwardEngine
 from megaskip.parallel.loading.source import ModelSource, source_in
 from megaskip.parallel.loading.whole import load_whole
 from megaskip.parallel.topology import Topology
-from megaskip.routing import RouterSet
+from megaskip.routing import Counts, Routers, RouterSet
 from megaskip.runs.source import TrainedRouters, open_text, read_as
 
 
@@ -95,6 +96,31 @@ class TextMeasure:
     def _about(self, batches: Sequence[Batch]) -> str:
         data, _ = self._settings
         return f"{sum(len(batch.input_ids) for batch in batches)} rows of {', '.join(data.data)}"
+
+
+@torch.no_grad()
+def measure_capacity(
+    model: nn.Module, routers: Routers, batches: Iterable[Batch]
+) -> dict[int, float]:
+    """Return, for each routed layer, the share of real units that run in `batches`."""
+    decoder = find_decoder(model).decoder
+    device = next(model.parameters()).device
+    masked = needs_mask(model, routers)
+    counts = Counts.zeros(len(routers.layers), device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        masks = (batch.token_mask, batch.prompt_mask, batch.segment_ids)
+        routers.set_batch(*masks, batch.counts.segments)
+        decoder(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask if masked else None,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        counts = counts + Counts.of(routers.decisions().values())
+    if not counts.units.all():
+        raise DataError("the calibration text holds no tokens; name another with --data")
+    return dict(zip(routers.layers, counts.capacity_per_layer(), strict=True))
 
 
 def _first(rows: int, batches: Sequence[Batch]) -> list[Batch]:

@@ -24,8 +24,9 @@ from megaskip.data.row import Row
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from megaskip.export.shards import copy_without, names_of_dropped
-from megaskip.export.static import measure_capacity, sublayers
+from megaskip.export.static import sublayers
 from megaskip.export.static_folder import verify_static
+from megaskip.export.static_measure import measure_capacity
 
 DEMO = Path(__file__).parents[2] / "megaskip/demo/backbone"
 pytestmark = pytest.mark.usefixtures("own_modules_cache")

@@ -16,7 +16,7 @@ from megaskip.arch.padding import needs_mask
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import ModelConfig
 from megaskip.data import Batch, collate
-from megaskip.export.static import measure_capacity
+from megaskip.export.static_measure import measure_capacity
 from megaskip.parallel.build import build_engine, build_full_engine
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import resolve_source
@@ -106,6 +106,6 @@ def test_what_is_measured_before_and_after_training_needs_no_mask_either(name: s
         plain = MEASURES[name](model, routers)
     assert seen.calls > probe.calls and seen.masked == probe.masked == probe.calls // 2
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("export.static", "study.scoring"):
+        for module in ("export.static_measure", "study.scoring"):
             patch.setattr(f"megaskip.{module}.needs_mask", lambda *_: True)
         assert MEASURES[name](model, routers) == plain
