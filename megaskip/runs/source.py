@@ -147,38 +147,18 @@ def open_text(
     micro_batch_size: int = 4,
     rank: int = 0,
     world_size: int = 1,
+    tokenizer: Any | None = None,
 ) -> DataLoader:
     """Return the text to calibrate on, as training reads it; every rank gets its own rows.
 
-    Raises DataError or ConfigError. No rank waits for another.
+    `tokenizer` is that of the model, where it is loaded already. Raises DataError or ConfigError.
+    No rank waits for another.
     """
-    tokenizer = load_tokenizer(
-        model.tokenizer or source.folder, trust_remote_code=model.trust_remote_code
-    )
-    return text_loader(
-        data,
-        tokenizer,
-        source.text_config.vocab_size,
-        prompt_tokens=prompt_tokens,
-        micro_batch_size=micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def text_loader(
-    data: DataConfig,
-    tokenizer: Any,
-    vocabulary: int,
-    *,
-    prompt_tokens: int,
-    micro_batch_size: int = 4,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
-    """Return what `open_text` does for a tokenizer that is loaded already; `vocabulary` is the rows
-    of the model's embedding."""
-    tokenized, pad_token_id = data_for_model(data, tokenizer, vocabulary)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(
+            model.tokenizer or source.folder, trust_remote_code=model.trust_remote_code
+        )
+    tokenized, pad_token_id = data_for_model(data, tokenizer, source.text_config.vocab_size)
     return DataLoader(
         data=tokenized,
         rank=rank,

@@ -30,7 +30,7 @@ from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
 from megaskip.reporting.token_map import TokenMap, token_map_texts
 from megaskip.routing import RouterSet
-from megaskip.runs.source import text_loader
+from megaskip.runs.source import open_text
 from megaskip.study.agreement import Continuations
 from megaskip.study.baselines import (
     Order,
@@ -79,12 +79,13 @@ class Comparison:
         self.layers = resolve_layers(config.router.layers, self.depth)
         self._tokenizer = load_tokenizer(source.folder)
         self._vocabulary = source.text_config.vocab_size
-        loader = text_loader(
+        loader = open_text(
             config.data,
-            self._tokenizer,
-            self._vocabulary,
+            config.model,
+            source,
             prompt_tokens=config.data.prompt_tokens,
             micro_batch_size=_ROWS,
+            tokenizer=self._tokenizer,
         )
         documents = spread_documents(loader.data.held_out, config.data.held_out)
         data = dataclasses.replace(loader.data, held_out=documents)
