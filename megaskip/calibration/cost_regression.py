@@ -13,8 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaskip.errors import ConfigError
+
 _MOST_FEATURES = 1024
 """Wider rows are reduced to so many features."""
+_NOISE = 1e-5
+"""Share of a mean square below which a variance is the rounding of float32 products."""
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges that are tried; features have a variance of 1."""
 
@@ -90,16 +94,25 @@ class CostRegression:
         self._moments[half] += (rows.t() @ rows).double()
 
     def solve(self, sum_over_ranks: Callable[[Tensor], object]) -> LinearCost:
-        """Return the regression of all rows. Collective where `sum_over_ranks` is."""
+        """Return the regression of all rows. Collective where `sum_over_ranks` is.
+
+        Raises ConfigError, on every rank, where one half has no rows.
+        """
         sum_over_ranks(self._moments)
         halves = self._moments.cpu()
+        if not halves[:, -2, -2].all():
+            raise ConfigError(
+                "all text that routers are fitted on is in one half, and the other half judges "
+                "what is fitted to it; give more --data or --cost_rows, or start fewer ranks"
+            )
         lost = _squared_errors(_fits(halves[0]), halves[1])
         lost += _squared_errors(_fits(halves[1]), halves[0])
         best, whole = int(lost.argmin()), halves.sum(0)
         solution = _fits(whole)[best]
         count = whole[-2, -2].clamp(min=1)
         mean = whole[-1, -2] / count
-        variance = (whole[-1, -1] / count - mean.square()).clamp(min=1e-30)
+        square = whole[-1, -1] / count
+        variance = torch.maximum(square - mean.square(), _NOISE * square + 1e-30)
         weight, bias = solution[:-2], float(solution[-2])
         center = whole[:-2, -2] / count
         predicted = weight @ (whole[:-2, :-2] / count) @ weight - (weight @ center).square()
@@ -109,7 +122,7 @@ class CostRegression:
             bias=bias,
             mean=float(mean),
             spread=float(predicted.clamp(min=0).sqrt()),
-            explained=float(1 - lost[best] / (count * variance)),
+            explained=float(1 - lost[best].clamp(min=0) / (count * variance)),
         )
 
 
@@ -119,7 +132,10 @@ def _fits(moments: Tensor) -> Tensor:
     center, mean = moments[:-2, -2] / count, moments[-1, -2] / count
     covariance = moments[:-2, :-2] / count - center[:, None] * center
     cross = moments[:-2, -1] / count - center * mean
-    deviation = covariance.diagonal().clamp(min=1e-12).sqrt()
+    variances, squares = covariance.diagonal(), moments[:-2, :-2].diagonal() / count
+    # A feature that hardly varies is the rounding of its sums: it predicts nothing.
+    varies = variances > _NOISE * squares + 1e-30
+    deviation = torch.where(varies, variances, torch.inf).sqrt()
     values, vectors = torch.linalg.eigh(covariance / deviation[:, None] / deviation)
     strengths = torch.tensor(_STRENGTHS, dtype=torch.float64)
     rotated = vectors.t() @ (cross / deviation)

@@ -29,6 +29,7 @@ from megaskip.checkpoint.routers import (
 from megaskip.config import OptimConfig, ParallelConfig, RouterConfig, RunConfig
 from megaskip.config.commands.calibrate import CalibrateOptions
 from megaskip.config.paths import require_new, why_unwritable
+from megaskip.config.routing import UNDECIDED
 from megaskip.data import Batch
 from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
@@ -76,6 +77,12 @@ class CalibrationJob:
         self.output = _output(options, self._routers)
         self._stored, self._layers, described = read_router_config(self._routers.folder)
         require_rounds(self._stored, options.allocate)
+        if self._stored.budget in UNDECIDED:
+            raise ConfigError(
+                f"the routers in {self._routers.folder} decide nothing: they were made with "
+                f"--budget {self._stored.budget}, under which no threshold counts; name routers "
+                "that were trained with --budget global or layer"
+            )
         if described is not None:
             described.require(describe_folder(self._routers.base), "the router folder")
         if options.ds_config is not None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 _OVERSAMPLED = 8
 """Width of the sketch as a multiple of the rank."""
 _LEAST_WIDTH = 128
+_NOISE = 1e-5
+"""Share of a mean square below which a variance is the rounding of float32 products."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,8 @@ class LowRankFit:
         mean_z, mean_y = self._moments[-1, :-1] / count, self._outputs[-1] / count
         covariance = self._moments[:-1, :-1] / count - mean_z[:, None] * mean_z
         cross = self._outputs[:-1] / count - mean_z[:, None] * mean_y
-        variance = self._square / count - mean_y.square().sum()
+        square = self._square / count
+        variance = square - mean_y.square().sum()
         values, vectors = torch.linalg.eigh(covariance)
         ridge = self._ridge * values.mean().clamp(min=1e-30)
         whiten = vectors * (values.clamp(min=0) + ridge).rsqrt()
@@ -123,6 +126,8 @@ class LowRankFit:
         left, strength, right = torch.linalg.svd(whiten.t() @ cross, full_matrices=False)
         kept = strength.clone()
         kept[self._rank :] = 0
+        # Of inputs that are all alike only the rounding of the sums is left: the mean is the map.
+        kept *= values.sum() > _NOISE * self._moments[:-1, :-1].trace() / count
         features, scale = self._features.double(), kept.sqrt()
         down = _rows((features @ (whiten @ left) * scale).t(), self._rank)
         up = _rows((right.t() * scale).t(), self._rank).t()
@@ -130,7 +135,7 @@ class LowRankFit:
             down=down.float(),
             up=up.float(),
             bias=(mean_y - up @ (down @ (features @ mean_z))).float(),
-            explained=float(kept.square().sum() / variance.clamp(min=1e-30)),
+            explained=float(kept.square().sum() / torch.maximum(variance, _NOISE * square + 1e-30)),
         )
 
     def _solve_sketched(self, right: Tensor) -> Tensor:

@@ -184,6 +184,8 @@ def _value(flag: Flag, text: Any) -> Any:
 
 def _single(flag: Flag, text: str) -> Any:
     text = text.strip() if flag.separator else text
+    if not text.strip():
+        raise ConfigError(f"--{flag.name} is empty; give a value, or leave the flag out")
     if flag.choices and (problems := list(one_of(flag.name, text, flag.choices))):
         raise ConfigError(*problems)
     try:

@@ -77,4 +77,6 @@ def _single(flag: Flag, value: Any, written: Any) -> Any:
         raise TypeError
     if flag.kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
+    if isinstance(value, str) and not value.strip():
+        raise ValueError
     return flag.kind(value if flag.kind is not str or isinstance(value, str) else written)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.config import DataConfig
+from megaskip.data.plain_text import token_ids
 from megaskip.data.source import Source, load_hub
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.errors import DataError
@@ -71,7 +72,7 @@ def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     identity = {
         "class": type(tokenizer).__name__,
         "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-        "probe": tokenizer(_PROBE, verbose=False)["input_ids"],
+        "probe": _probed(tokenizer),
         "vocab": sorted(tokenizer.get_vocab().items()),
     }
     if tokenizer.is_fast:
@@ -79,6 +80,14 @@ def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
         # What an earlier call left behind, not what the tokenizer is.
         identity["rules"] = {k: v for k, v in rules.items() if k not in ("truncation", "padding")}
     return identity
+
+
+def _probed(tokenizer: Any) -> Any:
+    """Return the tokens of a text that shows what a tokenizer does, or why it has none for it."""
+    try:
+        return token_ids(tokenizer, _PROBE, special=True)
+    except DataError as error:
+        return str(error)
 
 
 def _content(source: Source) -> list[str]:

@@ -4,6 +4,7 @@ a text, once, and nothing behind it. Knows no templates and no lengths."""
 from collections.abc import Sequence
 from typing import Any
 
+from megaskip.config.value_types import shown
 from megaskip.errors import DataError
 
 
@@ -40,7 +41,22 @@ class PlainTextEncoder:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of the text alone. Special tokens that it spells out are special."""
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return token_ids(self._tokenizer, text)
+
+
+def token_ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    """Return the ids of a text, with `special` between what the tokenizer puts around it; raises
+    DataError for a text that it has no tokens for."""
+    try:
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    except Exception as error:
+        # The tokenizers library has a bare Exception for what is unknown without a token for that.
+        if type(error) is not Exception:
+            raise
+        raise DataError(
+            f"the tokenizer cannot read {shown(text)} ({error}); expected a token for what is "
+            "unknown. Name another --tokenizer, or leave such text out"
+        ) from None
 
 
 def _behind(start: Sequence[int], ids: Sequence[int]) -> list[int]:
@@ -52,8 +68,10 @@ def _behind(start: Sequence[int], ids: Sequence[int]) -> list[int]:
 
 
 def _start(tokenizer: Any) -> tuple[int, ...]:
-    whole = list(tokenizer("a", verbose=False)["input_ids"])
-    alone = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    try:
+        whole, alone = token_ids(tokenizer, "a", special=True), token_ids(tokenizer, "a")
+    except DataError:
+        whole, alone = token_ids(tokenizer, "", special=True), []
     if not alone:  # a vocabulary without this letter
         begins = tokenizer.bos_token_id is not None and whole[:1] == [tokenizer.bos_token_id]
         return tuple(whole[:1]) if begins else ()

@@ -8,6 +8,7 @@ from typing import Any
 from megaskip.config import DataConfig
 from megaskip.data.formats import Sample
 from megaskip.data.inspect import InspectedRow
+from megaskip.data.plain_text import token_ids
 from megaskip.data.tokenize import SampleTokenizer
 
 PROMPT = "prompt"
@@ -90,7 +91,7 @@ class RowReader:
         # Some tokenizers hold runs of spaces as added tokens, which are ordinary text.
         self._special = {i for i, text in added.items() if text.strip()}
         self._special |= set(tokenizer.all_special_ids)
-        ids = list(tokenizer("a", verbose=False)["input_ids"])
+        ids = token_ids(tokenizer, "a", special=True)
         self.prefix = tuple(takewhile(lambda token: token in self._special, ids))
         """Special tokens that the tokenizer puts before a text by itself."""
 

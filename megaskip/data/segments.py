@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megaskip.data.plain_text import token_ids
+
 _CONTROL = re.compile(r"<\|[^|<>\s]+\|>")
 _CONTEXT = 512
 """Characters before a border that may decide how the text behind it becomes tokens."""
@@ -57,7 +59,7 @@ class SegmentTokenizer:
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text, without what the tokenizer puts around a text by itself."""
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return token_ids(self._tokenizer, text)
 
     def first_special(self, text: str) -> re.Match[str] | None:
         """Return the first special token in `text`, or None."""

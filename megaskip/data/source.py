@@ -60,6 +60,8 @@ def find_source(entry: str, *, streaming: bool = False, held_out: bool = False) 
     """
     try:
         name, weight = _split_weight(entry)
+        if not name.strip():  # which would be the folder that the command was started in
+            raise DataError(f"data {entry!r} names no file, folder or data set; give its path")
         choice = _find_files(name, held_out=held_out)
     except OSError as error:  # no name that a file could have
         raise DataError(f"data {shown(entry)}: {error.strerror or error}") from None

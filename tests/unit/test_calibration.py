@@ -15,16 +15,19 @@ from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.calibration.capacities import calibrate_all, reach_capacity, with_points
 from megaskip.calibration.equal_scores import decide_as_before, give_directions
+from megaskip.calibration.job import CalibrationJob
 from megaskip.calibration.search import ThresholdSearch
 from megaskip.calibration.threshold import calibrate_threshold, decide_all
 from megaskip.checkpoint import describe_base
 from megaskip.checkpoint.routers import read_router_config, update_router_config
 from megaskip.config import RunConfig
+from megaskip.config.commands.calibrate import CalibrateOptions
 from megaskip.config.commands.source import RouterSource, TextSource
 from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.data import Batch
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.parallel.engine import Engine
+from megaskip.parallel.loading.source import DEMO_FOLDER
 from megaskip.parallel.topology import process_group, read_topology
 from megaskip.routing import Counts, Measured, RouterSet
 from megaskip.routing.any_budget import AnyBudget
@@ -166,6 +169,16 @@ def test_text_of_another_kind_is_refused(engine: Engine) -> None:
     other = [dataclasses.replace(b, input_ids=torch.full_like(b.input_ids, 5)) for b in batches(2)]
     with pytest.raises(ConfigError, match="does not hold on other text"):
         calibrate_all(engine, batches(1), other, [0.45]).require_all()
+
+
+def test_routers_that_decide_nothing_are_not_calibrated(tmp_path: Path) -> None:
+    """Their thresholds do not count, so what is found would be ignored where they are loaded."""
+    config = RouterConfig(layers="1-4", budget="static", compensation="bias")
+    save_routers(tmp_path / "routers", attach_routers(tiny_model(), config))
+    source = RouterSource(routers=tmp_path / "routers", base=str(DEMO_FOLDER / "backbone"))
+    options = CalibrateOptions(source=source, capacity=(0.5,), text=TextSource(data=("demo",)))
+    with pytest.raises(ConfigError, match=r"decide nothing: .* made with --budget static"):
+        CalibrationJob(options, read_topology({}), shows_progress=False)
 
 
 def calibrated() -> tuple[Any, RouterSet]:

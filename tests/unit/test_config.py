@@ -73,6 +73,12 @@ def test_capacity_outside_zero_to_one_is_refused(value: str) -> None:
         parse_run_config(["--capacity", value])
 
 
+@pytest.mark.parametrize("flag", ["data", "output_dir", "layers", "chat_template"])
+def test_an_empty_value_is_not_taken_for_a_flag_that_is_not_given(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag} is empty; give a value, or leave"):
+        parse_run_config([f"--{flag}", ""])
+
+
 def test_flags_win_over_the_yaml_file_and_unknown_keys_are_named(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(

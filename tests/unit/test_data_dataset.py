@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from data_samples import CHATML, MARKED, fast_tokenizer, questions, slow_tokenizer, write_lines
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megaskip.config import DataConfig
 from megaskip.data import PackedRow, Row, StreamingRows, TokenizedData, build_dataset
@@ -296,6 +298,23 @@ def test_a_disk_that_fills_up_and_a_file_that_grows_are_one_message(
         with pytest.raises(DataError, match=r"qa\.jsonl: it was written to while it was read"):
             build_dataset(config, fast_tokenizer())
     assert not [path for path in Path(str(config.cache_dir)).iterdir() if path.is_dir()]
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for_is_named(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    words = Tokenizer(models.WordLevel({"b": 0, "c": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    file = tmp_path / "words.jsonl"
+    for text in ("c b", "b d"):
+        write_lines(file, [{"text": "b c"}] * 5 + [{"text": text}])
+        changes = changed(config, data=(str(file),), held_out=0)
+        if "d" not in text:
+            assert ids(build_dataset(changes, tokenizer).train) == [[0, 1]] * 5 + [[1, 0]]
+            continue
+        with pytest.raises(DataError, match="the tokenizer cannot read 'b d' .*Missing"):
+            build_dataset(changes, tokenizer)
 
 
 def test_damaged_cache_is_noticed(config: DataConfig) -> None:

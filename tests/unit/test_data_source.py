@@ -272,6 +272,12 @@ def test_weight_must_be_above_zero(tmp_path: Path, weight: str) -> None:
         find_source(f"{path}:{weight}")
 
 
+@pytest.mark.parametrize("entry", ["", " ", ":2"])
+def test_nothing_is_not_the_present_folder(entry: str) -> None:
+    with pytest.raises(DataError, match="names no file, folder or data set"):
+        find_source(entry)
+
+
 def test_missing_file_suggests_a_near_name(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "alpaca.jsonl", ROWS)
     with pytest.raises(DataError, match=f"no such file or folder; did you mean '{path}'"):

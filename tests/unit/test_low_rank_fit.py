@@ -116,8 +116,12 @@ def test_memory_grows_with_the_rank_and_not_with_the_square_of_the_width() -> No
     assert seen.largest <= 150 * hidden
 
 
-def test_rows_that_are_all_zero_give_the_mean() -> None:
-    x, y = torch.zeros(64, HIDDEN), torch.ones(64, HIDDEN)
+@pytest.mark.parametrize("value", [0.0, 3.7])
+def test_rows_that_are_all_alike_give_the_mean(value: float) -> None:
+    x, y = torch.full((64, HIDDEN), value), torch.full((64, HIDDEN), 3.7)
     found = fitted(x, y, rank=4)
-    assert torch.allclose(predicted(found, x), y)
-    assert torch.isfinite(found.down).all()
+    assert torch.allclose(predicted(found, x), y, rtol=1e-4)
+    other = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(0))
+    for map_ in (found, fitted(x, other, rank=4), fitted(other, y, rank=4)):
+        assert max(map_.down.abs().max(), map_.up.abs().max(), map_.bias.abs().max()) < 10
+        assert abs(map_.explained) < 1.01

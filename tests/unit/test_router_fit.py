@@ -122,6 +122,22 @@ def test_a_linear_cost_is_found_again(features: int, monkeypatch: pytest.MonkeyP
     assert cost.spread == pytest.approx(float(predicted.std(correction=0)), rel=1e-4)
 
 
+def test_what_is_alike_in_all_rows_predicts_nothing_and_is_predicted() -> None:
+    x, y, _ = rows(200, noise=0.0)
+    alike = torch.full((100,), 3.7)
+    for inputs, costs in ((x, torch.cat([alike, alike])), (torch.full_like(x, 3.7), y)):
+        fit = CostRegression(24)
+        fit.observe(inputs[:100], costs[:100], half=0)
+        fit.observe(inputs[100:], costs[100:], half=1)
+        cost = fit.solve(lambda total: None)
+        assert cost.bias == pytest.approx(float(costs.mean()), abs=1e-2)
+        assert max(float(cost.weight.abs().max()), cost.spread) < 1e-2 and cost.explained <= 1
+    fit = CostRegression(24)
+    fit.observe(x, y, half=0)
+    with pytest.raises(ConfigError, match="all text that routers are fitted on is in one half"):
+        fit.solve(lambda total: None)
+
+
 def test_noise_is_not_learnt() -> None:
     x, y, truth = rows(200, noise=0.0)
     y = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 10
