@@ -20,7 +20,6 @@ from megaskip.config import (
     RunConfig,
 )
 from megaskip.config.commands.fit import TextAndModel
-from megaskip.config.paths import beside
 from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
 from megaskip.parallel.agree import attempt_on_first_rank
@@ -51,7 +50,7 @@ class Opened:
             "ranks": self.topology.world_size,
             "version": __version__,
         }
-        path = beside(output, ".partial.safetensors")
+        path = output.with_name(f"{output.name}.partial.safetensors")
         return FitProgress(path, {**settings, **known}, self.topology)
 
 

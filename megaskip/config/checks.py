@@ -43,12 +43,6 @@ def at_least(flag: str, value: float, low: float) -> Iterator[str]:
         yield f"--{flag} {value:g} must be at least {low:g}"
 
 
-def whole_seed(flag: str, value: int) -> Iterator[str]:
-    """Yield a problem when `value` is no seed that generators of random numbers take."""
-    if not -(2**63) <= value < 2**63:
-        yield f"--{flag} {shown(value)} is outside [-2^63, 2^63): seeds have 64 bits"
-
-
 def finite(flag: str, value: float) -> Iterator[str]:
     """Yield a problem when `value` is infinite or no number."""
     if not math.isfinite(value):

@@ -20,15 +20,12 @@ def why_unwritable(folder: Path) -> str | None:
 
 
 def require_new(output: Path) -> None:
-    """Raise ConfigError when there is something at --output."""
+    """Raise ConfigError when there is something at --output, or it is the present folder, in whose
+    place another one would come."""
+    if output.resolve() == Path.cwd():
+        raise ConfigError(f"--output {output} is the present folder; name a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists and is not empty; name a new folder")
-
-
-def beside(folder: Path, suffix: str) -> Path:
-    """Return the path beside `folder` that has its name and `suffix`."""
-    named = folder if folder.name not in ("", "..") else folder.resolve()  # a name of its own
-    return named.with_name(f"{named.name}{suffix}")
 
 
 def output_file_problems(file: Path, suffix: str) -> Iterator[str]:

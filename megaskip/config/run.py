@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megaskip.config.adapter import AdapterConfig, adapter_problems
-from megaskip.config.checks import at_least, finite, share, whole_seed
+from megaskip.config.checks import at_least, finite, share
 from megaskip.config.four_bit import four_bit_problems
 from megaskip.config.full import full_problems
 from megaskip.config.log import LogConfig
@@ -161,7 +161,6 @@ class OptimConfig(Checked):
         yield from at_least("fit_rows", self.fit_rows, 0)
         yield from share("distill", self.distill)
         yield from at_least("noise", self.noise, 0.0)
-        yield from whole_seed("seed", self.seed)
         if self.temperature <= 0:
             yield f"--temperature {self.temperature:g} must be above 0"
 

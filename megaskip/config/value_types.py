@@ -3,7 +3,6 @@ settings."""
 
 import collections.abc
 import dataclasses
-import math
 import reprlib
 import types
 import typing
@@ -12,6 +11,8 @@ from numbers import Integral, Real
 from typing import Any
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_BITS = 64
+"""Of the largest whole number that is taken."""
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
@@ -23,7 +24,11 @@ def wrong_types(settings: Any, prefix: str = "--") -> Iterator[str]:
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
         if not is_of(value, hints[item.name]):
-            yield f"{prefix}{item.name} is {shown(value)}, expected {type_name(hints[item.name])}"
+            size = "" if _is_small(value) else f" of {_BITS} bits"
+            yield (
+                f"{prefix}{item.name} is {shown(value)}, expected {type_name(hints[item.name])}"
+                f"{size}"
+            )
 
 
 def is_of(value: Any, hint: Any) -> bool:
@@ -73,13 +78,7 @@ def _holds(value: Any, members: tuple[Any, ...]) -> bool:
     return len(value) == len(members) and all(map(is_of, value, members))
 
 
-def _is_small(number: Any) -> bool:
-    """Return whether a number is one that arithmetic takes: Python's whole numbers have no end."""
-    return isinstance(number, float) or not math.isinf(_as_float(number))
-
-
-def _as_float(number: Any) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
+def _is_small(value: Any) -> bool:
+    """Return whether a value is no whole number, or one that arithmetic, counters and generators of
+    random numbers take: Python's have no end."""
+    return not isinstance(value, Integral) or -(2 ** (_BITS - 1)) <= int(value) < 2 ** (_BITS - 1)

@@ -12,7 +12,7 @@ from megaskip.checkpoint.hub import require_hub
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config.commands.fit import DropOptions
 from megaskip.config.commands.hub import HubTarget
-from megaskip.config.paths import beside, require_new
+from megaskip.config.paths import require_new
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.log import get_logger, set_up_logging
 from megaskip.parallel.child import run_child
@@ -33,7 +33,7 @@ def drop(options: DropOptions) -> None:
     require_hub(options.hub)
     if options.adapter.lora_rank:
         _require_mergeable(options)
-    work = options.work_dir or beside(options.output, ".work")
+    work = options.work_dir or options.output.with_name(f"{options.output.name}.work")
     _begin(work, options)
     fitted, run = work / "fitted", work / "run"
     if not (fitted / CONFIG).is_file():

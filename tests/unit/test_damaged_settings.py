@@ -81,6 +81,7 @@ def test_values_of_a_yaml_file_have_the_types_of_the_flags(
         (RouterConfig, {"capacity": "a"}, "--capacity is 'a', expected a number"),
         (RouterConfig, {"calibrated": 5}, "--calibrated is 5, expected a list"),
         (OptimConfig, {"max_steps": 10**400}, "--max_steps is 1000.*expected a whole number"),
+        (OptimConfig, {"seed": 2**63}, "--seed is 9223.*, expected a whole number of 64 bits"),
         (OptimConfig, {"max_steps": 1.5}, "--max_steps is 1.5, expected a whole number"),
         (OptimConfig, {"lr": None}, "--lr is None, expected a number"),
     ],

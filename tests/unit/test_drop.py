@@ -13,7 +13,6 @@ from megaskip.calibration.fit_job import _next
 from megaskip.calibration.static_drop import Fitted, candidate_layers
 from megaskip.cli import drop, fit
 from megaskip.config.commands.fit import DropPlan
-from megaskip.config.paths import beside
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.source import DEMO_FOLDER
 from megaskip.runs.drop import _start
@@ -54,16 +53,15 @@ def test_what_only_the_training_would_refuse_is_refused_before_the_fit(tmp_path:
     argv = [*SMALL, "--output", str(tmp_path / "o")]
     with pytest.raises(ConfigError, match=r"--distill 1\.5 is outside \[0, 1\]"):
         drop.parse([*argv, "--distill", "1.5"])
-    with pytest.raises(ConfigError, match="--seed 18446744073709551616 is outside"):
+    with pytest.raises(ConfigError, match="--seed is 18446744073709551616, expected a whole"):
         drop.parse([*argv, "--seed", str(2**64)])
 
 
-def test_what_is_kept_beside_a_folder_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_present_folder_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new folder would take its place, and what is kept beside it has no name."""
     monkeypatch.chdir(tmp_path)
-    assert beside(Path("a/b"), ".work") == Path("a/b.work")
-    assert beside(Path("."), ".work") == tmp_path.with_name(f"{tmp_path.name}.work")
+    with pytest.raises(ConfigError, match=r"--output \. is the present folder; name a new"):
+        drop.main([*SMALL, "--output", "."])
 
 
 def test_cosine_does_not_run_in_stages() -> None:

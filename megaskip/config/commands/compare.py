@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaskip.config.checks import at_least, percentage, whole_seed
+from megaskip.config.checks import at_least, percentage
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.config.run import COMPENSATION_LR, DTYPES
@@ -126,8 +126,6 @@ class CompareOptions(Checked):
             twice = [f"{value}" for value in dict.fromkeys(values) if values.count(value) > 1]
             if twice and name != "data":
                 yield f"--{name} names {', '.join(twice)} more than once; leave the others out"
-        for seed in self.seeds:
-            yield from whole_seed("seeds", seed)
         for percent in self.skip:
             yield from percentage("skip", percent)
         if "allocated" in self.methods and self.granularity.endswith("_token"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megaskip.config.adapter import AdapterConfig, adapter_problems
-from megaskip.config.checks import at_least, percentage, share, whole_seed
+from megaskip.config.checks import at_least, percentage, share
 from megaskip.config.commands.hub import HubTarget
 from megaskip.config.options import Checked, option
 from megaskip.config.routing import COMPENSATIONS
@@ -84,7 +84,6 @@ class TextAndModel(Checked):
     def _problems(self) -> Iterator[str]:
         for name in ("seq_length", "held_out", "micro_batch_size", "pipeline_stages"):
             yield from at_least(name, getattr(self, name), 1)
-        yield from whole_seed("seed", self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

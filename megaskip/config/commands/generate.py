@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaskip.config.checks import at_least, share, whole_seed
+from megaskip.config.checks import at_least, share
 from megaskip.config.options import Checked, option
 from megaskip.config.paths import output_file_problems
 from megaskip.config.run import DTYPES
@@ -52,7 +52,6 @@ class GenerateOptions(Checked):
     def _problems(self) -> Iterator[str]:
         yield from at_least("max_new_tokens", self.max_new_tokens, 1)
         yield from at_least("num_beams", self.num_beams, 1)
-        yield from whole_seed("seed", self.seed)
         if not 0 <= self.temperature < math.inf:
             yield f"--temperature {self.temperature:g} must be 0 or a positive number"
         yield from share("top_p", self.top_p, above_zero=True)
