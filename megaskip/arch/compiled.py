@@ -14,7 +14,10 @@ _TOKENS = 16
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Of the norm of the hidden states: fused kernels add up in another order, TF32 rounds to 1e-3."""
 _TOLERANCE_16_BIT = 5e-2
-_BREAKS = (RuntimeError, AssertionError, ImportError, OSError, TypeError, AttributeError, KeyError)
+COMPILER_ERRORS = (
+    *(RuntimeError, AssertionError, ImportError, OSError),
+    *(TypeError, AttributeError, KeyError, ValueError),
+)
 """What a compiler raises that does not know a layer, or does not find a C++ compiler or Triton."""
 
 
@@ -34,13 +37,18 @@ def compile_layers(model: nn.Module, routers: Routers, *, backend: str = "induct
         layer.compile(backend=backend)
     try:
         problem = _difference(_states(model, routers), eager, next(model.parameters()).dtype)
-    except _BREAKS as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    except COMPILER_ERRORS as error:
+        problem = in_short(error)
     if problem is None:
         return f"{len(chosen)} layers without a router are compiled"
     for layer in chosen:
         layer._compiled_call_impl = None  # what compile() sets
     return f"--compile is left out, layers run as they are ({problem})"
+
+
+def in_short(error: Exception) -> str:
+    """Return what a compiler says, which may be pages, in a line for the log."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _difference(states: Tensor, eager: Tensor, dtype: torch.dtype) -> str | None:

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
 
+from megaskip.arch.compiled import COMPILER_ERRORS, in_short
 from megaskip.errors import UnsupportedModelError
+from megaskip.log import get_logger
+
+logger = get_logger(__name__)
 
 FLASH, FLEX = "flash_attention_2", "flex_attention"
 _TOKENS = 12
@@ -33,18 +37,21 @@ def choose_packed_attention(model: Any) -> None:
     """Set the fastest attention that keeps samples of packed rows apart on the model's device.
 
     On a GPU flash attention by the lengths of samples where it is installed, else flex attention,
-    which leaves out blocks without a pair of the same sample; where neither can be had, and on a
-    CPU, the family's own attention with a mask. Raises UnsupportedModelError when samples see each
-    other in all of them. Under ZeRO-3 collective.
+    which leaves out blocks without a pair of the same sample; where neither can be had or run, and
+    on a CPU, the family's own attention with a mask. Raises UnsupportedModelError when samples see
+    each other in all of them. Under ZeRO-3 collective.
     """
     own = attention_of(model)
     for name in _faster(model):
         try:
             model.set_attn_implementation(name)
-        except (ValueError, ImportError):  # not for this family
-            continue
-        if keeps_samples_apart(model):
-            return
+            if keeps_samples_apart(model):
+                return
+            problem = "samples see each other in it"
+        # Not for this family, or not for heads of this size; flex attention is compiled, too.
+        except COMPILER_ERRORS as error:
+            problem = in_short(error)
+        logger.info("packed rows do without %s (%s)", name, problem)
     model.set_attn_implementation(own)
     require_apart(model)
 

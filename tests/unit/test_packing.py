@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from megaskip import attach_routers
+from megaskip.arch import packing
 from megaskip.arch.packing import (
     choose_packed_attention,
     describe_attention,
@@ -58,12 +59,18 @@ def mixing(
     return scaled_dot_product_attention(query, key, value, **how).transpose(1, 2), None
 
 
+def broken(*args: Any, **kwargs: Any) -> Any:
+    """Say what flex attention does of heads that are too small for Triton."""
+    raise NotImplementedError("NYI: embedding dimension of the query, key, and value must be 16")
+
+
 @pytest.fixture(autouse=True)
 def attentions() -> Iterator[None]:
     AttentionInterface.register("flash_by_lengths", by_lengths)
     AttentionInterface.register("mixing", mixing)
+    AttentionInterface.register("broken", broken)
     yield
-    for name in ("flash_by_lengths", "mixing"):
+    for name in ("flash_by_lengths", "mixing", "broken"):
         del AttentionInterface._global_mapping[name]
 
 
@@ -106,6 +113,17 @@ def test_the_proof_passes_where_samples_are_apart(family: str) -> None:
             choose_packed_attention(model)
         return
     choose_packed_attention(model)  # on a CPU: the family's own
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", ["broken", "mixing", "not_installed"])
+def test_a_faster_attention_that_cannot_run_here_is_left_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    before = model.config._attn_implementation
+    monkeypatch.setattr(packing, "_faster", lambda model: [name])
+    choose_packed_attention(model)
     assert model.config._attn_implementation == before
 
 
