@@ -83,7 +83,7 @@ def read_topology(
     of one process without them.
 
     Raises ConfigError when the ranks cannot form replicas of `num_stages` stages, or groups of
-    `sequence_size` ranks that share rows.
+    `sequence_size` ranks that share rows, and where there is no GPU for this one.
     """
     local_rank = _number(environment, "LOCAL_RANK", 0)
     rank = _number(environment, "RANK", 0)
@@ -94,6 +94,12 @@ def read_topology(
             "from 0 and lie below the world size"
         )
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this is rank {local_rank} of its node (LOCAL_RANK), and it sees "
+            f"{torch.cuda.device_count()} GPU(s); start no more ranks on a node than it has GPUs, "
+            "and let each of them see all (no CUDA_VISIBLE_DEVICES by rank, no --gpus-per-task)"
+        )
     if world_size % num_stages:
         raise ConfigError(
             f"--pipeline_stages {num_stages} does not divide the {world_size} rank(s) of this "
@@ -185,13 +191,17 @@ def process_group(topology: Topology, *, timeout: int) -> Iterator[None]:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} in vain ({error}); check "
             "that every rank was started with the same address and world size"
         ) from None
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        # After a failure a barrier would wait for ranks that are gone; the group ends with the
-        # process then.
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        # The ranks of a node destroy their NCCL communicators together (ncclCommDestroy): after an
+        # error this one would wait there for others, who wait for it in a collective, and nobody
+        # would read what went wrong. The group ends with the process then.
+        if not (failed and topology.world_size > 1 and topology.device.type == "cuda"):
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
 
 
 def _wait_for_port(address: str, port: int, timeout: float) -> None:

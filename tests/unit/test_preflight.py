@@ -1,5 +1,6 @@
 """Preflight names the node that differs or has too little."""
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 from megaskip.config import CheckpointConfig, ModelConfig, RouterConfig, RunConfig
-from megaskip.errors import RankError
+from megaskip.errors import ConfigError, MegaskipError, RankError
 from megaskip.parallel.heartbeat import HeartbeatMonitor
 from megaskip.parallel.loading.source import choose_arithmetic, resolve_source
 from megaskip.parallel.preflight import Report, checkpoint_bytes, find_problems, preflight
-from megaskip.parallel.topology import _free_port, process_group, read_topology
+from megaskip.parallel.topology import Topology, _free_port, process_group, read_topology
 
 GIB = 2**30
 
@@ -189,3 +190,30 @@ def test_a_heartbeat_is_two_requests_however_many_ranks_there_are() -> None:
     assert watch._beat(2) is None
     assert [seen[0] for seen in watch._seen.values()] == [b"2"] + [b"1"] * 511
     assert len(requests) == 2, requests
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would say "invalid device ordinal" when the rank takes its device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ranks = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}
+    assert read_topology(ranks).device == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"rank 2 of its node \(LOCAL_RANK\), and it sees 2 GPU"):
+        read_topology(ranks | {"RANK": "2", "LOCAL_RANK": "2"})
+
+
+@pytest.mark.parametrize(("device", "fails"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_after_an_error_no_rank_waits_for_others_to_destroy_nccl(
+    device: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destroyed: list[bool] = []
+    for name, value in {"MASTER_ADDR": "here", "MASTER_PORT": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: destroyed.append(True))
+    topology = Topology(rank=0, world_size=2, local_rank=0, device=torch.device(device))
+    with contextlib.suppress(MegaskipError), process_group(topology, timeout=1):
+        if fails:
+            raise MegaskipError("of one rank")
+    assert destroyed == [True] * (device == "cpu" or not fails)
