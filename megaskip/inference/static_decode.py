@@ -10,6 +10,7 @@ Shapes: B rows, H key-value heads, L slots of the cache, D head size.
 """
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,7 +38,7 @@ class CudaGraph:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _side_stream(device)
         self._graph = torch.cuda.CUDAGraph()
 
     def rehearse(self, step: Callable[[], Any]) -> tuple[Any, int]:
@@ -74,6 +75,18 @@ class CudaGraph:
             output = step()
         current.wait_stream(self._stream)
         return output
+
+
+def _side_stream(device: torch.device) -> Any:
+    """Return the stream of recordings beside this thread's current one, always the same: cuBLAS
+    never gives up the workspace (32 MiB on a Hopper) of a stream that it ran on."""
+    current = torch.cuda.current_stream(device).cuda_stream
+    return _stream_beside(device, current, threading.get_ident())
+
+
+@functools.lru_cache(maxsize=32)  # as many as torch has
+def _stream_beside(device: torch.device, current: int, thread: int) -> Any:
+    return torch.cuda.Stream(device)
 
 
 RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaGraph}

@@ -1,6 +1,7 @@
 """Decode on a static cache: the same step again and again, so that a GPU can play it back."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from transformers import StaticCache
 from megaskip import detach_routers
 from megaskip.inference import static_decode
 from megaskip.inference.executor import InferenceExecutor
-from megaskip.inference.static_decode import RECORDERS, DecodeSteps, let_generate_record
+from megaskip.inference.static_decode import (
+    RECORDERS,
+    CudaGraph,
+    DecodeSteps,
+    _stream_beside,
+    let_generate_record,
+)
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 SAMPLED = GREEDY | {"do_sample": True, "temperature": 2.0}
@@ -198,6 +205,16 @@ def test_two_generations_in_turns_keep_their_own(recorded: Recorded) -> None:
             assert (steps._output is not None) == (number >= 2)
             assert model.skip_routers.decisions() == dict(cache._skip_decisions)
     assert recorded.replays == [4] * 4
+
+
+def test_generations_of_a_thread_record_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {0: SimpleNamespace(cuda_stream=0), 1: SimpleNamespace(cuda_stream=7)}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    made = [CudaGraph(torch.device("cuda", index))._stream for index in (0, 0, 1)]
+    _stream_beside.cache_clear()
+    assert made[0] is made[1] is not made[2]
 
 
 # -- where it does not apply
