@@ -69,7 +69,9 @@ class DecisionCache:
 
     def _skip_pick(self, pick: Callable[[Tensor], Tensor]) -> None:
         old = self._skip_decisions.items()
-        self._skip_decisions = {k: d.of_rows(pick(torch.arange(len(d.keep)))) for k, d in old}
+        self._skip_decisions = {
+            k: d.of_rows(pick(torch.arange(len(d.keep), device="cpu"))) for k, d in old
+        }
 
 
 def put_decisions(cache: Any, decisions: Mapping[int, RoutingDecision]) -> None:

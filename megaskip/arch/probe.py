@@ -204,5 +204,5 @@ def arguments_of(layer: nn.Module, decoder: nn.Module) -> tuple[tuple[Any, ...],
 def input_like(hidden_states: Tensor) -> Tensor:
     """Return small seeded noise: a large residual would hide the update behind rounding."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(hidden_states.shape, generator=generator) * _INPUT_SCALE
+    noise = torch.randn(hidden_states.shape, generator=generator, device="cpu") * _INPUT_SCALE
     return noise.to(device=hidden_states.device, dtype=hidden_states.dtype)

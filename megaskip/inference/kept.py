@@ -66,11 +66,11 @@ class KeptLayer:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        self._skip_pick(torch.arange(self._skip_batch()).repeat_interleave(repeats))
+        self._skip_pick(torch.arange(self._skip_batch(), device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of `indices`, numbers or a mask."""
-        self._skip_pick(torch.arange(self._skip_batch())[indices.cpu()])
+        self._skip_pick(torch.arange(self._skip_batch(), device="cpu")[indices.cpu()])
 
 
 class KeptRows(KeptLayer):
@@ -149,7 +149,7 @@ class KeptTokens(KeptLayer):
             self._skip_incoming = None
             self._skip_position = torch.cat([self._skip_position, position], dim=1)
         else:
-            slot = torch.arange(position.shape[1])
+            slot = torch.arange(position.shape[1], device="cpu")
             rows, columns = (slot < count.unsqueeze(1)).nonzero(as_tuple=True)
             incoming = torch.stack([rows, columns, used[rows] + columns])
             rows, columns, slots = copy_to(incoming, position.device)
@@ -237,7 +237,7 @@ def store_tokens_in(cache: Any, layer: int, batch: int, device: torch.device) ->
     """Put a layer that holds tokens into `cache`, in the place of a fresh one."""
     cache_layer: KeptTokens = replace_layer(cache, layer, KeptTokens, _skip_seen=0)
     cache_layer._skip_position = torch.empty(batch, 0, dtype=torch.int64, device=device)
-    cache_layer._skip_count = torch.zeros(batch, dtype=torch.int64)
+    cache_layer._skip_count = torch.zeros(batch, dtype=torch.int64, device="cpu")
     return cache_layer
 
 

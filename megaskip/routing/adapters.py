@@ -72,7 +72,9 @@ class AdapterSet(nn.Module):
         for layer in self.layers:
             down, up = self._matrices(layer)
             bound = layer.in_features**-0.5  # what nn.Linear and peft begin with
-            values = torch.rand(down.weight.shape, generator=generator, dtype=torch.float32)
+            values = torch.rand(
+                down.weight.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             fresh = ((2 * values - 1) * bound).to(device)
             down.weight = nn.Parameter(fresh)
             shape = (layer.out_features, fresh.shape[0])

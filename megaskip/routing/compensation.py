@@ -33,8 +33,8 @@ class LowRankCompensation(BiasCompensation):
     def __init__(self, hidden_size: int, rank: int, *, device: torch.device | None = None) -> None:
         super().__init__(hidden_size, device=device)
         generator = torch.Generator().manual_seed(0)
-        down = torch.randn(rank, hidden_size, generator=generator) / math.sqrt(hidden_size)
-        self.down = nn.Parameter(down.to(device=device, dtype=torch.float32))
+        down = random_normal(rank, hidden_size, generator) / math.sqrt(hidden_size)
+        self.down = nn.Parameter(down.to(device=device or torch.get_default_device()))
         up = torch.zeros(hidden_size, rank, dtype=torch.float32, device=device)
         self.up = nn.Parameter(up)
 
@@ -44,6 +44,13 @@ class LowRankCompensation(BiasCompensation):
         down, up, bias = (p.to(device, torch.float32) for p in (self.down, self.up, self.bias))
         inner = nn.functional.linear(hidden_states.float(), down)
         return nn.functional.linear(inner, up, bias).to(hidden_states.dtype)
+
+
+def random_normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return float32 [rows, columns] of a generator of the CPU, on the CPU: the default device may
+    be a GPU, as it is where vLLM builds models, and that takes no such generator."""
+    shape = rows, columns
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def is_compensation(name: str) -> bool:

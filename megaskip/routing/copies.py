@@ -21,7 +21,7 @@ class CopyToHost:
         self._read: Tensor | None = None
         self._copy = tensor.detach()
         if tensor.is_cuda:
-            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._copy = pinned.copy_(self._copy, non_blocking=True)
             self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrival.record(torch.cuda.current_stream(tensor.device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megaskip.config.routing import RoutingConfig
-from megaskip.routing.compensation import BiasCompensation, make_compensation
+from megaskip.routing.compensation import BiasCompensation, make_compensation, random_normal
 from megaskip.routing.experts import Experts
 
 PREFIX = "skip_routers"
@@ -61,8 +61,8 @@ class MlpRouter(Router):
         super().__init__(_MLP_WIDTH, scores, device=device)
         # The same on every rank, whatever its random state is.
         generator = torch.Generator().manual_seed(0)
-        inner = torch.randn(_MLP_WIDTH, hidden_size, generator=generator) / math.sqrt(hidden_size)
-        self.inner = nn.Parameter(inner.to(device=device, dtype=torch.float32))
+        inner = random_normal(_MLP_WIDTH, hidden_size, generator) / math.sqrt(hidden_size)
+        self.inner = nn.Parameter(inner.to(device=device or torch.get_default_device()))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits float32, shaped as Router's."""

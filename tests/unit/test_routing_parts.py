@@ -4,11 +4,13 @@ import copy
 import math
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
 from tensor_calls import Waits
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from megaskip import RouterConfig, RouterSet
 from megaskip.errors import ConfigError
@@ -31,6 +33,26 @@ def decision(keep: Tensor) -> RoutingDecision:
     return RoutingDecision(
         logit=keep, keep=keep, unit_mask=torch.ones_like(keep) > 0, unit_of_token=None
     )
+
+
+class GeneratorsOfTheirDevice(TorchFunctionMode):
+    """Refuses random numbers of a generator of another device, as a GPU does and meta does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        generator, device = kwargs.get("generator"), torch.device(kwargs.get("device") or "cpu")
+        if generator is not None and generator.device.type != device.type:
+            raise RuntimeError(f"Expected a '{device.type}' device type for generator")
+        return func(*args, **kwargs)
+
+
+def test_routers_are_made_where_the_default_device_is_not_the_cpu() -> None:
+    """As it is where vLLM builds models."""
+    config = RouterConfig(router="mlp", compensation="low_rank")
+    with GeneratorsOfTheirDevice(), torch.device("meta"):
+        made = RouterSet(config, LAYERS, 8)
+    assert all(parameter.is_meta for parameter in made.parameters())
+    assert not any(p.is_meta for p in RouterSet(config, LAYERS, 8).parameters())
 
 
 # -- decisions
