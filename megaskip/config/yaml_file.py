@@ -55,9 +55,9 @@ def _content(file: str) -> tuple[dict[Any, Any], dict[str, Any], list[str]]:
 
 
 def _written(node: yaml.Node) -> Any:
-    """Return the text of a value, or of each entry of a list; None for an object."""
-    if isinstance(node, yaml.SequenceNode):
-        return [_written(entry) for entry in node.value]
+    """Return the text of a value, or of each entry of a list; None for what is no text."""
+    if isinstance(node, yaml.SequenceNode):  # one level: a list may hold itself
+        return [e.value if isinstance(e, yaml.ScalarNode) else None for e in node.value]
     return node.value if isinstance(node, yaml.ScalarNode) else None
 
 

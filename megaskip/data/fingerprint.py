@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaskip.config import DataConfig
-from megaskip.data.plain_text import token_ids
+from megaskip.data.plain_text import UnreadableTextError, token_ids
 from megaskip.data.source import Source, load_hub
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.errors import DataError
@@ -86,7 +86,7 @@ def _probed(tokenizer: Any) -> Any:
     """Return the tokens of a text that shows what a tokenizer does, or why it has none for it."""
     try:
         return token_ids(tokenizer, _PROBE, special=True)
-    except DataError as error:
+    except UnreadableTextError as error:
         return str(error)
 
 

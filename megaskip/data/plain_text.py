@@ -8,6 +8,10 @@ from megaskip.config.value_types import shown
 from megaskip.errors import DataError
 
 
+class UnreadableTextError(DataError):
+    """A text that a tokenizer has no tokens for."""
+
+
 class PlainTextEncoder:
     """Encodes texts with one tokenizer, whichever special tokens that adds by itself."""
 
@@ -46,14 +50,14 @@ class PlainTextEncoder:
 
 def token_ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     """Return the ids of a text, with `special` between what the tokenizer puts around it; raises
-    DataError for a text that it has no tokens for."""
+    UnreadableTextError for a text that it has no tokens for."""
     try:
         return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     except Exception as error:
         # The tokenizers library has a bare Exception for what is unknown without a token for that.
         if type(error) is not Exception:
             raise
-        raise DataError(
+        raise UnreadableTextError(
             f"the tokenizer cannot read {shown(text)} ({error}); expected a token for what is "
             "unknown. Name another --tokenizer, or leave such text out"
         ) from None
@@ -70,7 +74,7 @@ def _behind(start: Sequence[int], ids: Sequence[int]) -> list[int]:
 def _start(tokenizer: Any) -> tuple[int, ...]:
     try:
         whole, alone = token_ids(tokenizer, "a", special=True), token_ids(tokenizer, "a")
-    except DataError:
+    except UnreadableTextError:
         whole, alone = token_ids(tokenizer, "", special=True), []
     if not alone:  # a vocabulary without this letter
         begins = tokenizer.bos_token_id is not None and whole[:1] == [tokenizer.bos_token_id]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megaskip.data.plain_text import token_ids
+from megaskip.data.plain_text import UnreadableTextError, token_ids
 
 _CONTROL = re.compile(r"<\|[^|<>\s]+\|>")
 _CONTEXT = 512
@@ -87,7 +87,10 @@ class SegmentTokenizer:
         if not before or not segment.text:
             return self.ids(segment.text)
         for anchor in self._anchors(before, segment):
-            head, both = self.ids(anchor), self.ids(anchor + segment.text)
+            try:
+                head, both = self.ids(anchor), self.ids(anchor + segment.text)
+            except UnreadableTextError:  # of the anchor, which is not of the data
+                continue
             # Neighbouring unknown characters may become one unknown token.
             if head and both[: len(head)] == head and head[-1] != self._unknown:
                 return both[len(head) :]

@@ -7,10 +7,11 @@ import numpy as np
 
 from megaskip.data.answers import AnswerFinder
 from megaskip.data.formats import Sample
-from megaskip.data.plain_text import PlainTextEncoder
+from megaskip.data.plain_text import PlainTextEncoder, UnreadableTextError
 from megaskip.data.row import Row
 from megaskip.data.segments import Encoded, Segment, SegmentTokenizer
 from megaskip.data.template import ChatTemplate
+from megaskip.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +41,13 @@ class SampleTokenizer:
         """Return the rows of a sample: one per chat (one per answer where the template rewrites
         earlier turns), one per window of seq_length of plain text.
 
-        Raises DataError, with the sample's place, where the chat template does not fit.
+        Raises DataError, with the sample's place, where the chat template does not fit, or the
+        tokenizer has no tokens for a text.
         """
-        encoded = self.encode(sample)
+        try:
+            encoded = self.encode(sample)
+        except UnreadableTextError as error:
+            raise DataError(f"{sample.place}: {error}") from None
         if not sample.messages:
             return self._windows(encoded[0], source)
         truncated = any(len(row.ids) > self._seq_length for row in encoded)

@@ -63,6 +63,7 @@ def test_layers_beyond_all_sizes_end_at_once(spec: str) -> None:
     [
         ("calibration_rows: .inf", "calibration_rows is inf, expected int"),
         ("threshold: [demo]", "--threshold is .*demo.*, expected a number or a list of numbers"),
+        ("data: &a [*a]", "data is .*, expected str"),
         ("layers: [a]", "--layers is .*a.*, expected"),
         ("model: [" * 5000, "not valid YAML"),
     ],
