@@ -11,7 +11,6 @@ from megaskip.checkpoint.atomic import read_json, write_json
 from megaskip.checkpoint.hub import require_hub
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config.commands.fit import DropOptions
-from megaskip.config.commands.hub import HubTarget
 from megaskip.config.paths import require_new
 from megaskip.errors import ConfigError, MegaskipError
 from megaskip.log import get_logger, set_up_logging
@@ -41,7 +40,7 @@ def drop(options: DropOptions) -> None:
     if options.steps and not (run / "report.json").is_file():
         _run(options, ["train", *_train_flags(options, fitted), "--output_dir", str(run)])
     command = [sys.executable, "-m", "megaskip", "export-static", *_export_flags(options, work)]
-    where = ["--output", str(options.output), *_hub_flags(options.hub)]
+    where = ["--output", str(options.output), *_flags(dataclasses.asdict(options.hub))]
     _start([*command, *where, "--verify"])
 
 
@@ -108,19 +107,7 @@ def _start(command: Sequence[str]) -> None:
 
 
 def _fit_flags(options: DropOptions) -> list[str]:
-    plan = options.plan
-    values = {
-        "target": plan.target,
-        "drop": plan.drop,
-        "drop_layers": plan.drop_layers,
-        "order": plan.order,
-        "candidates": plan.candidates,
-        "compensation": plan.compensation,
-        "compensation_rank": plan.compensation_rank,
-        "rows": plan.rows,
-        "order_rows": plan.order_rows,
-    }
-    return _base_flags(options) + _flags(values)
+    return _flags(dataclasses.asdict(options.base) | dataclasses.asdict(options.plan))
 
 
 def _train_flags(options: DropOptions, fitted: Path) -> list[str]:
@@ -133,45 +120,28 @@ def _train_flags(options: DropOptions, fitted: Path) -> list[str]:
         "resume": "auto",
     }
     adapter = dataclasses.asdict(options.adapter) if options.adapter.lora_rank else {}
-    return _base_flags(options) + _flags(values | adapter)
+    return _flags(dataclasses.asdict(options.base) | values | adapter)
 
 
 def _export_flags(options: DropOptions, work: Path) -> list[str]:
     base = options.base
-    trusted = ["--trust_remote_code"] if base.trust_remote_code else []
+    values: dict[str, object] = {"trust_remote_code": base.trust_remote_code}
     if options.steps:  # the run knows its tokenizer and template
-        merge = ["--merge"] if options.adapter.lora_rank else []
-        return ["--run", str(work / "run"), *merge, *trusted]
-    values = {"tokenizer": base.tokenizer, "chat_template": base.chat_template}
-    return ["--routers", str(work / "fitted"), *_flags(values), *trusted]
-
-
-def _hub_flags(target: HubTarget) -> list[str]:
-    public = ["--hub_public"] if target.hub_public else []
-    return [*_flags({"push_to_hub": target.push_to_hub}), *public]
-
-
-def _base_flags(options: DropOptions) -> list[str]:
-    base = options.base
-    values = {
-        "model": base.model,
-        "revision": base.revision,
-        "tokenizer": base.tokenizer,
-        "dtype": base.dtype,
-        "held_out": base.held_out,
-        "seq_length": base.seq_length,
-        "chat_template": base.chat_template,
-        "cache_dir": base.cache_dir,
-        "micro_batch_size": base.micro_batch_size,
-        "seed": base.seed,
-        "ds_config": base.ds_config,
-        "pipeline_stages": base.pipeline_stages,
-    }
-    repeated = [f"--data={entry}" for entry in base.data]
-    repeated += [f"--eval_data={entry}" for entry in base.eval_data]
-    trusted = ["--trust_remote_code"] if base.trust_remote_code else []
-    return [*_flags(values), *repeated, *trusted]
+        values |= {"run": work / "run", "merge": bool(options.adapter.lora_rank)}
+    else:
+        values |= {"routers": work / "fitted", "tokenizer": base.tokenizer}
+        values |= {"chat_template": base.chat_template}
+    return _flags(values)
 
 
 def _flags(values: Mapping[str, object]) -> list[str]:
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+    """Return settings as flags: a switch where it is on, a list as a flag for each entry; what is
+    None is left out."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is not None and value is not False:
+            entries = value if isinstance(value, tuple) else (value,)
+            flags += [f"--{name}={entry}" for entry in entries]
+    return flags
