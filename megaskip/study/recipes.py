@@ -1,6 +1,5 @@
 """How each compared method is trained: flags of `megaskip train`, and a run for each seed."""
 
-import json
 import os
 import shlex
 import statistics
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.arch.adapters import find_adapted_layers
+from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config import AdapterConfig
 from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
@@ -102,7 +102,7 @@ def train_missing(
 
 def train_seconds(run: Path) -> float:
     """Return how long a training took, loading and calibration left out."""
-    return float(json.loads((run / "report.json").read_text(encoding="utf-8"))["seconds"])
+    return float(read_json(run / "report.json")["seconds"])
 
 
 def _run_for(

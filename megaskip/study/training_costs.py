@@ -2,7 +2,6 @@
 numbers."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaskip.bench.counts import attention_formulas
+from megaskip.checkpoint.atomic import read_json
 from megaskip.reporting.summary import human_bytes, or_dash
 
 CONTROL = "dense_adapted"
@@ -79,9 +79,9 @@ def cost_of(
     """Return the cost of a method whose runs are `runs`, if it is trained, behind a `fit` with
     seconds, flops, parameters and bytes, if there was one."""
     fit = fit or {}
-    counted = [json.loads((run / COST).read_text(encoding="utf-8")) for run in runs if _has(run)]
+    counted = [read_json(run / COST) for run in runs if _has(run)]
     flops = [c["flops"] for c in counted] or ([0] if fit and not runs else [])
-    reports = [json.loads((run / "report.json").read_text(encoding="utf-8")) for run in runs]
+    reports = [read_json(run / "report.json") for run in runs]
     return TrainingCost(
         method=method,
         asked=asked,
