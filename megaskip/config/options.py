@@ -84,6 +84,8 @@ class Flag:
 
     name: str
     """The field's name; on the command line with two dashes in front."""
+    owner: type
+    """The dataclass that has the field; docs/cli.md has a table for each."""
     kind: Any
     """Type of the value, or of each value of a tuple: bool, int, float, str or Path."""
     doc: str
@@ -131,7 +133,7 @@ def flags_of(options: Any) -> dict[str, Flag]:
         if is_section(hints[item.name]):
             added = flags_of(hints[item.name])
         elif item.metadata.get("flag", True):
-            added = {item.name: _flag(item, hints[item.name], docs.get(item.name, ""))}
+            added = {item.name: _flag(options, item, hints[item.name], docs.get(item.name, ""))}
         else:
             continue
         if twice := flags.keys() & added.keys():
@@ -145,7 +147,7 @@ def is_section(hint: Any) -> bool:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
-def _flag(item: dataclasses.Field[Any], hint: Any, doc: str) -> Flag:
+def _flag(owner: type, item: dataclasses.Field[Any], hint: Any, doc: str) -> Flag:
     members = _members(hint)
     is_tuple = typing.get_origin(members[0]) is tuple
     kind = typing.get_args(members[0])[0] if is_tuple else str if str in members else members[0]
@@ -155,6 +157,7 @@ def _flag(item: dataclasses.Field[Any], hint: Any, doc: str) -> Flag:
     )
     return Flag(
         name=item.name,
+        owner=owner,
         kind=kind,
         doc=doc,
         default=item.default,
