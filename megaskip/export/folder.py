@@ -25,6 +25,7 @@ from megaskip.checkpoint.routers import (
 from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.checkpoint.weight_index import INDEX, SINGLE
 from megaskip.config import ModelConfig, RouterConfig
+from megaskip.config.commands.convert import MODES
 from megaskip.config.paths import require_new
 from megaskip.data.tokenizer import read_tokenizer
 from megaskip.errors import ConfigError
@@ -84,6 +85,8 @@ def export_folder(
     place of the base's; `facts` are numbers of the run for the model card; `progress` is told the
     bytes of each file that is done. Raises CheckpointError or ConfigError.
     """
+    if mode not in MODES:
+        raise ConfigError(f"--mode {mode!r} is not one of {', '.join(MODES)}")
     config, layers, described = read_router_config(routers)
     _require_droppable(config, mode, kv)
     require_new(output)

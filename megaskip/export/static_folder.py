@@ -20,6 +20,7 @@ from megaskip.checkpoint.base import describe_folder
 from megaskip.checkpoint.routers import save_routers
 from megaskip.checkpoint.weight_index import SINGLE
 from megaskip.config import ModelConfig, RouterConfig
+from megaskip.config.commands.export_static import FORMATS
 from megaskip.config.paths import require_new
 from megaskip.errors import ConfigError, UnsupportedModelError
 from megaskip.export.base_weights import RENAMED_SINGLE, put_base_weights, require_safetensors
@@ -84,6 +85,8 @@ def require_exportable(base: Path, output: Path, form: str) -> StaticBase:
     What can be refused before anything is measured or loaded is refused here, with CheckpointError,
     ConfigError or UnsupportedModelError.
     """
+    if form not in FORMATS:
+        raise ConfigError(f"--format {form!r} is not one of {', '.join(FORMATS)}")
     require_new(output)
     content = read_json(base / "config.json")
     if "auto_map" in content:

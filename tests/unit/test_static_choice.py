@@ -64,6 +64,8 @@ def test_folder_refuses_what_cannot_be_dropped(
     tiny_model().save_pretrained(tmp_path / "base")
     with pytest.raises(error, match=message):
         dropped_from(tmp_path, dropped)
+    with pytest.raises(ConfigError, match="not one of hf, decilm"):
+        dropped_from(tmp_path, {"attn": [3]}, "gguf")
 
 
 def test_a_format_that_there_is_not_is_refused(tmp_path: Path) -> None:
