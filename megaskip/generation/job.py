@@ -61,11 +61,11 @@ def load_alone(name: str, dtype: str, base: str | None) -> InferenceModel:
 
 def _require_nothing_of_routers(options: GenerateOptions) -> None:
     """Raise ConfigError for flags that a model without routers does not have."""
-    for flag, value in (("--capacity", options.capacity), ("--picture", options.picture)):
-        if value is not None:
+    for flag in ("capacity", "picture", "base"):
+        if getattr(options, flag) is not None:
             raise ConfigError(
-                f"{flag} is for routers, and --model {options.model} has none: the same layers run "
-                "for every text; leave it out"
+                f"--{flag} is for routers, and --model {options.model} has none: the same layers "
+                "run for every text; leave it out"
             )
 
 

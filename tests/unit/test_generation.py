@@ -369,7 +369,7 @@ def test_a_model_without_routers_answers_and_says_that_nothing_is_decided(
     assert "[demo, dense: the same layers run for every text]" in capsys.readouterr().out
     (row,) = [json.loads(line) for line in output.read_text().splitlines()]
     assert row["messages"][1]["content"] and row.keys() == {"messages"}
-    for flag, value in (("--capacity", "0.5"), ("--picture", "what_ran")):
+    for flag, value in (("--capacity", "0.5"), ("--picture", "w"), ("--base", "demo")):
         with pytest.raises(ConfigError, match=f"{flag} is for routers, and --model demo has none"):
             generate(["--model", "demo", *prompts, flag, value])
 
