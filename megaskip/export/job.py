@@ -24,6 +24,9 @@ from megaskip.runs.source import (
     trained_base_dtype,
 )
 
+LOAD = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+"""How a folder that brings its own code is loaded."""
+
 
 def convert(options: ConvertOptions) -> None:
     """Write a Hugging Face folder and print what is in it; raises CheckpointError when --verify
@@ -87,7 +90,7 @@ def import_routers(options: ImportOptions) -> None:
 
 def _summary(done: Exported, seconds: float) -> list[tuple[str, str]]:
     """Return the rows of the closing table."""
-    load = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+    load = LOAD
     if done.mode == "adapter":
         load = "megaskip.load_routers(model, folder) on the loaded base"
     elif has_adapter(done.folder):

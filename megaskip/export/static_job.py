@@ -16,7 +16,7 @@ from megaskip.checkpoint.routers import read_router_config
 from megaskip.config import RouterConfig, resolve_layers
 from megaskip.config.commands.export_static import ExportStaticOptions
 from megaskip.errors import ConfigError
-from megaskip.export.job import print_pushed
+from megaskip.export.job import LOAD, print_pushed
 from megaskip.export.static import choose_dropped, describe_dropped, sublayers
 from megaskip.export.static_folder import (
     NO_MAPS_IN_DECILM,
@@ -75,8 +75,7 @@ def export_without_dropped(options: ExportStaticOptions) -> None:
         difference = f"differ by at most {verified.difference:.1e} over {verified.tokens} tokens"
         rows.append(("verified", f"fresh process, fp32, against the forced base: {difference}"))
     if options.format == "hf":
-        load = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
-        rows.append(("load", load))
+        rows.append(("load", LOAD))
         rows.append(("next", f"megaskip generate --model {outcome.done.folder}"))
     print("\n".join(table(rows, title=f"exported: {outcome.done.folder}")))
     outcome.require_verified()

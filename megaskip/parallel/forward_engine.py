@@ -129,7 +129,7 @@ class ForwardEngine:
             counts=self._counts(),
         )
 
-    # -- one batch
+    # -- passes
 
     def _losses_of(
         self,
