@@ -27,6 +27,9 @@ methods:
   by_cost, by_cost_fitted
              routers in closed form that predict what skipping costs (megaskip fit-routers), without
              and with maps in closed form
+  by_cost_trained
+             the same routers, which stay as they are (--freeze_routers), and their maps trained
+             together afterwards, for every skip
   random     other layers for every text
   uniform    every n-th layer
   published  one training for every skip: per-layer hinge on whole sequences, the strongest of the

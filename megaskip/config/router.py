@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from megaskip.config.checks import at_least, share, share_hint
-from megaskip.config.routing import SATURATED, RoutingConfig
+from megaskip.config.routing import SATURATED, UNDECIDED, RoutingConfig
 from megaskip.config.value_types import wrong_types
 from megaskip.errors import ConfigError
 
@@ -22,6 +22,10 @@ class RouterConfig(RoutingConfig):
     penalty_weight: float = 0.1
     """Strength of the capacity penalty: gain of the steering (global) or factor of the hinge
     (layer)."""
+    freeze_routers: bool = False
+    """Leave the routers as --init_routers has them, for example those of megaskip fit-routers: what
+    stands in the places of what they skip learns, and adapters. Thresholds still move to hold the
+    capacity."""
 
     def __post_init__(self) -> None:
         if problems := tuple(wrong_types(self)):
@@ -63,6 +67,11 @@ class RouterConfig(RoutingConfig):
                 )
             if self.budget != "global":
                 yield "--capacity_low needs --budget global: the others have no threshold to move"
+        if self.freeze_routers and self.budget in UNDECIDED:
+            yield (
+                f"--freeze_routers does not go with --budget {self.budget}: no router decides "
+                "there, and none learns; leave it out"
+            )
         yield from at_least("compensation_rank", self.compensation_rank, 1)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)
         yield from at_least("penalty_weight", self.penalty_weight, 0.0)

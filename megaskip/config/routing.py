@@ -38,6 +38,7 @@ _ADDED = {
     "router_input",
     "compensation",
     "compensation_rank",
+    "freeze_routers",
 }
 """Settings that files from before them lack; their defaults are what those files meant."""
 

@@ -242,12 +242,17 @@ class RunConfig(Checked):
                 "--budget static with --compensation none has nothing to learn: its layers never "
                 "run; add --compensation low_rank, or --lora_rank"
             )
+        if self.router.freeze_routers and self.model.init_routers is None:
+            yield (
+                "--freeze_routers needs --init_routers FOLDER, such as that of megaskip "
+                "fit-routers: fresh routers do not tell one unit from another"
+            )
         learns_maps = self.router.compensation != "none" and self.optim.compensation_lr > 0
         if learns_maps and self.optim.lr == 0:
             yield (
                 "--lr 0 keeps the compensations still, too: --compensation_lr "
                 f"{self.optim.compensation_lr:g} is scaled with it; give --compensation_lr 0 if "
-                "that is meant, or a tiny --lr such as 1e-9"
+                "that is meant, or --freeze_routers in the place of --lr 0"
             )
         if self.log.early_stop and not (self.data.held_out or self.data.eval_data):
             yield (

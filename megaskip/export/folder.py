@@ -165,7 +165,7 @@ def routed_config(
 ) -> dict[str, Any]:
     """Return the config.json of a routed model from that of its base."""
     # What training swept over, no inference asks for.
-    stored = dataclasses.replace(config, layers=layers, capacity_low=None)
+    stored = dataclasses.replace(config, layers=layers, capacity_low=None, freeze_routers=False)
     # Training leaves use_cache off; decisions are kept in the cache.
     cached = {"use_cache": True} if base.get("use_cache") is False else {}
     return {**own_config(base), **cached, "routing": {**dataclasses.asdict(stored), "kv": kv}}

@@ -57,6 +57,9 @@ class RouterSet(Routers):
         )
         self.steering = steering
         """The same object as `thresholds`."""
+        if config.freeze_routers:  # what they read does not learn to change what they decide
+            for layer in self.layers:
+                self.router(layer).register_forward_pre_hook(_detached)
 
     @property
     def executor(self) -> Executor:
@@ -69,9 +72,9 @@ class RouterSet(Routers):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return what learns, by name: routers, compensations, and adapters if there are any; where
-        nothing is decided (budget "static" or "dense") no routers."""
-        decides = self.config.budget not in UNDECIDED
-        own = {n: p for n, p in self.named_parameters() if is_compensation(n) or decides}
+        nothing is decided (budget "static" or "dense"), or routers are frozen, no routers."""
+        learns = self.config.budget not in UNDECIDED and not self.config.freeze_routers
+        own = {n: p for n, p in self.named_parameters() if is_compensation(n) or learns}
         return own if self.adapters is None else own | self.adapters.trained_parameters()
 
     @property
@@ -177,3 +180,8 @@ def _say_renamed(old: str, new: str) -> None:
         FutureWarning,
         stacklevel=3,
     )
+
+
+def _detached(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Cut the gradient of what a router reads."""
+    return tuple(read.detach() for read in inputs)

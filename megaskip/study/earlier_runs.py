@@ -53,10 +53,13 @@ def require_base(training: Training, base: BaseModel) -> None:
 def start_settings(method: str, options: CompareOptions, base: BaseModel) -> dict[str, Any]:
     """Return the options, by name, on which the routers depend that a run of `method` starts
     from."""
-    order, learns = STATIC[method]
     names = [*_OF_STARTS, *([] if options.eval_data else ["documents"])]
-    names += ["compensation_rank"] if learns == "trained" else []
-    names += ["order_rows"] if order == "greedy" else []
+    if method in STATIC:
+        order, learns = STATIC[method]
+        names += ["compensation_rank"] if learns == "trained" else []
+        names += ["order_rows"] if order == "greedy" else []
+    else:
+        names += ["compensation_rank", "cost_rows", "cost_groups"]
     settings = {name: getattr(options, name) for name in names} | {"model": base.weights}
     content: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read back
     return content

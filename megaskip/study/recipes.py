@@ -13,7 +13,7 @@ from megaskip.arch.adapters import find_adapted_layers
 from megaskip.checkpoint.atomic import read_json
 from megaskip.checkpoint.routers import CONFIG
 from megaskip.config import AdapterConfig
-from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
+from megaskip.config.commands.compare import BY_COST_TRAINED, DENSE_LORA, CompareOptions
 from megaskip.errors import MegaskipError
 from megaskip.log import get_logger
 from megaskip.parallel.child import run_child
@@ -69,7 +69,7 @@ def training_of(
 ) -> Training | None:
     """Return the run that a method needs at a skip (a share of all attention) with a seed; None for
     what is not trained."""
-    name, flags, start = _run_for(comparison, method, skip, options)
+    name, flags, start = _run_for(comparison, method, skip, seed, options)
     if not name:
         return None
     return Training(
@@ -106,7 +106,7 @@ def train_seconds(run: Path) -> float:
 
 
 def _run_for(
-    comparison: Comparison, method: str, skip: float, options: CompareOptions
+    comparison: Comparison, method: str, skip: float, seed: int, options: CompareOptions
 ) -> tuple[str, tuple[str, ...], Path | None]:
     """Return (name of the run, without its seed; its flags; the folder it starts from); no name for
     what is not trained."""
@@ -126,14 +126,18 @@ def _run_for(
         if kind == "trained":
             learns += maps
         return f"{name}-{skip:.4f}", ("--init_routers", str(start), *learns), start
+    capacity = 1 - comparison.share(skip)
+    asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
+    if method == BY_COST_TRAINED:
+        start = options.output / "fitted" / f"{method}-{skip:.4f}-s{seed}"
+        flags = ("--init_routers", str(start), "--freeze_routers", "--distill", "0.5")
+        return f"{method}-{capacity:.4f}", (*flags, *maps, *asked), start
     if method not in RECIPES:
         return "", (), None
     layers = ("--granularity", options.granularity, "--layers", options.layers, *lora)
     if method == DENSE_LORA:
         return name, (*layers, *RECIPES[method]), None
     if method in _FOR_ONE_SKIP:
-        capacity = 1 - comparison.share(skip)
-        asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
         if method == "compensated":
             asked += maps
         return f"{name}-{capacity:.4f}", (*layers, *RECIPES[method], *asked), None

@@ -119,7 +119,11 @@ class Workbench:
         """Write the routers that a run starts from, in the place of older ones."""
         assert training.start is not None
         shutil.rmtree(training.start, ignore_errors=True)
-        self._drops.write_start(job.method, job.skip, training.start, self._base)
+        if job.method in BY_COST:
+            seed = job.seed or 0
+            self._cost_routers.write_start(job.method, job.skip, seed, training.start)
+        else:
+            self._drops.write_start(job.method, job.skip, training.start, self._base)
         write_json(training.start / START, self._start_settings(job))
 
     def _cost_of(self, training: Training) -> dict[str, int]:
@@ -127,7 +131,8 @@ class Workbench:
         config = parse_run_config(train_flags(self._options, training))
         if training.start is not None:
             stored, layers, _ = read_router_config(training.start)
-            router = dataclasses.replace(stored, layers=layers)
+            frozen = config.router.freeze_routers
+            router = dataclasses.replace(stored, layers=layers, freeze_routers=frozen)
             config = dataclasses.replace(config, router=router)
         self._comparison.attach(config.router, run=config)
         engine = self._comparison.engine_of(config)
@@ -157,7 +162,7 @@ class Workbench:
             if job.training is None:
                 return comparison.measure(self._drops.policy(job.method, job.skip))
             return comparison.measure(self._drops.take(job.training.folder / "routers"))
-        if job.method in BY_COST:
+        if job.method in BY_COST and job.training is None:
             return self._measure_routed(job, self._cost_routers.run(job.method, job.seed or 0))
         if job.training is None:
             self._drops.put(with_maps=False)

@@ -10,7 +10,14 @@ from megaskip.config import AdapterConfig, RouterConfig, RunConfig, resolve_laye
 from megaskip.errors import ConfigError
 from megaskip.routing import RouterSet
 
-_STEERED = {"capacity", "capacity_low", "penalty_weight", "threshold", "calibrated"}
+_STEERED = {
+    "capacity",
+    "capacity_low",
+    "penalty_weight",
+    "freeze_routers",
+    "threshold",
+    "calibrated",
+}
 """Settings of a training rather than of the routers' weights: the flags have them."""
 
 
@@ -40,6 +47,12 @@ def with_initial_routers(config: RunConfig) -> RunConfig:
                 "the flag out"
             )
     adapter = _initial_adapter(config.adapter, folder, problems)
+    has_maps = stored.compensation != "none"
+    if config.router.freeze_routers and not has_maps and not adapter.lora_rank:
+        problems.append(
+            f"--freeze_routers leaves nothing to learn: routers in --init_routers {folder} have "
+            "no compensation; add --lora_rank, or leave it out"
+        )
     if problems:
         raise ConfigError(*problems)
     router = dataclasses.replace(config.router, **taken, threshold=stored.threshold)

@@ -43,6 +43,10 @@ CASES: dict[str, dict[str, Any]] = {
     "static and distilled": {
         "flags": ["--compensation", "low_rank", "--budget", "static", "--distill", "0.7"]
     },
+    "frozen routers, tokens": {
+        "flags": ["--compensation", "low_rank", "--granularity", "mlp_token", "--freeze_routers"]
+        + ["--init_routers", "not read here", "--distill", "0.5"]
+    },
     "one micro-batch": {"flags": [], "parts": 1},
     "one micro-batch, recomputed": {"flags": ["--activation_checkpointing"], "parts": 1},
     "all routers on the last stage": {"flags": ["--layers", "5-5"]},

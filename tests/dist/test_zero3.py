@@ -50,6 +50,7 @@ CASES: list[dict[str, Any]] = (
             ("mlp_token", "sparse", True, []),
             ("block_token", "dense", False, ["--activation_checkpointing"]),
             ("attn_sequence", "dense", False, ["--budget", "static", "--distill", "0.5"]),
+            ("mlp_token", "sparse", False, ["--freeze_routers", "--init_routers", "not read here"]),
         ]
     ]
     + [

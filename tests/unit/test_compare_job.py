@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megaskip.checkpoint.atomic import write_json
@@ -141,6 +142,35 @@ def test_too_little_text_for_costs_is_said_before_anything_is_trained(
     options = dataclasses.replace(options, methods=("by_cost",), cost_rows=8)
     with launched(), pytest.raises(ConfigError, match="--cost_rows 8: 1 batch of text is too litt"):
         compare(options)
+
+
+def test_maps_are_trained_under_routers_by_cost(options: CompareOptions) -> None:
+    options = dataclasses.replace(
+        options,
+        methods=("by_cost_fitted", "by_cost_trained"),
+        ours="by_cost_trained",
+        granularity="mlp_token",
+        steps=2,
+        seeds=(1,),
+        cost_rows=32,
+        cost_groups=2,
+        compensation_rank=4,
+        calibration_rows=32,
+    )
+    with launched():
+        compare(options)
+        compare(options)  # takes what is there
+    start = load_file(options.output / "fitted/by_cost_trained-0.2500-s1/routers.safetensors")
+    (run,) = (options.output / "runs").glob("by_cost_trained-*-s1")
+    trained = load_file(run / "routers/routers.safetensors")
+    changed = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert changed
+    assert all("compensation" in name for name in changed)
+    points = json.loads((options.output / "report.json").read_text())["points"]
+    assert [point["method"] for point in points] == ["dense", *options.methods]
+    assert points[1]["loss"] != points[2]["loss"]
+    for point in points[1:]:
+        assert point["skipped"] == pytest.approx(0.25, abs=0.1)
 
 
 def test_a_run_of_another_model_is_not_taken(trained: CompareOptions, tmp_path: Path) -> None:

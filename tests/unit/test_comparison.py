@@ -15,6 +15,7 @@ from routed_models import randomise
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
 from megaskip.arch.adapters import add_adapters, make_adapters
 from megaskip.checkpoint.atomic import write_json
+from megaskip.checkpoint.routers import fill_routers, read_router_config
 from megaskip.cli.compare import parse
 from megaskip.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
 from megaskip.config.cli import parse_run_config
@@ -266,6 +267,13 @@ def test_routers_by_cost_are_fitted_once_and_put_at_the_skip(
     kept = comparison.take(run / "routers", 0.25)
     assert kept == pytest.approx(1 - comparison.share(0.25), abs=0.01)
     assert comparison.routers.config.compensation == "low_rank"
+    # What a training starts from skips as much at its own threshold.
+    fitted.write_start("by_cost_trained", 0.25, 0, tmp_path / "start")
+    assert (run / "routers" / "routers.safetensors").stat().st_mtime_ns == written
+    comparison.attach(read_router_config(tmp_path / "start")[0])
+    fill_routers(tmp_path / "start", comparison.routers)
+    capacity = comparison.engine.evaluate(comparison.calibration, routed=True).capacity
+    assert capacity == pytest.approx(kept, abs=1e-6)
 
 
 @pytest.mark.parametrize(

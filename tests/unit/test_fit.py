@@ -211,6 +211,36 @@ def test_static_routers_train_their_maps_alone(make_engine: Any) -> None:
         assert torch.equal(parameter, before[name]) == name.endswith("attn.weight"), name
 
 
+def test_maps_do_not_learn_to_change_what_frozen_routers_decide(make_engine: Any) -> None:
+    """Their gradients are those under decisions that nothing can change."""
+    settings = {"compensation": "low_rank", "granularity": "mlp_token"}
+    weights = make_engine(**settings).routers.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in weights.values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) / 8)
+
+    def gradients(weights: dict[str, Tensor], **more: Any) -> dict[str, Tensor]:
+        engine = make_engine(**settings, **more)
+        engine.routers.load_state_dict(weights)
+        with engine.routers.override(decided):
+            engine.train_step(batches(1), 0.0)
+        grads = {n: p.grad for n, p in engine.parameters.items() if p.grad is not None}
+        assert all("compensation" in name for name in grads) == bool(more)
+        return {name: grad.clone() for name, grad in grads.items() if "compensation" in name}
+
+    free = make_engine(**settings).routers
+    shape = batches(1)[0].input_ids.shape
+    mask = torch.rand(len(free.layers), *shape, generator=generator) < 0.5
+    decided = {layer: keep.float() for layer, keep in zip(free.layers, mask, strict=True)}
+    blind = {n: t if "compensation" in n else torch.zeros_like(t) for n, t in weights.items()}
+    frozen, truth = gradients(weights, freeze_routers=True), gradients(blind)
+    learning = gradients(weights)
+    for name, gradient in truth.items():
+        assert torch.equal(frozen[name], gradient), name
+    lowest = f"{free.layers[0]}.mlp.compensation.up"
+    assert not torch.allclose(learning[lowest], truth[lowest], rtol=1e-2)
+
+
 def test_maps_learn_at_a_rate_of_their_own(make_engine: Any) -> None:
     engine = make_engine(compensation="low_rank")
     engine.train_step(batches(1), 5e-4)

@@ -50,6 +50,33 @@ def test_a_run_starts_from_the_routers_of_a_folder(tmp_path: Path) -> None:
     assert changed == {name for name in first if "compensation" in name}
 
 
+def test_frozen_routers_decide_as_before_while_maps_learn(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", *MAPS, "--layers", "4,6", "--lr", "1e-2")
+    start = ["--init_routers", str(tmp_path / "first/routers"), "--freeze_routers"]
+    second = run(tmp_path / "second", *start, "--distill", "0.5", "--weight_decay", "0.1")
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed == {name for name in first if "compensation" in name}
+    report = json.loads((tmp_path / "second/report.json").read_text())
+    assert report["held_out"]["capacity"] == pytest.approx(0.5, abs=0.15)
+    # A run from here trains its routers again, unless it is asked not to.
+    config, _, _ = read_router_config(tmp_path / "second/routers")
+    assert config.freeze_routers
+    again = parse_run_config(["--init_routers", str(tmp_path / "second/routers")])
+    assert not with_initial_routers(again).router.freeze_routers
+
+
+def test_frozen_routers_need_routers_and_something_that_learns(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--freeze_routers needs --init_routers FOLDER"):
+        parse_run_config([*MAPS, "--freeze_routers"])
+    start = ["--init_routers", str(tmp_path / "first/routers"), "--freeze_routers"]
+    with pytest.raises(ConfigError, match="--freeze_routers does not go with --budget static"):
+        parse_run_config([*start, "--budget", "static"])
+    run(tmp_path / "first", "--layers", "4,6")
+    with pytest.raises(ConfigError, match="--freeze_routers leaves nothing to learn"):
+        with_initial_routers(parse_run_config(start))
+    with_initial_routers(parse_run_config([*start, "--lora_rank", "2"]))
+
+
 def test_flags_that_say_otherwise_than_the_folder_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "first", *MAPS, "--layers", "4,6")
     start = ["--init_routers", str(tmp_path / "first/routers")]

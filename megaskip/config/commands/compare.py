@@ -10,7 +10,8 @@ from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.config.run import COMPENSATION_LR, DTYPES
 
 BASELINES = ("static", "random", "uniform")
-BY_COST = ("by_cost", "by_cost_fitted")
+BY_COST_TRAINED = "by_cost_trained"
+BY_COST = ("by_cost", "by_cost_fitted", BY_COST_TRAINED)
 DROPS = (
     *("greedy", "static_fitted", "greedy_fitted", "static_trained", "greedy_trained"),
     *("static_lora", "greedy_trained_lora"),
