@@ -9,7 +9,7 @@ of the loss with respect to each gate say what skipping a unit costs, and a ridg
 each layer predicts this cost from what the router reads. Scores of all layers are then comparable,
 so one threshold skips what is cheapest; it is found for each --capacity, and checked on held-out
 text. OUTPUT is a router folder: `megaskip convert --routers OUTPUT` writes a Hugging Face folder,
-and `megaskip train --init_routers OUTPUT` goes on from it.
+and `megaskip train --init_routers OUTPUT --freeze_routers --distill 0.5` trains its maps.
 
 What is done so far is kept in OUTPUT.partial.safetensors: the same command on as many ranks goes on
 after a stop, and ends with the same numbers.

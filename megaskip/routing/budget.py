@@ -11,7 +11,7 @@ from megaskip.routing.copies import copy_to
 from megaskip.routing.counts import Counts
 from megaskip.routing.decision import RoutingDecision
 
-_RAMP = 0.2
+RAMP = 0.2
 """Share of a run in which the target falls from 1 to the asked capacity: routers learn to rank
 first."""
 _FULL_GAIN_UNITS = 64
@@ -62,9 +62,10 @@ def _in_order(values: Tensor) -> Tensor:
     return values.cumsum(0)[-1]
 
 
-def ramped(target: float, progress: float) -> float:
-    """Return the target at `progress`, the share of a run that is done."""
-    return 1 - (1 - target) * min(progress / _RAMP, 1.0)
+def ramped(target: float, progress: float, ramp: float = RAMP) -> float:
+    """Return the target at `progress`, the share of a run that is done, where it falls from 1 in
+    the share `ramp`."""
+    return 1 - (1 - target) * (min(progress / ramp, 1.0) if ramp else 1.0)
 
 
 class Budget:
@@ -86,9 +87,11 @@ class Budget:
     global one exactly.
     """
 
-    def __init__(self, *, target: float, gain: float) -> None:
+    def __init__(self, *, target: float, gain: float, ramp: float = RAMP) -> None:
+        """`ramp` is the share of a run in which the target falls from 1 to `target`."""
         self.target = target
         self.gain = gain
+        self._ramp = ramp
         self.position: Number = 0.0
         self.spread: Number = 0.0
         self.error: Number = 1.0 - target
@@ -141,7 +144,7 @@ class Budget:
         yield
 
     def _target_at(self, progress: float | None) -> float:
-        return self.target if progress is None else ramped(self.target, progress)
+        return self.target if progress is None else ramped(self.target, progress, self._ramp)
 
     def place(self, offset: float) -> None:
         """Put the threshold at `offset`, in logits; the price stays what it is. Waits for a

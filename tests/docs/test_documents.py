@@ -133,6 +133,9 @@ def type_the_tutorial(workspace: Workspace) -> None:
     flags += ["--output_dir", "runs/static"]
     start_ranks("train", flags, 1, workspace, folder / "logs/static")
     shutil.copytree(folder / "runs/static/routers", folder / "fitted")
+    flags = ["--capacity", "0.9", "--output", "by_cost", *sized("fit-routers", workspace)]
+    start_ranks("fit-routers", flags, 1, workspace, folder / "logs/by_cost")
+    shutil.copytree(folder / "runs/any", folder / "runs/by_cost")
 
 
 @pytest.mark.parametrize("command", all_commands(), ids=lambda command: command.name)

@@ -214,6 +214,14 @@ def test_configuring_forgets_what_steering_has_learnt() -> None:
     assert steering.budget.offset == 0.0
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_routers_are_held_to_the_capacity_from_the_first_step(frozen: bool) -> None:
+    """Others learn to rank first, while nearly everything is to run."""
+    steering = Steering(RouterConfig(capacity=0.5, freeze_routers=frozen), LAYERS)
+    steering.budget.steer(Measured(capacity=0.5, units=64.0, spread=1.0), 0.01)
+    assert float(steering.budget.offset) == (0.0 if frozen else pytest.approx(-0.47, abs=0.03))
+
+
 # -- between stages
 
 
