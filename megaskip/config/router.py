@@ -24,8 +24,8 @@ class RouterConfig(RoutingConfig):
     (layer)."""
     freeze_routers: bool = False
     """Leave the routers as --init_routers has them, for example those of megaskip fit-routers: what
-    stands in the places of what they skip learns, and adapters. Thresholds still move to hold the
-    capacity."""
+    stands in the places of what they skip learns, and adapters. The threshold is the one that was
+    found there for --capacity, and moves a little to hold it."""
 
     def __post_init__(self) -> None:
         if problems := tuple(wrong_types(self)):
@@ -71,6 +71,11 @@ class RouterConfig(RoutingConfig):
             yield (
                 f"--freeze_routers does not go with --budget {self.budget}: no router decides "
                 "there, and none learns; leave it out"
+            )
+        if self.freeze_routers and self.capacity_low is not None:
+            yield (
+                "--freeze_routers does not go with --capacity_low, which asks routers that learn "
+                "for other capacities in turn; leave one of them out"
             )
         yield from at_least("compensation_rank", self.compensation_rank, 1)
         yield from at_least("prompt_tokens", self.prompt_tokens, 1)

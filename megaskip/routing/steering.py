@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaskip.config import RouterConfig, RoutingConfig
 from megaskip.routing.any_budget import AnyBudget
-from megaskip.routing.budget import RAMP, Budget
+from megaskip.routing.budget import Budget
 from megaskip.routing.decision import RoutingDecision
 from megaskip.routing.thresholds import Thresholds, threshold_of
 
@@ -86,7 +86,6 @@ class Steering(Thresholds):
 
 def _budget(config: RouterConfig) -> Budget:
     if config.capacity_low is None:
-        # Routers that do not learn rank as they will, at a threshold that is where it should be.
-        ramp = 0.0 if config.freeze_routers else RAMP
-        return Budget(target=config.capacity, gain=config.penalty_weight, ramp=ramp)
+        learns = not config.freeze_routers
+        return Budget(target=config.capacity, gain=config.penalty_weight, learns=learns)
     return AnyBudget(asked=config.capacity, low=config.capacity_low, gain=config.penalty_weight)

@@ -7,6 +7,7 @@ from megaskip.checkpoint.adapters import adapter_config, has_adapter
 from megaskip.checkpoint.base import BaseModel
 from megaskip.checkpoint.routers import fill_routers, load_router_tensors, read_router_config
 from megaskip.config import AdapterConfig, RouterConfig, RunConfig, resolve_layers
+from megaskip.config.routing import Threshold
 from megaskip.errors import ConfigError
 from megaskip.routing import RouterSet
 
@@ -55,8 +56,20 @@ def with_initial_routers(config: RunConfig) -> RunConfig:
         )
     if problems:
         raise ConfigError(*problems)
-    router = dataclasses.replace(config.router, **taken, threshold=stored.threshold)
+    threshold = _initial_threshold(config.router, stored, folder)
+    router = dataclasses.replace(config.router, **taken, threshold=threshold)
     return dataclasses.replace(config, router=router, adapter=adapter)
+
+
+def _initial_threshold(asked: RouterConfig, stored: RouterConfig, folder: Path) -> Threshold:
+    """Return the threshold to begin with: that of the folder, or for frozen routers the one that
+    was found there for the asked capacity. Raises ConfigError where others were found alone."""
+    if not asked.freeze_routers or not stored.calibrated:
+        return stored.threshold
+    try:
+        return stored.at_capacity(asked.capacity).threshold
+    except ConfigError as error:
+        raise ConfigError(f"--init_routers {folder}, --freeze_routers: {error}") from None
 
 
 def _initial_adapter(asked: AdapterConfig, folder: Path, problems: list[str]) -> AdapterConfig:

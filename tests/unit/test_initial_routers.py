@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megaskip import RouterConfig, save_routers
 from megaskip.checkpoint.routers import read_router_config
 from megaskip.cli.train import main as train
 from megaskip.config.cli import parse_run_config
 from megaskip.errors import ConfigError
+from megaskip.routing import RouterSet
 from megaskip.training.initial_routers import with_initial_routers
 
 FLAGS = ["--dtype", "float32", "--max_steps", "2", "--micro_batch_size", "4", "--seq_length", "64"]
@@ -63,6 +65,25 @@ def test_frozen_routers_decide_as_before_while_maps_learn(tmp_path: Path) -> Non
     assert config.freeze_routers
     again = parse_run_config(["--init_routers", str(tmp_path / "second/routers")])
     assert not with_initial_routers(again).router.freeze_routers
+
+
+def test_frozen_routers_begin_at_the_threshold_of_the_asked_capacity(tmp_path: Path) -> None:
+    folder = tmp_path / "routers"
+    config = RouterConfig(compensation="bias", calibrated=((0.5, 0.3), (0.8, 0.2)), threshold=0.3)
+    save_routers(folder, RouterSet(config, (4, 6), 8))
+    start = ["--init_routers", str(folder), "--freeze_routers"]
+    assert (
+        with_initial_routers(parse_run_config([*start, "--capacity", "0.8"])).router.threshold
+        == 0.2
+    )
+    other = parse_run_config([*start, "--capacity", "0.7"])
+    with pytest.raises(
+        ConfigError, match=r"capacity 0\.7 is not calibrated \(calibrated: 0\.5, 0\.8"
+    ):
+        with_initial_routers(other)
+    # Routers that learn find theirs.
+    learning = parse_run_config([*start[:2], "--capacity", "0.7"])
+    assert with_initial_routers(learning).router.threshold == 0.3
 
 
 def test_frozen_routers_need_routers_and_something_that_learns(tmp_path: Path) -> None:

@@ -222,6 +222,13 @@ def test_frozen_routers_are_held_to_the_capacity_from_the_first_step(frozen: boo
     assert float(steering.budget.offset) == (0.0 if frozen else pytest.approx(-0.47, abs=0.03))
 
 
+def test_thresholds_of_frozen_routers_move_little() -> None:
+    """Half of all decisions may lie within a tenth of the spread of predicted costs."""
+    steering = Steering(RouterConfig(capacity=0.5, freeze_routers=True), LAYERS)
+    steering.budget.steer(Measured(capacity=0.9, units=64.0, spread=1.0), None)
+    assert float(steering.budget.offset) == pytest.approx(0.4 * 0.05)
+
+
 # -- between stages
 
 
