@@ -1,7 +1,7 @@
 """The job of `megaskip fit-routers`: maps, then routers, then thresholds, all without training."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,17 @@ def fit_routers_job(options: FitRoutersOptions) -> None:
         on_first_rank(topology, lambda: _write(options.output, job, fitted, options.capacity))
         progress.remove()
     if topology.is_first:
-        rows = [
-            *fitted.rows(),
-            ("next", f"megaskip convert --routers {options.output} --output exported --verify"),
-        ]
+        rows = [*fitted.rows(), *_next(options)]
         print("\n".join(table(rows, title=f"routers fitted: {options.output}")))
     fitted.calibrated.require_all()
+
+
+def _next(options: FitRoutersOptions) -> Iterator[tuple[str, str]]:
+    folder = options.output
+    yield "next", f"megaskip convert --routers {folder} --output exported --verify"
+    if options.compensation != "none":
+        train = f"megaskip train --init_routers {folder} --freeze_routers --distill 0.5"
+        yield "or first train the maps", f"{train} --capacity {options.capacity[0]:g} ..."
 
 
 def _router_config(options: FitRoutersOptions, depth: int) -> RouterConfig:
