@@ -4,12 +4,13 @@
 #   tools/bench/real_model.sh MODEL TEXT OUTPUT [flags of megaskip compare]
 #   RUN="torchrun --nproc_per_node 8 -m megaskip" tools/bench/real_model.sh MODEL TEXT OUTPUT
 #
-# TEXT holds train/*.jsonl, heldout/*.jsonl, and may hold blimp/ and choice/. OUTPUT gets a folder for each unit, with
-# report.html. A command that was stopped goes on. A smaller try: add --steps 20 --documents 64 --pairs 10 --seeds 0.
+# TEXT holds train/*.jsonl, heldout/*.jsonl (tools/make/split_texts.py writes both), and may hold blimp/ and choice/.
+# OUTPUT gets a folder for each unit, with report.html. A command that was stopped goes on. A smaller try: add --steps 20
+# --documents 64 --pairs 10 --seeds 0.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 model=$1 text=$2 output=$3
@@ -41,5 +42,6 @@ compare attn_sequence $attn "$drops,$routed,$lora" greedy_trained --lora_lr 1e-3
 compare mlp_sequence $mlp "$drops,random,by_cost_fitted" greedy_trained "$@"
 compare block_sequence $block "$drops,random,by_cost_fitted" greedy_trained "$@"
 for unit in attn mlp block; do
-    compare ${unit}_token "${!unit}" greedy,greedy_fitted,random,by_cost,by_cost_fitted,compensated by_cost_fitted "$@"
+    compare ${unit}_token "${!unit}" greedy_trained,greedy_fitted,random,by_cost,by_cost_fitted,by_cost_trained,compensated \
+        by_cost_trained "$@"
 done
