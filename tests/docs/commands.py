@@ -94,6 +94,8 @@ EXIST = (
     r"bash (launch/quickstart|tests/run|tests/lowest|tests/serving/(run|gguf))\.sh",
     # It needs vLLM, whose environment tests/serving/run.sh makes.
     r"python tools/bench/serving\.py",
+    # Its files are those of others; tests/unit/test_split_texts.py runs it.
+    r"python tools/make/split_texts\.py",
     # It needs llama.cpp, whose environment tests/serving/gguf.sh makes.
     r"python tools/make/decilm_to_gguf\.py",
     r"\. launch/setup\.sh( dev)?",

@@ -133,7 +133,9 @@ def type_the_tutorial(workspace: Workspace) -> None:
     flags += ["--output_dir", "runs/static"]
     start_ranks("train", flags, 1, workspace, folder / "logs/static")
     shutil.copytree(folder / "runs/static/routers", folder / "fitted")
-    flags = ["--capacity", "0.9", "--output", "by_cost", *sized("fit-routers", workspace)]
+    flags = ["--model", workspace.files["demo"], "--data", workspace.files["data"]]
+    flags += ["--granularity", "mlp_token", "--capacity", "0.9,0.8966"]
+    flags += ["--output", "by_cost", *sized("fit-routers", workspace)]
     start_ranks("fit-routers", flags, 1, workspace, folder / "logs/by_cost")
     shutil.copytree(folder / "runs/any", folder / "runs/by_cost")
 
