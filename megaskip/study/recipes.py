@@ -126,18 +126,20 @@ def _run_for(
         if kind == "trained":
             learns += maps
         return f"{name}-{skip:.4f}", ("--init_routers", str(start), *learns), start
-    capacity = 1 - comparison.share(skip)
-    asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
     if method == BY_COST_TRAINED:
+        capacity = 1 - comparison.share(skip)
         start = options.output / "fitted" / f"{method}-{skip:.4f}-s{seed}"
         flags = ("--init_routers", str(start), "--freeze_routers", "--distill", "0.5")
-        return f"{method}-{capacity:.4f}", (*flags, *maps, *asked), start
+        flags += (*maps, "--capacity", f"{capacity:.6f}")
+        return f"{method}-{capacity:.4f}", flags, start
     if method not in RECIPES:
         return "", (), None
     layers = ("--granularity", options.granularity, "--layers", options.layers, *lora)
     if method == DENSE_LORA:
         return name, (*layers, *RECIPES[method]), None
     if method in _FOR_ONE_SKIP:
+        capacity = 1 - comparison.share(skip)
+        asked: tuple[str, ...] = ("--capacity", f"{capacity:.6f}")
         if method == "compensated":
             asked += maps
         return f"{name}-{capacity:.4f}", (*layers, *RECIPES[method], *asked), None
