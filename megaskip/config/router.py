@@ -23,9 +23,9 @@ class RouterConfig(RoutingConfig):
     """Strength of the capacity penalty: gain of the steering (global) or factor of the hinge
     (layer)."""
     freeze_routers: bool = False
-    """Leave the routers as --init_routers has them, for example those of megaskip fit-routers: what
-    stands in the places of what they skip learns, and adapters. The threshold is the one that was
-    found there for --capacity, and moves a little to hold it."""
+    """Keep the routers of --init_routers as they are, for example those of megaskip fit-routers;
+    only their compensations learn, and adapters. Training begins at the threshold that was
+    calibrated there for --capacity, which moves a little to hold it."""
 
     def __post_init__(self) -> None:
         if problems := tuple(wrong_types(self)):

@@ -18,9 +18,10 @@ _FULL_GAIN_UNITS = 64
 """Decisions a step from which on the threshold follows the capacity at full gain; fewer are
 noise."""
 _LAST_GAIN = 0.05
-_FROZEN_PACE = 0.05
-"""Logits that are predicted costs lie dense around a threshold, and spread by the few layers that
-are dear: a tenth of their spread moved half of all decisions of SmolLM2-135M's MLPs."""
+_FROZEN_GAIN = 0.05
+"""Of the usual one. Predicted costs lie close together near a threshold, while a few costly layers
+make their spread large: at the usual gain the capacity swings (docs/lab.md, "Training the maps
+under frozen routers")."""
 _SPREAD_MEMORY = 0.9
 
 Number = float | Tensor
@@ -65,10 +66,9 @@ def _in_order(values: Tensor) -> Tensor:
     return values.cumsum(0)[-1]
 
 
-def ramped(target: float, progress: float, ramp: float = _RAMP) -> float:
-    """Return the target at `progress`, the share of a run that is done, where it falls from 1 in
-    the share `ramp`."""
-    return 1 - (1 - target) * (min(progress / ramp, 1.0) if ramp else 1.0)
+def ramped(target: float, progress: float) -> float:
+    """Return the target at `progress`, the share of a run that is done."""
+    return 1 - (1 - target) * min(progress / _RAMP, 1.0)
 
 
 class Budget:
@@ -91,11 +91,11 @@ class Budget:
     """
 
     def __init__(self, *, target: float, gain: float, learns: bool = True) -> None:
-        """Routers that do not learn rank as they will, at a threshold that is nearly right: they
-        are held to `target` from the first step on, by small moves."""
+        """Routers that do not learn begin at a threshold that is nearly right: they are held to
+        `target` from the first step on, by small moves of it."""
         self.target = target
         self.gain = gain
-        self._ramp, self._pace = (_RAMP, 1.0) if learns else (0.0, _FROZEN_PACE)
+        self._learns = learns
         self.position: Number = 0.0
         self.spread: Number = 0.0
         self.error: Number = 1.0 - target
@@ -127,16 +127,16 @@ class Budget:
     def steer(self, measured: Measured, progress: float | None) -> None:
         """Take in a global batch, where `measured` is. `progress` is the share of the run that is
         done, None if unknown."""
-        target, gain = self._target_at(progress), 1.0
+        target, gain = self._target_at(progress), 1.0 if self._learns else _FROZEN_GAIN
         if progress is not None:
-            gain = max(1 - progress, _LAST_GAIN)
+            gain *= max(1 - progress, _LAST_GAIN)
         before, spread, units = map(_tensor, (self.spread, measured.spread, measured.units))
         memory = _SPREAD_MEMORY * (before > 0).double()
         self.spread = (memory * before.square() + (1 - memory) * spread.square()).sqrt()
         self.error = measured.capacity - target
         self.excess = measured.excess
         full = (units / _FULL_GAIN_UNITS).clamp(max=1.0)
-        self.position = self.position + self._pace * gain * full * self.error
+        self.position = self.position + gain * full * self.error
 
     def settled_offset(self) -> float:
         """Return where the threshold of the asked capacity is, in logits; waits for a device."""
@@ -148,7 +148,9 @@ class Budget:
         yield
 
     def _target_at(self, progress: float | None) -> float:
-        return self.target if progress is None else ramped(self.target, progress, self._ramp)
+        if progress is None or not self._learns:
+            return self.target
+        return ramped(self.target, progress)
 
     def place(self, offset: float) -> None:
         """Put the threshold at `offset`, in logits; the price stays what it is. Waits for a

@@ -1,7 +1,6 @@
 """What a comparison trains, measures and reports, one job after the other. Knows methods, not
 command lines."""
 
-import dataclasses
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from tqdm import tqdm
 from megaskip._version import __version__
 from megaskip.calibration.allocation import UnreachedError
 from megaskip.checkpoint.atomic import write_json
-from megaskip.checkpoint.routers import read_router_config
 from megaskip.config import DataConfig, RunConfig
 from megaskip.config.cli import parse_run_config
 from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
@@ -40,6 +38,7 @@ from megaskip.study.report import ComparisonReport
 from megaskip.study.static_drops import STATIC, StaticDrops
 from megaskip.study.training_costs import CONTROL, COST, cost_of, count_flops, over_control
 from megaskip.training.data import make_loader, read_data
+from megaskip.training.initial_routers import with_initial_routers
 
 logger = get_logger(__name__)
 
@@ -128,12 +127,8 @@ class Workbench:
 
     def _cost_of(self, training: Training) -> dict[str, int]:
         """Return FLOPs and parameters of a run: of its first step, times their number."""
-        config = parse_run_config(train_flags(self._options, training))
-        if training.start is not None:
-            stored, layers, _ = read_router_config(training.start)
-            frozen = config.router.freeze_routers
-            router = dataclasses.replace(stored, layers=layers, freeze_routers=frozen)
-            config = dataclasses.replace(config, router=router)
+        flags = train_flags(self._options, training)
+        config = with_initial_routers(parse_run_config(flags))
         self._comparison.attach(config.router, run=config)
         engine = self._comparison.engine_of(config)
         batches = next(self._loader(config).steps(0))

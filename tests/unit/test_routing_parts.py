@@ -223,7 +223,7 @@ def test_frozen_routers_are_held_to_the_capacity_from_the_first_step(frozen: boo
 
 
 def test_thresholds_of_frozen_routers_move_little() -> None:
-    """Half of all decisions may lie within a tenth of the spread of predicted costs."""
+    """Near the threshold predicted costs lie much closer together than their spread says."""
     steering = Steering(RouterConfig(capacity=0.5, freeze_routers=True), LAYERS)
     steering.budget.steer(Measured(capacity=0.9, units=64.0, spread=1.0), None)
     assert float(steering.budget.offset) == pytest.approx(0.4 * 0.05)
