@@ -53,12 +53,7 @@ def fit_routers(
             f"--router {routers.config.router} cannot predict costs; take affine, whose bias says "
             "what a layer is worth"
         )
-    everywhere = len(batches) * engine.num_replicas
-    if everywhere < 2:
-        raise ConfigError(
-            f"{everywhere} batch of text is too little to fit routers on: half of it judges what "
-            "is fitted to the other half; give more --data or --cost_rows"
-        )
+    require_enough(engine, batches)
     if progress is not None and _COSTS in progress.results:
         fitted = _restored(routers, progress)
     else:
@@ -73,6 +68,16 @@ def fit_routers(
             _keep(fitted, progress)
     _fill(engine, fitted)
     return fitted
+
+
+def require_enough(engine: Engine, batches: Sequence[Batch | None]) -> None:
+    """Raise ConfigError where `batches` of each rank are too little text for fit_routers."""
+    everywhere = len(batches) * engine.num_replicas
+    if everywhere < 2:
+        raise ConfigError(
+            f"{everywhere} batch of text is too little to fit routers on: half of it judges what "
+            "is fitted to the other half; give more --data or --cost_rows"
+        )
 
 
 def split_off(

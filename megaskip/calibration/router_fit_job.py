@@ -19,7 +19,7 @@ from megaskip.calibration.equal_scores import give_directions
 from megaskip.calibration.fit import fit_compensation
 from megaskip.calibration.fit_progress import FitProgress
 from megaskip.calibration.opened import Opened, opened, topology_of
-from megaskip.calibration.router_fit import fit_routers, split_off
+from megaskip.calibration.router_fit import fit_routers, require_enough, split_off
 from megaskip.checkpoint.atomic import write_json
 from megaskip.checkpoint.routers import save_routers
 from megaskip.config import RouterConfig, resolve_layers
@@ -143,6 +143,7 @@ def _fit(job: Opened, options: FitRoutersOptions, progress: FitProgress) -> Fitt
     engine, hidden = job.engine, None if job.topology.is_first else True
     text = job.loader.calibration(options.rows + options.cost_rows)
     cost_rows, rows = split_off(text, options.cost_rows / (options.rows + options.cost_rows))
+    require_enough(engine, cost_rows)
     explained: dict[int, float] = {}
     if options.compensation != "none":
         maps = ProgressBatches(rows, "maps", disable=hidden)

@@ -72,6 +72,11 @@ class RouterConfig(RoutingConfig):
                 f"--freeze_routers does not go with --budget {self.budget}: no router decides "
                 "there, and none learns; leave it out"
             )
+        if self.freeze_routers and self.budget == "layer":
+            yield (
+                "--freeze_routers does not go with --budget layer, which holds a capacity by what "
+                "routers learn; leave --budget out: the threshold moves"
+            )
         if self.freeze_routers and self.capacity_low is not None:
             yield (
                 "--freeze_routers does not go with --capacity_low, which asks routers that learn "

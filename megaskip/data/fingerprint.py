@@ -12,7 +12,7 @@ from megaskip.data.source import Source, load_hub
 from megaskip.data.tokenize import SampleTokenizer
 from megaskip.errors import DataError
 
-_VERSION = 4
+_VERSION = 5
 """Raise when the same input would give other rows, or the store another layout."""
 
 _PROBE = "Hello  world,\n it's 12,345.67 o'clock \u2014 na\u00efve \u4f60\u597d <s> </s>"

@@ -203,8 +203,9 @@ def _table_row(header: list[str], cells: list[str], place: Place) -> Mapping[str
 
 
 def _read_plain(path: Path) -> Iterator[ReadRow]:
-    """Cut a text file into documents of up to TEXT_PIECE characters, best at empty lines."""
-    text = _read_text(path)
+    """Cut a text file into documents of up to TEXT_PIECE characters, best at empty lines. Its line
+    ends are read as Python reads them: those of Windows are no other text."""
+    text = _read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     start, line = 0, 1
     while start < len(text):
         end = _end_of_piece(text, start)

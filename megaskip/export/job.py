@@ -45,7 +45,8 @@ def convert(options: ConvertOptions) -> None:
         rows.append(("verified", f"fresh process, fp32: logits differ by at most {difference}"))
         if options.source.run is not None and trained_base_dtype(options.source.run) == "nf4":
             rows.append(("4 bit", str(compare_with_4_bit(routers.base, routers.folder))))
-    rows.append(("next", f"megaskip generate --model {done.folder}"))
+    if verified is None or verified.passed:
+        rows.append(("next", f"megaskip generate --model {done.folder}"))
     print("\n".join(table(rows, title=f"exported: {done.folder}")))
     if verified is not None:
         verified.require(done.folder)

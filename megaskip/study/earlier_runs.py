@@ -40,6 +40,9 @@ _OF_STARTS = ("granularity", "layers", "data", "seq_length", "calibration_rows")
 """Options on which the routers depend that a run starts from, whatever its method is."""
 START = "start.json"
 """In the folder of such routers: the options that they were made with."""
+_OF_MAPS = {"router.compensation_rank", "optim.compensation_lr"}
+_OF_ADAPTERS = {"adapter.lora_lr"}
+"""Settings of the above that say nothing of a run without maps, or without adapters."""
 
 
 def require_base(training: Training, base: BaseModel) -> None:
@@ -91,8 +94,7 @@ def require_as_asked(run: Path, asked: RunConfig) -> None:
     if not file.is_file():
         return
     content = read_json(file)
-    starts_anew = asked.model.init_routers is None
-    for path, flag in (_SETTINGS | (_OF_NEW_ROUTERS if starts_anew else {})).items():
+    for path, flag in _decided(asked).items():
         section, name = path.split(".")
         expected = getattr(getattr(asked, section), name)
         expected = list(expected) if isinstance(expected, tuple) else expected
@@ -102,3 +104,15 @@ def require_as_asked(run: Path, asked: RunConfig) -> None:
                 f"{run} was trained with {name} {trained}, {flag} asks for {expected}: name "
                 "another --output or remove the run; --no_training takes it as it is"
             )
+
+
+def _decided(asked: RunConfig) -> dict[str, str]:
+    """Return the flags of `megaskip compare` that decide something of a run, by its settings."""
+    starts_anew = asked.model.init_routers is None
+    flags = _SETTINGS | (_OF_NEW_ROUTERS if starts_anew else {})
+    unused: set[str] = set()
+    if starts_anew and asked.router.compensation == "none":
+        unused |= _OF_MAPS
+    if not asked.adapter.lora_rank:
+        unused |= _OF_ADAPTERS
+    return {path: flag for path, flag in flags.items() if path not in unused}

@@ -201,7 +201,7 @@ class Workbench:
         points = [self._comparison.point(DENSE, 0.0, [dense], dense)]
         points += [self._point(key, of, dense, runs.get(key, [])) for key, of in measured.items()]
         costs = [
-            cost_of(method, skip, runs.get((method, skip), []), self._drops.fit_cost(method, skip))
+            cost_of(method, skip, runs.get((method, skip), []), self._fit_cost(method, skip))
             for method, skip in measured
         ]
         return ComparisonReport(
@@ -211,6 +211,12 @@ class Workbench:
             contrasts=contrasts(measured, self._options.ours),
             left_out=left_out,
         )
+
+    def _fit_cost(self, method: str, skip: float) -> dict[str, Any] | None:
+        """Return what the closed form before a training, or instead of it, took; None for none."""
+        if method in BY_COST:
+            return self._cost_routers.fit_cost(method, self._options.seeds[0])
+        return self._drops.fit_cost(method, skip)
 
     def _point(
         self,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from megaskip.checkpoint.adapters import adapter_config, has_adapter
 from megaskip.checkpoint.base import BaseModel
@@ -34,12 +35,16 @@ def with_initial_routers(config: RunConfig) -> RunConfig:
     stored, layers, described = read_router_config(folder)
     stored = dataclasses.replace(stored, layers=layers)
     depth = max(layers) + 2 if described is None else described.num_layers
-    problems, taken = [], {}
+    problems: list[str] = []
+    taken: dict[str, Any] = {}
     for field in dataclasses.fields(RouterConfig):
         name, asked = field.name, getattr(config.router, field.name)
         if name in _STEERED:
             continue
-        taken[name] = of_folder = getattr(stored, name)
+        of_folder = getattr(stored, name)
+        # The published budget holds a capacity by what routers learn, the global one by thresholds.
+        is_hinge = name == "budget" and of_folder == "layer"
+        taken[name] = "global" if is_hinge and config.router.freeze_routers else of_folder
         if asked == field.default:
             continue
         if (resolve_layers(asked, depth) if name == "layers" else asked) != of_folder:

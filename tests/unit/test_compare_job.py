@@ -132,6 +132,8 @@ def test_a_run_with_the_same_settings_is_taken(
     with launched():
         compare(trained)
         compare(dataclasses.replace(trained, steps=3, no_training=True))
+        # Rates of what the run has none of: a default may have changed since.
+        compare(dataclasses.replace(trained, compensation_lr=0.5, compensation_rank=2))
     run = json.loads((trained.output / "runs" / "dense_lora-r2-s0" / "run.json").read_text())
     assert run["config"]["model"]["dtype"] == "bfloat16"
 
@@ -166,8 +168,14 @@ def test_maps_are_trained_under_routers_by_cost(options: CompareOptions) -> None
     changed = {name for name in start if not torch.equal(start[name], trained[name])}
     assert changed
     assert all("compensation" in name for name in changed)
-    points = json.loads((options.output / "report.json").read_text())["points"]
+    report = json.loads((options.output / "report.json").read_text())
+    points, costs = report["points"], report["costs"]
     assert [point["method"] for point in points] == ["dense", *options.methods]
+    fitted, then_trained = costs
+    assert fitted["train_seconds"] is None
+    assert fitted["fit_seconds"] == then_trained["fit_seconds"] > 0
+    assert then_trained["flops"] > fitted["flops"] > 0
+    assert fitted["parameters"] > then_trained["parameters"] > 0  # its routers do not learn
     assert points[1]["loss"] != points[2]["loss"]
     for point in points[1:]:
         assert point["skipped"] == pytest.approx(0.25, abs=0.1)

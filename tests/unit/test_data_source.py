@@ -194,6 +194,14 @@ def test_text_file_is_cut_at_empty_lines_and_loses_nothing(tmp_path: Path) -> No
     assert all(piece.endswith("\n\n") and len(piece) <= TEXT_PIECE for piece in pieces)
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends_of_other_systems_are_the_same_text(tmp_path: Path, end: str) -> None:
+    text = "".join(f"paragraph {i}\n\n" for i in range(TEXT_PIECE // 6))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_bytes(text.replace("\n", end).encode())
+    assert texts(tmp_path / "b.txt") == texts(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

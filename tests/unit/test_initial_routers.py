@@ -82,11 +82,21 @@ def test_frozen_routers_begin_at_the_threshold_of_the_asked_capacity(tmp_path: P
     assert with_initial_routers(learning).router.threshold == 0.3
 
 
+def test_frozen_routers_are_held_to_a_capacity_by_a_threshold_however_they_learnt(
+    tmp_path: Path,
+) -> None:
+    save_routers(tmp_path, RouterSet(RouterConfig(compensation="bias", budget="layer"), (4, 6), 8))
+    start = ["--init_routers", str(tmp_path)]
+    for flags, budget in (([], "layer"), (["--freeze_routers"], "global")):
+        config = with_initial_routers(parse_run_config([*start, *flags]))
+        assert config.router.budget == budget
+
+
 def test_frozen_routers_need_routers_and_something_that_learns(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--freeze_routers needs --init_routers FOLDER"):
         parse_run_config([*MAPS, "--freeze_routers"])
     start = ["--init_routers", str(tmp_path / "first/routers"), "--freeze_routers"]
-    for more in (["--budget", "static"], ["--capacity_low", "0.3"]):
+    for more in (["--budget", "static"], ["--budget", "layer"], ["--capacity_low", "0.3"]):
         with pytest.raises(ConfigError, match=f"--freeze_routers does not go with {more[0]}"):
             parse_run_config([*start, *more])
     run(tmp_path / "first", "--layers", "4,6")

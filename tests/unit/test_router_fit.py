@@ -223,6 +223,16 @@ def test_a_fit_that_was_killed_goes_on_and_ends_with_the_same_bits(
     assert said[2:] == [(["maps"], 2), (["maps"], 4), (["maps", "costs"], 0)]
 
 
+def test_too_little_text_for_costs_is_said_before_maps_are_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_fit_job, "fit_compensation", None)
+    text = TextAndModel(model="demo", data=("demo",), seq_length=32, held_out=8, micro_batch_size=2)
+    options = FitRoutersOptions(base=text, layers="1,2", cost_rows=1, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match="0 batch of text is too little to fit routers on"):
+        fit_routers_job(options)
+
+
 def test_a_job_that_was_killed_between_capacities_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
