@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megaskip.bench.parts import GPU, Part, parts_for
 from megaskip.bench.records import DONE, Record, Records
@@ -15,6 +14,7 @@ from megaskip.bench.runner import Runner
 from megaskip.config.checks import did_you_mean
 from megaskip.config.commands.bench import BenchOptions
 from megaskip.errors import ConfigError, MegaskipError
+from megaskip.progress import progress_bar
 from megaskip.reporting.summary import versions
 
 
@@ -37,7 +37,7 @@ def bench(options: BenchOptions) -> None:
     records = Records(options.output or _new_folder(options.device))
     records.open(_about(options.device))
     report = Report(device=options.device, folder=records.folder, versions=versions())
-    with tqdm(total=len(parts), desc=f"bench {options.device}", disable=None) as bar:
+    with progress_bar(total=len(parts), desc=f"bench {options.device}") as bar:
 
         def on_record(record: Record) -> None:
             report.add(record)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from megaskip.calibration.allocation import require_rounds
 from megaskip.calibration.capacities import (
@@ -39,7 +38,7 @@ from megaskip.parallel.engine import Engine
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.loading.weight_check import check_weights
 from megaskip.parallel.topology import Topology, process_group, read_topology
-from megaskip.reporting.progress import ProgressBatches
+from megaskip.progress import ProgressBatches, progress_bar
 from megaskip.reporting.summary import table
 from megaskip.runs.source import TrainedRouters, find_routers, open_text, read_as
 
@@ -119,7 +118,7 @@ class CalibrationJob:
         hidden = None if self._shows_progress else True
         held_out = ProgressBatches(loader.held_out(), "held out", disable=hidden)
         total = len(capacities) * (1 + options.allocate)
-        with tqdm(total=total, desc="calibrating", disable=hidden) as bar:
+        with progress_bar(total=total, desc="calibrating", disable=hidden) as bar:
             engine = routed_engine(self.config, self._topology, source, self._routers.folder)
             rows = loader.calibration(options.rows)
             result = calibrate_all(

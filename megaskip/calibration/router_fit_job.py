@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megaskip.calibration.capacities import (
     CalibratedCapacity,
     CalibrationResult,
@@ -30,7 +28,7 @@ from megaskip.errors import ConfigError
 from megaskip.log import set_up_logging
 from megaskip.parallel.agree import on_first_rank
 from megaskip.parallel.engine import Engine
-from megaskip.reporting.progress import ProgressBatches
+from megaskip.progress import ProgressBatches, progress_bar
 from megaskip.reporting.summary import table, versions
 
 REPORT = "fit.json"
@@ -177,7 +175,9 @@ def _thresholds(
     Collective."""
     alike, points, problems = engine.routers.config, [], []
     passes = ProgressBatches(rows, "a pass", disable=hidden)
-    for capacity in tqdm(sorted(set(capacities), reverse=True), desc="calibrating", disable=hidden):
+    for capacity in progress_bar(
+        sorted(set(capacities), reverse=True), desc="calibrating", disable=hidden
+    ):
         step = f"capacity {capacity}"
         if step not in progress.results:
             engine.routers.configure(alike)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megaskip.calibration.drop_order import Dropped, greedy_drop_order
 from megaskip.calibration.finite import require_finite
@@ -18,7 +17,7 @@ from megaskip.config.commands.fit import DropPlan
 from megaskip.data.loader import DataLoader
 from megaskip.errors import ConfigError
 from megaskip.parallel.engine import Engine
-from megaskip.reporting.progress import ProgressBatches
+from megaskip.progress import ProgressBatches, progress_bar
 from megaskip.reporting.summary import versions
 from megaskip.routing import RouterSet
 
@@ -114,7 +113,7 @@ def fit_static_drop(
     progress: FitProgress | None = None,
 ) -> Fitted:
     """Fit the maps of all candidates, choose `count` layers, and measure what is lost without them
-    on held-out text. `hidden` is tqdm's: None draws bars on a terminal. With `progress` it goes on
+    on held-out text. `hidden` is `disable` of progress_bar. With `progress` it goes on
     from where that stands. Collective."""
     explained: dict[int, float] = {}
     if plan.compensation != "none":
@@ -155,7 +154,7 @@ def _order(
     if plan.order == "cosine":
         similarity = mean_similarity(engine, batches)
         return sorted(layers, key=lambda layer: -similarity[layer])[:count], []
-    with tqdm(desc="choosing layers", unit="pass", disable=hidden) as bar:
+    with progress_bar(desc="choosing layers", unit="pass", disable=hidden) as bar:
         _, steps = greedy_drop_order(engine, batches, count, progress=bar.update, kept=kept)
     return [step.layer for step in steps], steps
 

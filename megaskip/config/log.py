@@ -31,7 +31,7 @@ class LogConfig(Checked):
     tensorboard: bool = True
     """--no-tensorboard takes tensorboard out of --report_to."""
     progress: bool = True
-    """Show the progress bar."""
+    """Show how far the run is: a bar on a terminal, a line of the log twice a minute elsewhere."""
 
     def _problems(self) -> Iterator[str]:
         yield from at_least("log_every", self.log_every, 1)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from megaskip.config import DataConfig
 from megaskip.data.build_once import build_once
@@ -32,6 +31,7 @@ from megaskip.data.tokenize import SampleTokenizer
 from megaskip.data.vocabulary import has_unknown_tokens, padding_token, require_known_token
 from megaskip.errors import DataError
 from megaskip.log import get_logger
+from megaskip.progress import progress_bar
 
 logger = get_logger(__name__)
 
@@ -195,7 +195,7 @@ def _tokenise(
     config: DataConfig,
 ) -> None:
     done = tokenise_all(jobs, tokenizer, workers=config.tokenize_workers)
-    for index, tokenised in tqdm(done, desc="tokenising", unit=" samples", disable=None):
+    for index, tokenised in progress_bar(done, desc="tokenising", unit=" samples"):
         stats[index].add(tokenised)
         for row in tokenised.rows:
             writer.append(row)

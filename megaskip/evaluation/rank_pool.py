@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megaskip.errors import MegaskipError
 from megaskip.evaluation.runner import Runner
 from megaskip.parallel.collectives import broadcast_from_first_rank
+from megaskip.progress import progress_bar
 
 Handler = Callable[[Any], Any]
 
@@ -56,7 +56,9 @@ class RankPool:
     def _answer(self, kind: str, batches: list[Any], sizes: list[int]) -> list[Any]:
         runner, handler = self._runner, self._handlers[kind]
         done: dict[int, Any] = {}
-        with tqdm(total=sum(sizes), desc=kind, disable=None if self.is_first else True) as bar:
+        with progress_bar(
+            total=sum(sizes), desc=kind, disable=None if self.is_first else True
+        ) as bar:
             for turn in range(0, len(batches), runner.shares):
                 mine = turn + runner.share
                 if mine < len(batches):

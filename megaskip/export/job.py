@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megaskip.checkpoint.adapters import has_adapter
 from megaskip.checkpoint.hub import push_to_hub, require_hub
 from megaskip.config.commands.convert import ConvertOptions
@@ -16,6 +14,7 @@ from megaskip.export.folder import Exported, export_folder
 from megaskip.export.published import import_published
 from megaskip.export.verify import verify_folder
 from megaskip.log import quiet_libraries
+from megaskip.progress import progress_bar
 from megaskip.reporting.summary import human_bytes, table
 from megaskip.runs.source import (
     TrainedRouters,
@@ -35,7 +34,7 @@ def convert(options: ConvertOptions) -> None:
     routers = find_routers(options.source)
     require_hub(options.hub)
     begun = time.monotonic()
-    with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
+    with progress_bar(unit="B", unit_scale=True, desc="base weights") as bar:
         done = write_converted(options, routers, progress=bar.update)
     rows = _summary(done, time.monotonic() - begun)
     verified = None

@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megaskip.arch.trainable import describe_layers
 from megaskip.checkpoint.adapters import has_adapter, read_adapter
 from megaskip.checkpoint.base import describe_folder
@@ -29,6 +27,7 @@ from megaskip.export.static_maps import StaticMaps, read_static_maps
 from megaskip.export.static_measure import TextMeasure
 from megaskip.export.verify import Verified
 from megaskip.log import get_logger, quiet_libraries
+from megaskip.progress import progress_bar
 from megaskip.reporting.summary import human_bytes, table
 from megaskip.routing.adapters import AdapterSet
 from megaskip.runs.source import chosen_tokenizer, find_routers
@@ -68,7 +67,7 @@ def export_without_dropped(options: ExportStaticOptions) -> None:
     other logits."""
     quiet_libraries()
     require_hub(options.hub)
-    with tqdm(unit="B", unit_scale=True, desc="base weights", disable=None) as bar:
+    with progress_bar(unit="B", unit_scale=True, desc="base weights") as bar:
         outcome = drop_and_export(options, progress=bar.update)
     rows = _summary(outcome)
     if (verified := outcome.verified) is not None:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 
-from tqdm import tqdm
-
 from megaskip.config import DataConfig
 from megaskip.config.commands.inspect_data import InspectOptions
 from megaskip.data.dataset import find_sources
@@ -25,6 +23,7 @@ from megaskip.inspection.summary import plan_lines, source_lines, verdict_lines
 from megaskip.inspection.view import View, row_lines
 from megaskip.log import get_logger, quiet_libraries
 from megaskip.parallel.loading.source import find_model_folder, resolve_source
+from megaskip.progress import progress_bar
 
 logger = get_logger(__name__)
 
@@ -71,7 +70,7 @@ def inspect_data(options: InspectOptions, view: View) -> Iterator[str]:
         if options.output is not None:
             read = [path for source in chain(*sources) for path in source.files]
             file = stack.enter_context(RowFile(options.output, reader, keep=read))
-        for outcome in tqdm(outcomes, desc="reading", unit=" samples", disable=None):
+        for outcome in progress_bar(outcomes, desc="reading", unit=" samples"):
             inspection.add(outcome)
             if file is not None:
                 file.add(outcome)

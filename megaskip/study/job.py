@@ -4,8 +4,6 @@ import os
 import time
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from megaskip.config import DataConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig
 from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
 from megaskip.data.demo import with_demo
@@ -14,6 +12,7 @@ from megaskip.log import get_logger, set_up_logging
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.weight_check import with_checked_weights
 from megaskip.parallel.topology import Topology, alone, process_group, read_topology
+from megaskip.progress import progress_bar
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import BY_COST
 from megaskip.study.ledger import Job, share_of
@@ -48,7 +47,9 @@ def compare(options: CompareOptions) -> None:
         gpu = launched.local_rank if launched.world_size > 1 else None
         bench.train(mine, gpu if launched.device.type == "cuda" else None)
         reported = time.monotonic()
-        for job in tqdm(mine, desc="measuring", disable=None if launched.is_first else True):
+        for job in progress_bar(
+            mine, desc="measuring", disable=None if launched.is_first else True
+        ):
             if bench.ledger.read(job) is None:
                 bench.ledger.write(job, bench.measure(job))
             # Also in between: a comparison takes hours.

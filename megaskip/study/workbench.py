@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megaskip._version import __version__
 from megaskip.calibration.allocation import UnreachedError
 from megaskip.checkpoint.atomic import write_json
@@ -20,6 +18,7 @@ from megaskip.data.loader import DataLoader
 from megaskip.log import get_logger
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
+from megaskip.progress import progress_bar
 from megaskip.study.comparison import Comparison
 from megaskip.study.cost_routers import BY_COST, CostRouters
 from megaskip.study.earlier_runs import (
@@ -105,7 +104,7 @@ class Workbench:
         for job, training in missing:
             self._write_start(job, training)
         trainings = [training for _, training in needed.values()]
-        with tqdm(total=len(trainings), desc="training", disable=None) as bar:
+        with progress_bar(total=len(trainings), desc="training") as bar:
             train_missing(trainings, self._options, gpu=gpu, progress=bar.update)
         for training in trainings:
             if not (training.folder / COST).is_file():

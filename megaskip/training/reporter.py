@@ -17,8 +17,8 @@ from megaskip.config import RunConfig
 from megaskip.log import get_logger
 from megaskip.parallel.results import StepResult
 from megaskip.parallel.topology import Topology
+from megaskip.progress import ProgressBatches, progress_bar
 from megaskip.reporting.metrics import FILE, MetricsWriter
-from megaskip.reporting.progress import ProgressBatches
 from megaskip.reporting.summary import closing_rows, human_bytes, peak_memory_gib, table, versions
 from megaskip.reporting.trackers import Tracker, open_trackers
 from megaskip.training.early_stop import CAPACITY_TOLERANCE
@@ -96,11 +96,12 @@ class RunReporter:
             metrics = MetricsWriter(
                 self.output_dir, self._layers, first_step=first_step, trackers=self._trackers
             )
-        bar = tqdm(
+        bar = progress_bar(
+            desc="training",
             total=self._total_steps,
             initial=first_step,
             unit="step",
-            disable=not log.progress,
+            disable=None if log.progress else True,
             mininterval=0.5,
         )
         with metrics as self._metrics, bar as self._bar:

@@ -16,6 +16,7 @@ LEVEL = {
     "extras": 0,
     "labels": 0,
     "log": 0,
+    "progress": 0,
     "_version": 0,
     "config": 1,
     "routing": 2,
