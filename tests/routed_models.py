@@ -48,12 +48,14 @@ def export(
     folder: Path,
     granularity: str = "attn_sequence",
     shard: str = "60KB",
+    compensation: str = "none",
     **options: Any,
 ) -> Path:
     """Write base, routers and exported folder of a tiny model under `folder`; return the last."""
     model = tiny_model(family)
     model.save_pretrained(folder / "base", max_shard_size=shard)
-    routers = attach_routers(model, RouterConfig(granularity=granularity))
+    maps: dict[str, Any] = {"compensation": compensation, "compensation_rank": 4}
+    routers = attach_routers(model, RouterConfig(granularity=granularity, **maps))
     randomise(routers)
     base = describe_base(model.config, folder / "base")
     save_routers(folder / "routers", routers, base=base)

@@ -32,6 +32,8 @@ from megaskip.inference.routed import MegaskipForCausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")
 LOADED = {**dict.fromkeys(FAMILIES, "attn_sequence"), "deepseek_v3": "expert_token"}
+MAPS = {"mistral": "bias", "qwen2": "low_rank"}
+"""Families of LOADED whose skipped sequences get a compensation."""
 
 CHILD = """
 import sys
@@ -52,8 +54,9 @@ for folder in sorted(root.glob("*/exported")):
     again = AutoModelForCausalLM.from_pretrained(folder.parent / "again", trust_remote_code=True)
     base = AutoModel.from_pretrained(folder, trust_remote_code=True)
     half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="bfloat16")
-    router = next(iter(half.skip_routers.parameters()))
-    assert router.dtype == torch.float32 and router.shape == (1 + 3 * (family == EXPERTS), 32)
+    router, *others = half.skip_routers.parameters()
+    assert all(p.dtype == torch.float32 for p in (router, *others))
+    assert router.shape == (1 + 3 * (family == EXPERTS), 32)
     assert half.get_input_embeddings().weight.dtype == torch.bfloat16
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert type(config).__name__ == "MegaskipConfig" and config.model_type == f"megaskip_{family}"
@@ -91,7 +94,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
     """Return a folder of exports, and what a process without megaskip made of them."""
     root = tmp_path_factory.mktemp("exports")
     for family, granularity in LOADED.items():
-        export(family, root / family, granularity)
+        export(family, root / family, granularity, compensation=MAPS.get(family, "none"))
     ids, mask = padded_ids()
     save_file({"ids": ids, "mask": mask}, root / "inputs.safetensors")
     cache = tmp_path_factory.mktemp("modules")
@@ -111,6 +114,7 @@ def test_folder_loads_without_megaskip_and_is_the_trained_model(
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
     assert 0 < routers.capacity() < 1
+    assert routers.config.compensation == MAPS.get(family, "none")
     real = mask.bool()
     for name in ("logits", "again"):
         logits = found[f"{family}.{name}"]

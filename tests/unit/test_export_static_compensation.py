@@ -207,26 +207,37 @@ PLAIN = """
 import sys
 sys.modules["megaskip"] = None  # an import of it fails
 import torch
+from pathlib import Path
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 ids = torch.tensor([[5, 7, 11, 13, 17, 19, 23, 29]])
-with torch.no_grad():
-    logits = model(ids).logits
-text = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
-torch.save({"logits": logits, "text": text}, sys.argv[2])
+for folder in sorted(Path(sys.argv[1]).glob("*/out")):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        logits = model(ids).logits
+    text = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    torch.save({"logits": logits, "text": text}, folder.parent / "got.pt")
 """
+ALONE = {"llama": "attn", "qwen3": "mlp", "gemma2": "block"}
 
 
-@pytest.mark.parametrize(("family", "target"), [("llama", "attn"), ("gemma2", "block")])
-def test_folder_needs_torch_and_transformers_alone(
-    family: str, target: str, tmp_path: Path
-) -> None:
-    folder, model = static(tmp_path, family, target)
+@pytest.fixture(scope="module")
+def loaded_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return a folder of exports that a process without megaskip has run, and trained models."""
+    root = tmp_path_factory.mktemp("exports")
+    models = {family: static(root / family, family, target)[1] for family, target in ALONE.items()}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    child = [sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "got.pt")]
-    subprocess.run(child, env=environment, cwd=tmp_path, check=True, timeout=300)
-    got = torch.load(tmp_path / "got.pt")
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
+    child = [sys.executable, "-c", PLAIN, str(root)]
+    subprocess.run(child, env=environment, cwd=root, check=True, timeout=300)
+    return root, models
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_folder_needs_torch_and_transformers_alone(
+    family: str, loaded_alone: tuple[Path, dict[str, Any]]
+) -> None:
+    root, models = loaded_alone
+    got, model = torch.load(root / family / "got.pt"), models[family]
     ids = torch.tensor([[5, 7, 11, 13, 17, 19, 23, 29]])
     with torch.no_grad():
         expected = model(ids).logits
@@ -236,7 +247,7 @@ def test_folder_needs_torch_and_transformers_alone(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "olmo2"])
-@pytest.mark.parametrize("target", ["attn", "block"])
+@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
 def test_batched_generation_equals_one_by_one(family: str, target: str, tmp_path: Path) -> None:
     folder, _ = static(tmp_path, family, target)
     small = load(folder)
