@@ -59,21 +59,29 @@ def batches(seed: int, count: int = 10) -> list[Batch]:
 def engine() -> Any:
     topology = read_topology({})
     with process_group(topology, timeout=60):
-        model = tiny_model()
-        routers = attach_routers(model, RouterConfig(layers="1-4"), register=False)
-        yield Engine(TaskLoss(model, chunk_tokens=64), routers, RunConfig(), topology)
+        yield engine_of()
 
 
-@pytest.mark.parametrize("capacity", [0.3, 0.7])
-def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, capacity: float) -> None:
+def engine_of(granularity: str = "attn_sequence") -> Engine:
+    model = tiny_model()
+    config = RouterConfig(layers="1-4", granularity=granularity)
+    routers = attach_routers(model, config, register=False)
+    return Engine(TaskLoss(model, chunk_tokens=64), routers, RunConfig(), read_topology({}))
+
+
+@pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
+def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, granularity: str) -> None:
+    engine = engine_of(granularity)
     randomise(engine.routers)
-    (point,) = calibrate_all(engine, batches(1), batches(2), [capacity]).points
-    assert point.kept == pytest.approx(capacity, abs=0.01)
-    assert point.held_out == pytest.approx(capacity, abs=0.01 + 2 * point.held_out_error)
-    engine.routers.config = with_points(engine.routers.config, [point])
-    engine.routers.set_capacity(capacity)
-    again = engine.evaluate(batches(2), routed=True)
-    assert again.capacity == pytest.approx(point.held_out, abs=1e-3)
+    asked = [0.3, 0.7]
+    points = calibrate_all(engine, batches(1), batches(2), asked).points
+    engine.routers.config = with_points(engine.routers.config, points)
+    for point, capacity in zip(points, asked, strict=True):
+        assert point.kept == pytest.approx(capacity, abs=0.01)
+        assert point.held_out == pytest.approx(capacity, abs=0.01 + 2 * point.held_out_error)
+        engine.routers.set_capacity(capacity)
+        again = engine.evaluate(batches(2), routed=True)
+        assert again.capacity == pytest.approx(point.held_out, abs=1e-3)
 
 
 @pytest.mark.parametrize("granularity", SUBLAYER_GRANULARITIES)
@@ -81,10 +89,8 @@ def test_a_calibrated_capacity_is_realised_on_other_text(engine: Engine, capacit
 def test_capacities_are_reached_with_equal_and_with_saturated_scores(
     engine: Engine, granularity: str, scale: float
 ) -> None:
-    config = RouterConfig(layers="1-4", granularity=granularity)
-    model = tiny_model()
-    routers = attach_routers(model, config, register=False)
-    engine = Engine(TaskLoss(model, chunk_tokens=64), routers, RunConfig(), read_topology({}))
+    engine = engine_of(granularity)
+    routers = engine.routers
     if scale:
         randomise(routers)
         with torch.no_grad():
