@@ -17,13 +17,22 @@ VOCABULARY = 97
 
 
 def trained(
-    family: str, granularity: str = "attn_sequence", **overrides: Any
+    family: str,
+    granularity: str = "attn_sequence",
+    *,
+    compensation: str = "none",
+    **overrides: Any,
 ) -> tuple[Any, RouterSet]:
     """Return a tiny model whose routers decide by what they read."""
     model = tiny_model(family, **overrides)
-    routers = attach_routers(model, RouterConfig(granularity=granularity))
+    routers = attach_routers(model, router_config(granularity, compensation))
     randomise(routers)
     return model, routers
+
+
+def router_config(granularity: str, compensation: str) -> RouterConfig:
+    """Return settings of routers; maps are small, as the models are."""
+    return RouterConfig(granularity=granularity, compensation=compensation, compensation_rank=4)
 
 
 def randomise(routers: RouterSet, seed: int = 1) -> None:
@@ -54,8 +63,7 @@ def export(
     """Write base, routers and exported folder of a tiny model under `folder`; return the last."""
     model = tiny_model(family)
     model.save_pretrained(folder / "base", max_shard_size=shard)
-    maps: dict[str, Any] = {"compensation": compensation, "compensation_rank": 4}
-    routers = attach_routers(model, RouterConfig(granularity=granularity, **maps))
+    routers = attach_routers(model, router_config(granularity, compensation))
     randomise(routers)
     base = describe_base(model.config, folder / "base")
     save_routers(folder / "routers", routers, base=base)

@@ -1,6 +1,7 @@
 """Decode on a static cache: the same step again and again, so that a GPU can play it back."""
 
 import copy
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,13 +65,19 @@ def generated(model: Any, options: dict[str, Any], ids: Any, mask: Any, **more: 
     return tokens, model.skip_routers.keep()
 
 
-@pytest.mark.parametrize("granularity", SEQUENCE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "granularity", "compensation"),
+    [
+        *itertools.product(FAMILIES, SEQUENCE, ["none"]),
+        ("llama", "attn_sequence", "bias"),
+        *itertools.product(["gemma2"], SEQUENCE, ["low_rank"]),
+    ],
+)
 def test_steps_that_are_played_back_write_the_tokens_of_eager_decode(
-    family: str, granularity: str, recorded: Recorded, warned: list[str]
+    family: str, granularity: str, compensation: str, recorded: Recorded, warned: list[str]
 ) -> None:
     """Rows are padded on the left and differ; a sliding window of 16 becomes full on the way."""
-    model = as_exported(*trained(family, granularity))
+    model = as_exported(*trained(family, granularity, compensation=compensation))
     ids, mask = padded_ids(rows=4)
     expected, keep = generated(model, GREEDY, ids, mask)
     rows = torch.stack([kept.flatten() for kept in keep.values()])
@@ -141,9 +148,13 @@ def steps_of(model: Any, ids: Any, mask: Any, count: int) -> Any:
         yield steps, cache, torch.no_grad()(lambda prepared=prepared: steps(**prepared))
 
 
+@pytest.mark.parametrize("compensation", ["none", "low_rank"])
 @pytest.mark.parametrize("granularity", SEQUENCE)
-def test_a_step_waits_for_nothing_and_keeps_its_operations_and_addresses(granularity: str) -> None:
-    model = as_exported(*trained("gemma2", granularity, sliding_window=13))
+def test_a_step_waits_for_nothing_and_keeps_its_operations_and_addresses(
+    granularity: str, compensation: str
+) -> None:
+    routed = trained("gemma2", granularity, compensation=compensation, sliding_window=13)
+    model = as_exported(*routed)
     ids, mask = padded_ids(rows=4)
     addresses, listings = [], []
     for number, (steps, cache, step) in enumerate(steps_of(model, ids, mask, 6)):

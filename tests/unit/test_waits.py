@@ -190,20 +190,27 @@ IDS = torch.arange(3, 75).reshape(6, 12)
 
 
 @pytest.mark.parametrize(
-    ("granularity", "kv", "prefill", "decode"),
+    ("granularity", "kv", "compensation", "prefill", "decode"),
     [
-        ("attn_sequence", "keep", LAYERS, 0),
-        ("mlp_sequence", "keep", LAYERS, 0),
-        ("block_sequence", "keep", LAYERS, 0),
-        ("attn_token", "keep", 0, 0),
-        ("attn_token", "drop", LAYERS, LAYERS),
-        ("mlp_token", "keep", LAYERS, LAYERS),
+        ("attn_sequence", "keep", "none", LAYERS, 0),
+        ("attn_sequence", "keep", "low_rank", LAYERS, 0),
+        ("mlp_sequence", "keep", "none", LAYERS, 0),
+        ("mlp_sequence", "keep", "bias", LAYERS, 0),
+        ("block_sequence", "keep", "none", LAYERS, 0),
+        ("block_sequence", "keep", "low_rank", LAYERS, 0),
+        ("attn_token", "keep", "none", 0, 0),
+        ("attn_token", "keep", "low_rank", LAYERS, LAYERS),
+        ("attn_token", "drop", "none", LAYERS, LAYERS),
+        # Which real tokens are kept, and which ones get the compensation.
+        ("attn_token", "drop", "bias", 2 * LAYERS, 2 * LAYERS),
+        ("mlp_token", "keep", "none", LAYERS, LAYERS),
+        ("mlp_token", "keep", "low_rank", LAYERS, LAYERS),
     ],
 )
 def test_generation_waits_once_a_decision(
-    granularity: str, kv: str, prefill: int, decode: int
+    granularity: str, kv: str, compensation: str, prefill: int, decode: int
 ) -> None:
-    model = routed_model(granularity, kv)
+    model = routed_model(granularity, kv, compensation=compensation)
 
     def waits_of(ids: torch.Tensor, cache: Any = None) -> tuple[int, Any]:
         with torch.no_grad(), Waits() as waits:
