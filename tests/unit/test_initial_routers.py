@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from megaskip import RouterConfig, save_routers
 from megaskip.checkpoint.routers import read_router_config
+from megaskip.cli.calibrate import main as calibrate
 from megaskip.cli.train import main as train
 from megaskip.config.cli import parse_run_config
 from megaskip.errors import ConfigError
@@ -33,6 +34,20 @@ def test_training_begins_with_maps_in_closed_form(tmp_path: Path) -> None:
     assert float(fitted["skip_routers.4.attn.compensation.up"].abs().max()) > 0
     fresh = run(tmp_path / "fresh", *MAPS, *still, "--fit_rows", "0")
     assert float(fresh["skip_routers.4.attn.compensation.up"].abs().max()) == 0
+
+
+def test_routers_for_any_capacity_are_calibrated_with_their_maps(tmp_path: Path) -> None:
+    sweeps = ["--capacity_low", "0.4", "--lr", "1e-2", "--layers", "3-6", "--calibration_rows", "0"]
+    trained = run(tmp_path / "run", *MAPS, *sweeps)
+    asked = ["--capacity", "0.8,0.5", "--rows", "32", "--dtype", "float32"]
+    calibrate(["--run", str(tmp_path / "run"), *asked, "--output", str(tmp_path / "calibrated")])
+    config, layers, _ = read_router_config(tmp_path / "calibrated")
+    assert (layers, config.compensation, config.compensation_rank) == ((3, 4, 5, 6), "low_rank", 4)
+    (less, low), (more, high) = config.calibrated
+    assert (less, more) == (0.5, 0.8) and low > high
+    after = load_file(tmp_path / "calibrated/routers.safetensors")
+    assert all(torch.equal(after[name], weight) for name, weight in trained.items())
+    assert float(after["skip_routers.4.attn.compensation.up"].abs().max()) > 0
 
 
 def test_a_run_starts_from_the_routers_of_a_folder(tmp_path: Path) -> None:
