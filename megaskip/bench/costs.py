@@ -25,6 +25,11 @@ def prefill_flops(
     return batch * (shape.layers * layer + 2 * shape.head_parameters)
 
 
+def map_flops(shape: Shape, rank: int, units: float) -> float:
+    """Return the FLOPs of low-rank maps for `units` skipped tokens, over all layers."""
+    return 4.0 * rank * shape.hidden * units
+
+
 def attention_flops(shape: Shape, tokens: int) -> float:
     """Return the FLOPs of one layer's scores and of the values that they weigh, for one row."""
     return 2 * tokens**2 * shape.hidden

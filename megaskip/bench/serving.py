@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megaskip.bench.attempts import OUT_OF_MEMORY, Attempts
-from megaskip.bench.costs import prefill_flops
+from megaskip.bench.costs import map_flops, prefill_flops
 from megaskip.bench.counters import count_calls
 from megaskip.bench.counts import bytes_moved, cache_bytes, peak, size
 from megaskip.bench.parts import Part
@@ -28,9 +28,12 @@ from megaskip.bench.variants import (
     routed,
     static,
     wired,
+    with_maps,
 )
 from megaskip.config import resolve_layers
 
+_RANK = 64
+"""Of maps: the default of --compensation_rank."""
 _PROFILED_TOKENS = 70_000
 """Batches of more tokens are not profiled: a profile of one takes as long as several runs."""
 
@@ -72,6 +75,7 @@ def compared(bench: Bench) -> list[Variant]:
             routed(bench, granularity, "keep", 0.0),
             static(bench, granularity, 0.0),
             dropped(bench, granularity, 0.0),
+            *(_attention_with_maps(bench) if granularity == "attn_sequence" else ()),
             routed(bench, granularity, "keep", 1.0),
         ]
     # With everything running there is one of it: the same steps whatever is routed.
@@ -79,6 +83,12 @@ def compared(bench: Bench) -> list[Variant]:
     halves = ("block_sequence", "attn_sequence")
     variants += [routed(bench, granularity, "keep", 0.5) for granularity in halves]
     return [*variants, static(bench, "block_sequence", 0.5)]
+
+
+def _attention_with_maps(bench: Bench) -> list[Variant]:
+    """Return the variants that show what maps cost in the places of attentions."""
+    skips = routed(bench, "attn_sequence", "keep", 0.0), dropped(bench, "attn_sequence", 0.0)
+    return [with_maps(variant, _RANK) for variant in skips]
 
 
 def timed(bench: Bench, variant: Variant, override: Override, watch: Stopwatch) -> Sample:
@@ -143,6 +153,8 @@ def _observed(bench: Bench, variant: Variant, override: Override, shape: Shape) 
     )
     tokens = bench.prompt.shape
     row["prefill_flops"] = prefill_flops(shape, *tokens, attention=attention, mlp=mlp)
+    skipped = (1 - variant.kept) * len(variant.prompt) * bench.prompt.numel()
+    row["prefill_flops"] += map_flops(shape, variant.rank, skipped)
     return row
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megaskip.bench.setup import Row
 from megaskip.bench.shapes import SHAPES
+from megaskip.bench.variants import MAP
 
 GIB = 2**30
 METHODS = {"routers": "router-tuning", "lora": "LoRA", "full": "full"}
@@ -184,11 +185,12 @@ def variant_name(row: Mapping[str, Any]) -> str:
     if row["variant"] == "dense":
         return "dense"
     target = row["granularity"].split("_")[0]
-    if row["variant"] == "dropped":
-        return f"{target} dropped"
+    name = row["variant"].replace(MAP, " with maps")
+    if name.startswith("dropped"):
+        return f"{target} {name}"
     kept = {0.0: "all skipped", 1.0: "everything runs"}
     share = kept.get(row["kept"], f"{row['kept']:.0%} kept")
-    return f"{target} {row['variant']}, {share}"
+    return f"{target} {name}, {share}"
 
 
 def _text_of(row: Row) -> tuple[Any, ...]:

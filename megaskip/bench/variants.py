@@ -24,6 +24,8 @@ from megaskip.inference.static_decode import REHEARSALS, DecodeSteps
 
 Keep = dict[int, Tensor]
 """Decisions by layer, float32 [B, U], 1 = run."""
+MAP = "+map"
+"""End of the name of a variant whose skipped units get a map."""
 Override = Callable[[Keep], contextlib.AbstractContextManager[None]]
 """RouterSet.override, or what does nothing for a model without routers."""
 
@@ -88,7 +90,7 @@ def variants(
     for variant in _plain_variants(bench, granularities, kvs, capacities):
         yield variant
         if rank and variant.asked < 1:
-            yield dataclasses.replace(variant, name=f"{variant.name}+map", rank=rank)
+            yield with_maps(variant, rank)
 
 
 def _plain_variants(
@@ -102,6 +104,11 @@ def _plain_variants(
                 yield routed(bench, granularity, kv, asked)
             if asked < 1 and unit == "sequence":
                 yield dropped(bench, granularity, asked)
+
+
+def with_maps(variant: Variant, rank: int) -> Variant:
+    """Return the variant whose skipped units get a low-rank map."""
+    return dataclasses.replace(variant, name=f"{variant.name}{MAP}", rank=rank)
 
 
 def dropped(bench: Bench, granularity: str, asked: float) -> Variant:

@@ -6,9 +6,10 @@
 Everything has random weights, made on the device. On a GPU: Llamas of 1B and 8B and 8 layers of a
 70B in bfloat16; router-tuning, LoRA (where peft is installed) and full fine-tuning, with rows of
 2048 to 8192 tokens, padded and packed; prefill and decode of 1 to 64 rows with prompts of 2048 to
-32768 tokens, dense, routed and with sublayers dropped; kernel launches and waits of each step; the
-share of the device's measured peaks that is used; memory by kind. First it checks that what skips
-computes what masks compute and, where DeepSpeed is installed, that ZeRO-3 has a replica's losses.
+32768 tokens, dense, routed and with sublayers dropped, attentions also with maps in their places;
+kernel launches and waits of each step; the share of the device's measured peaks that is used;
+memory by kind. First it checks that what skips computes what masks compute and, where DeepSpeed is
+installed, that ZeRO-3 has a replica's losses.
 
 Writes into the output folder
 

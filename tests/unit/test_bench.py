@@ -14,13 +14,14 @@ from tensor_calls import OperationTape
 from torch.utils.flop_counter import FlopCounterMode
 
 from megaskip.arch import packing
-from megaskip.bench import runner, sanity, training, worker
+from megaskip.bench import runner, sanity, serving, training, worker
 from megaskip.bench.costs import (
     METHODS,
     attention_flops,
     extrapolated_seconds,
     layer_seconds,
     lora_parameters,
+    map_flops,
     prefill_flops,
     training_flops,
 )
@@ -40,6 +41,7 @@ from megaskip.bench.training import make_batch, make_engine, measure_training
 from megaskip.bench.variants import (
     DENSE,
     Bench,
+    Variant,
     decode,
     dropped,
     first_steps,
@@ -47,6 +49,7 @@ from megaskip.bench.variants import (
     routed,
     static,
     wired,
+    with_maps,
 )
 from megaskip.cli.bench import parse
 from megaskip.config.commands.bench import BenchOptions
@@ -136,16 +139,22 @@ def test_packed_rows_run_with_the_attention_that_training_chooses(
     assert set(told) == {("sdpa", False), ("eager", True)}
 
 
-@pytest.mark.parametrize("granularity", ["", "attn_sequence", "mlp_sequence", "block_sequence"])
-def test_prefill_flops_are_those_that_torch_counts(granularity: str) -> None:
+@pytest.mark.parametrize(
+    ("granularity", "rank"),
+    [("", 0), ("attn_sequence", 0), ("mlp_sequence", 0), ("block_sequence", 0)]
+    + [("attn_sequence", 8)],
+)
+def test_prefill_flops_are_those_that_torch_counts(granularity: str, rank: int) -> None:
     bench = micro_bench()
     variant = dropped(bench, granularity, 0.0) if granularity else DENSE
+    variant = with_maps(variant, rank) if rank else variant
     with torch.no_grad(), wired(bench, variant) as override:
         counted = account(bench, variant, override)["prefill_gflop"] * 1e9
     target = granularity.split("_")[0]
     attention = 5 / 6 if target in ("attn", "block") else 1.0
     mlp = 5 / 6 if target in ("mlp", "block") else 1.0
     expected = prefill_flops(MICRO, 2, 16, attention=attention, mlp=mlp)
+    expected += map_flops(MICRO, rank, 2 * 16)
     other_half = 2 * attention * MICRO.layers * attention_flops(MICRO, 16)
     assert counted == pytest.approx(expected + other_half, rel=1e-3)
 
@@ -383,8 +392,30 @@ def test_every_way_to_skip_is_compared_whole_blocks_first() -> None:
     ways = ("routed, all skipped", "static, all skipped", "dropped", "routed, everything runs")
     expected = [f"{target} {way}" for target in ("block", "attn", "mlp") for way in ways]
     expected.insert(2, "block static, everything runs")
+    behind = expected.index("attn dropped") + 1
+    expected[behind:behind] = ["attn routed with maps, all skipped", "attn dropped with maps"]
     halves = [f"{what}, 50% kept" for what in ("block routed", "attn routed", "block static")]
     assert names == [*expected, *halves]
+
+
+def test_maps_are_measured_beside_attentions_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attentions(bench: Bench) -> list[Variant]:
+        skips = [v for v in compared(bench) if v.granularity == "attn_sequence" and not v.asked]
+        return [variant for variant in skips if not variant.static]
+
+    monkeypatch.setattr(serving, "compared", attentions)
+    part = Part(name="s", kind="serve", shape="micro", batch=2, prompt=16, steps=2, seconds=60)
+    *_, rows = measure_serving(
+        dataclasses.replace(part, turns=1),
+        dataclasses.replace(setup(), until=time.monotonic() + 60),
+    )
+    flops = {variant_name(row): row["prefill_flops"] for row in rows}
+    maps = map_flops(MICRO, 64, 2 * 16 * 3)  # three layers of six are routed
+    for plain, mapped in (
+        ("attn routed, all skipped", "attn routed with maps, all skipped"),
+        ("attn dropped", "attn dropped with maps"),
+    ):
+        assert flops[mapped] - flops[plain] == pytest.approx(maps)
 
 
 class Forgetful(InferenceExecutor):
