@@ -13,6 +13,8 @@ from spawn import ROOT, run_worker
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 
+BIAS = ["--compensation", "bias"]
+LOW_RANK = ["--compensation", "low_rank", "--compensation_rank", "4"]
 CASES: list[dict[str, Any]] = (
     [
         {
@@ -20,21 +22,22 @@ CASES: list[dict[str, Any]] = (
             "execution": execution,
             "accumulate": accumulate,
             "packed": packed,
+            "extra": extra,
         }
-        for granularity, execution, accumulate, packed in [
-            ("attn_sequence", "dense", 1, False),
-            ("attn_sequence", "sparse", 4, False),
-            ("attn_sequence", "sparse", 1, True),
-            ("attn_sequence", "dense", 4, True),
-            ("attn_token", "dense", 1, False),
-            ("attn_token", "sparse", 1, False),
-            ("mlp_sequence", "sparse", 4, False),
-            ("mlp_token", "dense", 1, True),
-            ("mlp_token", "sparse", 1, False),
-            ("block_sequence", "dense", 1, False),
-            ("block_sequence", "sparse", 4, True),
-            ("block_token", "dense", 4, False),
-            ("block_token", "sparse", 1, False),
+        for granularity, execution, accumulate, packed, extra in [
+            ("attn_sequence", "dense", 1, False, []),
+            ("attn_sequence", "sparse", 4, False, []),
+            ("attn_sequence", "sparse", 1, True, []),
+            ("attn_sequence", "dense", 4, True, []),
+            ("attn_token", "dense", 1, False, []),
+            ("attn_token", "sparse", 1, False, BIAS),
+            ("mlp_sequence", "sparse", 4, False, LOW_RANK),
+            ("mlp_token", "dense", 1, True, []),
+            ("mlp_token", "sparse", 1, False, []),
+            ("block_sequence", "dense", 1, False, BIAS),
+            ("block_sequence", "sparse", 4, True, []),
+            ("block_token", "dense", 4, False, []),
+            ("block_token", "sparse", 1, False, []),
         ]
     ]
     + [
@@ -44,7 +47,7 @@ CASES: list[dict[str, Any]] = (
     ]
     + [
         {"granularity": granularity, "execution": execution, "accumulate": 2, "packed": packed}
-        | {"extra": ["--compensation", "low_rank", "--compensation_rank", "4", *extra]}
+        | {"extra": [*LOW_RANK, *extra]}
         for granularity, execution, packed, extra in [
             ("attn_sequence", "dense", False, ["--distill", "0.5"]),
             ("mlp_token", "sparse", True, []),
@@ -67,7 +70,7 @@ def name_of(case: dict[str, Any]) -> str:
 def as_work(case: dict[str, Any], ranks: int, *, sharded: bool) -> dict[str, Any]:
     """Return a worker's case; the global batch is the same however many ranks share it."""
     flags = ["--granularity", case["granularity"], "--train_execution", case["execution"]]
-    flags += ["--capacity", "0.3", *case.get("extra", []), *(ZERO3 if sharded else [])]
+    flags += ["--capacity", "0.3", *case["extra"], *(ZERO3 if sharded else [])]
     return {
         "flags": flags,
         "packed": case["packed"],
