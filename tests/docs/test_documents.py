@@ -16,13 +16,14 @@ import documents
 import pytest
 import torch
 import yaml
-from commands import SIZES, Workspace, run, sized, start_ranks
+from commands import SIZES, TIMEOUT, Workspace, run, sized, start_ranks
 from documents import DOCUMENTS, ROOT, Block, Command
 from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megaskip import __version__
+from megaskip.cli.compare import parse as parse_compare
 from megaskip.cli.main import COMMANDS
 
 DEMO = ROOT / "megaskip/demo"
@@ -143,6 +144,33 @@ def type_the_tutorial(workspace: Workspace) -> None:
 @pytest.mark.parametrize("command", all_commands(), ids=lambda command: command.name)
 def test_every_command_runs(command: Command, workspace: Workspace, tmp_path: Path) -> None:
     run(command, workspace, tmp_path)
+
+
+def test_every_comparison_of_a_real_model_has_flags_that_exist(tmp_path: Path) -> None:
+    """The script's own runs take hours: here it prints the commands instead of running them."""
+    for name in ("train", "heldout"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.jsonl").touch()
+    for name in ("blimp", "choice"):
+        (tmp_path / name).mkdir()
+    script = ["bash", "tools/bench/real_model.sh", str(BACKBONE), str(tmp_path), "out"]
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    said = subprocess.run(
+        [*script, "--steps", "20"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, "RUN": r"printf %s\n"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    ).stdout
+    _, *commands = re.split(r"^compare\n", said, flags=re.MULTILINE)
+    compared = [parse_compare(flags.splitlines()) for flags in commands]
+    assert [options.granularity for options in compared] == [
+        *("attn_sequence", "mlp_sequence", "block_sequence"),
+        *("attn_token", "mlp_token", "block_token"),
+    ]
+    assert {(options.layers, options.steps) for options in compared} == {("1-7", 20)}
 
 
 def test_the_front_door_opens_with_its_launcher(workspace: Workspace, tmp_path: Path) -> None:
