@@ -94,7 +94,10 @@ def adapter_problems(
             "front of the first routed one; leave one of them out"
         )
     if max_steps is not None and start >= max_steps:
-        yield f"--lora_start {start} lies behind the last step (--max_steps {max_steps})"
+        yield (
+            f"--lora_start {start} lies behind the last step (--max_steps {max_steps}), so no "
+            "adapter would learn; give a lower --lora_start, or more steps"
+        )
     if start and budget in UNDECIDED:
         yield (
             f"--lora_start {start} with --budget {budget}: no router learns before it; leave "

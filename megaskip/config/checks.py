@@ -2,19 +2,22 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from megaskip.config.value_types import shown
 
 
-def one_of(flag: str, value: str, choices: Iterable[str]) -> Iterator[str]:
-    """Yield a problem when `value` is none of `choices`, with the closest one as a suggestion."""
+def one_of(
+    flag: str, value: str, choices: Iterable[str], *, elsewhere: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Yield a problem when `value` is none of `choices`, with the closest one as a suggestion; for
+    values that other commands take, `elsewhere` has what is said in its place."""
     choices = tuple(choices)
     if value in choices:
         return
-    yield (
-        f"--{flag} {shown(value)} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
-    )
+    reason = (elsewhere or {}).get(value)
+    hint = f"; {reason}" if reason else did_you_mean(value, choices)
+    yield f"--{flag} {shown(value)} is not one of {', '.join(choices)}{hint}"
 
 
 def share(flag: str, value: float, *, above_zero: bool = False) -> Iterator[str]:

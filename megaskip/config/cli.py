@@ -186,8 +186,10 @@ def _single(flag: Flag, text: str) -> Any:
     text = text.strip() if flag.separator else text
     if not text.strip():
         raise ConfigError(f"--{flag.name} is empty; give a value, or leave the flag out")
-    if flag.choices and (problems := list(one_of(flag.name, text, flag.choices))):
-        raise ConfigError(*problems)
+    if flag.choices:
+        problems = list(one_of(flag.name, text, flag.choices, elsewhere=flag.elsewhere))
+        if problems:
+            raise ConfigError(*problems)
     try:
         return convert(text, flag.kind)
     except ValueError:

@@ -8,7 +8,10 @@ def four_bit_problems(
 ) -> Iterator[str]:
     """Yield what of these settings a 4-bit base does not do; `base` is what the lines call it."""
     if train == "full":
-        yield f"{base} is for a frozen base: --train full changes every weight"
+        yield (
+            f"{base} is for a frozen base: --train full changes every weight; leave --train full "
+            "out, or take a base in 16 or 32 bit"
+        )
     if ds_config is not None and pipeline_stages == 1:
         yield (
             f"{base} does not go with ZeRO-3 (--ds_config {ds_config}): DeepSpeed shares out a "

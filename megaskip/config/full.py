@@ -14,11 +14,14 @@ def full_problems(parallel: ParallelConfig, of_routers: Sequence[str]) -> Iterat
             "leave one of them out"
         )
     if parallel.cache_prefix is not None:
-        yield "--cache_prefix does not go with --train full, which changes every layer"
+        yield (
+            "--cache_prefix does not go with --train full, which changes every layer; leave one of "
+            "them out"
+        )
     if parallel.pipeline_stages > 1:
         yield (
             "--train full does not run in stages (--pipeline_stages "
-            f"{parallel.pipeline_stages}): they hold a frozen backbone"
+            f"{parallel.pipeline_stages}): they hold a frozen backbone; leave one of them out"
         )
     skips = ["train_execution"] if parallel.train_execution != "dense" else []
     for name in (*of_routers, *skips):

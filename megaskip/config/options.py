@@ -37,9 +37,10 @@ class Checked:
     def _wrong_choices(self) -> Iterator[str]:
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            elsewhere = item.metadata.get("elsewhere")
             for text in value if isinstance(value, tuple) else (value,):
                 if choices and text is not None:
-                    yield from one_of(item.name, text, choices)
+                    yield from one_of(item.name, text, choices, elsewhere=elsewhere)
 
 
 def exactly_one(given: Mapping[str, object]) -> Iterator[str]:
@@ -56,6 +57,7 @@ def option(
     default: Any = MISSING,
     *,
     choices: Sequence[str] = (),
+    elsewhere: Mapping[str, str] | None = None,
     metavar: str | None = None,
     separator: str | None = None,
     is_flag: bool = True,
@@ -64,12 +66,14 @@ def option(
     """Return a dataclass field whose flag needs more than a type and a default.
 
     Without a `default` the flag is required. `choices` are checked when it is parsed, and by
-    `Checked` when the dataclass is made in Python. A tuple is one flag that may be repeated, or,
+    `Checked` when the dataclass is made in Python; `elsewhere` says of values that other commands
+    take, by value, why this one does not. A tuple is one flag that may be repeated, or,
     with a `separator`, one flag that takes a list. A field that is no flag can follow the flag of
     another section: `seed: int = option(0, is_flag=False, follows="seed")`.
     """
     metadata = {
         "choices": tuple(choices),
+        "elsewhere": dict(elsewhere or {}),
         "metavar": metavar,
         "separator": separator,
         "flag": is_flag,
@@ -95,6 +99,8 @@ class Flag:
     separator: str | None
     """Between the values of a tuple that one flag holds; None where the flag is repeated."""
     choices: tuple[str, ...]
+    elsewhere: Mapping[str, str]
+    """Values that other commands take, and why this one does not."""
     metavar: str
     takes_list: bool
     """Whether a file may give a list for it, which is passed on as it is."""
@@ -164,6 +170,7 @@ def _flag(owner: type, item: dataclasses.Field[Any], hint: Any, doc: str) -> Fla
         is_tuple=is_tuple,
         separator=item.metadata.get("separator"),
         choices=choices,
+        elsewhere=item.metadata.get("elsewhere", {}),
         metavar=metavar,
         takes_list=is_tuple or any(typing.get_origin(member) is not None for member in members),
     )

@@ -125,7 +125,10 @@ def sequence_problems(
         return
     flag = f"--sequence_parallel_size {size} does not go with"
     if train == "full":
-        yield f"{flag} --train full: ranks share the tokens of rows for a frozen backbone only"
+        yield (
+            f"{flag} --train full: ranks share the tokens of rows for a frozen backbone only; "
+            "leave one of them out"
+        )
     if packing:
         yield (
             f"{flag} --packing: the mask that keeps the samples of a row apart is made of the "

@@ -94,11 +94,14 @@ def _problems(source: ModelSource, size: int) -> Iterator[str]:
     heads = text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or heads
     if heads % size:
-        yield f"{flag} does not divide the {heads} attention heads of {source.folder}"
-    elif keys % size and size % keys:
+        yield (
+            f"{flag} does not divide the {heads} attention heads of {source.folder}; "
+            f"{_sizes_for(heads, keys)}"
+        )
+    elif not _fits(size, heads, keys):
         yield (
             f"{flag} neither divides the {keys} key-value heads of {source.folder} nor is a "
-            "multiple of them"
+            f"multiple of them; {_sizes_for(heads, keys)}"
         )
     types = {settings["rope_type"] for settings in rope_settings(text)}
     dependent = sorted(types.intersection(_LENGTH_DEPENDENT_ROPE))
@@ -113,3 +116,14 @@ def _problems(source: ModelSource, size: int) -> Iterator[str]:
             f"{flag} exchanges tokens around the attention sdpa, and {family} runs with {name}; "
             "take --attn_implementation sdpa if the family has it"
         )
+
+
+def _fits(size: int, heads: int, keys: int) -> bool:
+    """Return whether `size` ranks can deal out attention heads, and key-value heads, which are
+    repeated where they are fewer."""
+    return heads % size == 0 and (keys % size == 0 or size % keys == 0)
+
+
+def _sizes_for(heads: int, keys: int) -> str:
+    sizes = [str(size) for size in range(2, heads + 1) if _fits(size, heads, keys)]
+    return f"take one of {', '.join(sizes)}" if sizes else "leave the flag out"

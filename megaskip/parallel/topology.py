@@ -108,7 +108,7 @@ def read_topology(
     if world_size % sequence_size:
         raise ConfigError(
             f"--sequence_parallel_size {sequence_size} does not divide the {world_size} rank(s) of "
-            f"this job; start a multiple of {sequence_size}, or choose another size"
+            f"this job; start a multiple of {sequence_size}, or {sizes_for(world_size)}"
         )
     return Topology(
         rank=rank,
@@ -118,6 +118,12 @@ def read_topology(
         num_stages=num_stages,
         sequence_size=sequence_size,
     )
+
+
+def sizes_for(world_size: int) -> str:
+    """Return what to do about a --sequence_parallel_size that does not divide the ranks."""
+    sizes = [str(size) for size in range(2, world_size + 1) if world_size % size == 0]
+    return f"take one of {', '.join(sizes)}" if sizes else "leave the flag out"
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

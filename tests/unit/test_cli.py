@@ -19,7 +19,7 @@ import pytest
 from megaskip.cli import doctor, export_static, plan, train
 from megaskip.cli.main import COMMANDS, main
 from megaskip.config import option, parse_options
-from megaskip.config.commands.compare import BASELINES, METHODS
+from megaskip.config.commands.compare import BASELINES, METHODS, CompareOptions
 from megaskip.config.options import Checked, exactly_one, flags_of
 from megaskip.errors import ConfigError
 from megaskip.study.cost_routers import BY_COST
@@ -307,9 +307,24 @@ def test_a_share_is_not_taken_for_a_percentage_nor_the_other_way_round(
         module_of(command).parse([*SMALLEST.get(command, []), *flags])
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("compare", "block_token; experts are not compared here: tools/bench/experts.py compares"),
+        ("fit-routers", "block_token; routers of experts are not fitted: train them with"),
+    ],
+)
+def test_where_experts_are_not_offered_it_is_said_what_takes_them(command: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        module_of(command).parse([*SMALLEST.get(command, []), "--granularity", "expert_token"])
+
+
 def test_choices_are_checked_in_python_too() -> None:
     with pytest.raises(ConfigError, match="--dtype 'int8' is not one of"):
         Example(where=Where(name="x"), count=1, dtype="int8")
+    where = {"model": "m", "data": ("text.txt",), "output": Path("out")}
+    with pytest.raises(ConfigError, match=r"experts are not compared here: tools/bench/experts.py"):
+        CompareOptions(**where, granularity="expert_token")
 
 
 def test_help_shows_sections_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Flags and files: every problem at once, with a suggestion; one owner for each value."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def test_attention_that_is_told_of_all_rows_goes_with_dense_training_alone() -> 
                 *("--packing", "--budget layer --granularity mlp_token"),
             )
         ),
+        ("--train full --pipeline_stages 2", "--train full does not run in stages"),
+        ("--train full --cache_prefix memory", "--cache_prefix does not go with --train full"),
         ("--cache_prefix memory --lora_rank 4", "--cache_prefix does not go with --lora_rank 4"),
     ],
 )
@@ -166,6 +169,7 @@ def test_what_does_not_go_together_is_said_and_said_once(flags: str, message: st
         parse_run_config(flags.split())
     (problem,) = caught.value.problems
     assert problem.startswith(message)
+    assert re.search("[;:] .*(leave|take|put|give)", problem), "it says what to change"
 
 
 def test_seed_and_prompt_length_have_one_owner() -> None:

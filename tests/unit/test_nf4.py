@@ -134,7 +134,7 @@ def test_a_run_is_exported_on_its_16_bit_base_and_decisions_are_compared(
     ("more", "message"),
     [
         (["--ds_config", "zero3.json"], "nf4 does not go with ZeRO-3"),
-        (["--train", "full"], "nf4 is for a frozen base"),
+        (["--train", "full"], "nf4 is for a frozen base: .*; leave --train full out"),
     ],
 )
 def test_what_4_bit_does_not_do_is_refused(more: list[str], message: str) -> None:

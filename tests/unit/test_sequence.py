@@ -8,11 +8,12 @@ import pytest
 from families import tiny_config
 
 from megaskip.arch.positions import made_for_positions, too_long
-from megaskip.config import ModelConfig
+from megaskip.config import ModelConfig, parse_run_config
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.sequence import require_sequence_parallel
 from megaskip.parallel.topology import alone, read_topology
+from megaskip.training.dry_run import dry_run_lines
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {
@@ -29,12 +30,18 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 @pytest.mark.parametrize(
     ("family", "changes", "size", "says"),
     [
-        ("llama", {}, 3, "--sequence_parallel_size 3 does not divide the 4 attention heads"),
+        ("llama", {}, 3, "3 does not divide the 4 attention heads of .*; take one of 2, 4$"),
         (
             "llama",
             {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 48},
             2,
-            "neither divides the 3 key-value heads",
+            "neither divides the 3 key-value heads of .*; take one of 3, 6, 12$",
+        ),
+        (
+            "llama",
+            {"num_attention_heads": 1, "num_key_value_heads": 1},
+            2,
+            "does not divide the 1 attention heads of .*; leave the flag out$",
         ),
         ("llama", {"rope_parameters": DYNAMIC}, 2, "rope of type dynamic"),
         ("gpt_oss", {}, 2, "gpt_oss runs with eager; take --attn_implementation sdpa"),
@@ -61,8 +68,18 @@ def test_neighbouring_ranks_share_rows() -> None:
     topology = read_topology(environment, sequence_size=2)
     assert (topology.replica, topology.num_replicas, topology.sequence_rank) == (2, 3, 1)
     assert alone(topology).sequence_size == 1
-    with pytest.raises(ConfigError, match="--sequence_parallel_size 4 does not divide the 6 rank"):
+    said = r"size 4 does not divide the 6 rank\(s\) of this job; .*, or take one of 2, 3, 6$"
+    with pytest.raises(ConfigError, match=said):
         read_topology(environment, sequence_size=4)
+    with pytest.raises(ConfigError, match=r"the 1 rank\(s\) .* of 2, or leave the flag out$"):
+        read_topology({}, sequence_size=2)
+
+
+def test_a_plan_names_the_sizes_that_its_ranks_can_have(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    config = parse_run_config(["--model", str(tmp_path), "--sequence_parallel_size", "4"])
+    with pytest.raises(ConfigError, match=r"6 is not a multiple .*, or take one of 2, 3, 6$"):
+        dry_run_lines(config, resolve_source(config.model), 6)
 
 
 @pytest.mark.parametrize(

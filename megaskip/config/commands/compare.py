@@ -71,7 +71,13 @@ class CompareOptions(Checked):
     ours: str = option("ours", choices=(*TRAINED, *BY_COST, *DROPS), metavar="NAME")
     """The method that the others are set against."""
     granularity: str = option(
-        "attn_sequence", choices=SUBLAYER_GRANULARITIES, metavar="GRANULARITY"
+        "attn_sequence",
+        choices=SUBLAYER_GRANULARITIES,
+        elsewhere={
+            "expert_token": "experts are not compared here: tools/bench/experts.py compares "
+            "trained runs that skip them"
+        },
+        metavar="GRANULARITY",
     )
     """As --granularity of `megaskip train`, for all methods."""
     layers: str = option("half", metavar="SPEC")

@@ -1,7 +1,7 @@
 """Options of `megaskip fit-routers`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from megaskip.config.checks import at_least, share, share_hint
@@ -15,8 +15,13 @@ class FitRoutersOptions(Checked):
     """Routers that predict what skipping costs, and maps for what they skip, in closed form."""
 
     base: TextAndModel
-    granularity: str = field(
-        default="mlp_token", metadata={"choices": SUBLAYER_GRANULARITIES, "metavar": "GRANULARITY"}
+    granularity: str = option(
+        "mlp_token",
+        choices=SUBLAYER_GRANULARITIES,
+        elsewhere={
+            "expert_token": "routers of experts are not fitted: train them with `megaskip train`"
+        },
+        metavar="GRANULARITY",
     )
     """What one decision covers, as in training. Costs differ most between single tokens."""
     layers: str = option("all", metavar="SPEC")
