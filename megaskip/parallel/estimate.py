@@ -15,8 +15,8 @@ from megaskip.arch.adapters import add_adapters
 from megaskip.arch.checkpointing import checkpoint_activations
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.config import RunConfig
+from megaskip.parallel.ds_config import zero3_config
 from megaskip.parallel.estimate_sequence import plan_attention, plan_without_mask
-from megaskip.parallel.estimate_zero3 import KeptWeights, zero3_bytes
 from megaskip.parallel.live_bytes import LiveBytes, fake_tensors
 from megaskip.parallel.loading.quantised import planned
 from megaskip.parallel.loading.skeleton import build_uninitialised, quantised_skeleton
@@ -66,13 +66,10 @@ def estimate(
         model.train(config.model.train == "full")
         parameters = [(p.numel(), p.element_size()) for p in model.parameters()]
         layer_numel = sum(p.numel() for p in find_decoder(model).layers[-1].parameters())
-        kept = KeptWeights(model)
-        trainable, activations, workspace = _micro_step(model, config, kept)
+        trainable, activations, workspace = _micro_step(model, config)
     weights, gathers = sum(n * s for n, s in parameters), 0
     if ds_content is not None:
-        weights, gathers = zero3_bytes(
-            parameters, layer_numel, world_size, ds_content, kept=kept.sizes
-        )
+        weights, gathers = _zero3_bytes(parameters, layer_numel, world_size, ds_content)
     if source.four_bit is not None:
         weights, largest = planned(quantised_skeleton(source))
         workspace += largest * source.dtype.itemsize
@@ -94,7 +91,7 @@ def estimate(
 
 
 def _micro_step(
-    model: Any, config: RunConfig, kept: KeptWeights
+    model: Any, config: RunConfig
 ) -> tuple[list[tuple[str, tuple[int, ...]]], int, int]:
     """Return (what trains, bytes kept for the backward pass, further bytes at the worst moment)."""
     size = config.parallel.sequence_parallel_size
@@ -121,8 +118,7 @@ def _micro_step(
         if routers is not None:
             routers.set_batch(real, real)
         # Of packed rows transformers makes its 4-D mask here, and repeats grouped keys for it.
-        with kept.watch():
-            hidden = find_decoder(model).decoder(input_ids=ids, use_cache=False)[0]
+        hidden = find_decoder(model).decoder(input_ids=ids, use_cache=False)[0]
         activations = live.current
         task = loss.head(hidden.flatten(0, 1), ids.flatten())
         total = task if routers is None else task + routers.penalty()
@@ -130,3 +126,24 @@ def _micro_step(
         total.backward()
         gradients = sum(p.numel() * p.element_size() for p in learn.values() if p.requires_grad)
         return trainable, activations, max(live.peak - activations - gradients, 0)
+
+
+def _zero3_bytes(
+    parameters: list[tuple[int, int]], layer_numel: int, world_size: int, content: dict[str, Any]
+) -> tuple[int, int]:
+    """Return (bytes kept on a rank, bytes of gathered parameters at the worst moment)."""
+    largest = max(n for n, _ in parameters)
+    zero = zero3_config(content, layer_numel=layer_numel, largest_numel=largest)[
+        "zero_optimization"
+    ]
+    threshold = zero["stage3_param_persistence_threshold"]
+    offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
+    if world_size == 1 and not offloaded:
+        return sum(n * s for n, s in parameters), 0  # DeepSpeed computes in the only partition
+    partitions = sum(-(-n // world_size) * s for n, s in parameters)
+    persistent = sum(n * s for n, s in parameters if n <= threshold)
+    element = parameters[0][1]
+    gathered = max(largest + layer_numel, min(2 * layer_numel, zero["stage3_max_live_parameters"]))
+    secondary = zero.get("zero_hpz_partition_size", 1)
+    shared = sum(-(-n // secondary) * s for n, s in parameters) if secondary > 1 else 0
+    return persistent + (0 if offloaded else partitions) + shared, gathered * element

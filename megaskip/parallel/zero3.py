@@ -13,6 +13,7 @@ from typing import Any
 from megaskip.arch import find_decoder
 from megaskip.arch.task_loss import HeadLoss, TaskLoss
 from megaskip.extras import extra
+from megaskip.parallel.saved_weights import save_no_weights
 
 with extra("train"):
     import deepspeed
@@ -45,9 +46,11 @@ def _return_memory() -> None:
 def shard(loss: TaskLoss, ds_config: Mapping[str, Any]) -> tuple[TaskLoss, Any]:
     """Put ZeRO-3's hooks on a partitioned model; returns (module to call, handle of its hooks).
     Collective."""
-    layer_types = {type(layer) for layer in find_decoder(loss.model).layers}
+    layers = find_decoder(loss.model).layers
+    layer_types = {type(layer) for layer in layers}
     deepspeed.utils.set_z3_leaf_modules(loss, [*layer_types, HeadLoss])
     engine, *_ = deepspeed.initialize(model=loss, config=dict(ds_config), dist_init_required=False)
+    save_no_weights(layers)  # behind DeepSpeed's own hooks, which gather
     return engine.module, engine.optimizer
 
 

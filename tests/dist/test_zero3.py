@@ -141,13 +141,17 @@ def test_forced_divergence_runs_and_releases_every_weight(tmp_path: Path) -> Non
 
 def test_no_weight_stays_gathered_inside_of_a_backward_pass(tmp_path: Path) -> None:
     """Also not after a checkpoint was recomputed whose input needs no gradient, that of the first
-    routed layer: DeepSpeed 0.19.3 to 0.19.5 kept frozen weights there (its #8130, #8148)."""
+    routed layer: DeepSpeed 0.19.3 to 0.19.5 kept frozen weights there (its #8130, #8148). Nor by
+    the product of a mixture's experts, which saves views of their weights."""
     tiny_model("llama", num_hidden_layers=10).save_pretrained(tmp_path)
+    tiny_model("mixtral", num_hidden_layers=10).save_pretrained(tmp_path / "mixture")
     small = {"stage": 3, "stage3_param_persistence_threshold": 0}
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": small}))
     flags = ["--ds_config", str(tmp_path / "ds.json"), "--layers", "2-9"]
     checkpointed, sparse = ["--activation_checkpointing"], ["--train_execution", "sparse"]
+    mixture = [*flags, "--model", str(tmp_path / "mixture")]
     cases = [flags, [*flags, *checkpointed], [*flags, *checkpointed, *sparse]]
+    cases += [mixture, [*mixture, "--granularity", "expert_token"], [*mixture, *checkpointed]]
     for results in run_worker("gathered_in_a_step", 2, model=str(tmp_path), cases=cases):
         for case, most in zip(cases, results, strict=True):
             assert most["after"] == 0, case

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -261,14 +262,20 @@ def _gathered_in_a_step(model: str, flags: list[str]) -> dict[str, int]:
         _randomise(engine.routers)
         layers = engine.model.model.layers
         most, phase = {"forward": 0, "backward": 0}, ["forward"]
+        sharded = [p for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
+        gathered: dict[int, weakref.ref[Any]] = {}
 
         def look(*_: Any) -> None:
-            gathered = 4 * _gathered_numel(engine)
-            most[phase[0]] = max(most[phase[0]], gathered)
+            """Count the storages that were seen gathered and are still held, by whomever."""
+            storages = [p.data.untyped_storage() for p in sharded if p.data.numel()]
+            gathered.update({storage._cdata: weakref.ref(storage) for storage in storages})
+            alive = [storage for ref in gathered.values() if (storage := ref()) is not None]
+            most[phase[0]] = max(most[phase[0]], sum(storage.nbytes() for storage in alive))
 
         def turn(*_: Any) -> None:
             phase[0] = "backward"
 
+        assert not any(p.ds_persist for p in sharded)
         # A sublayer is called again when a checkpoint is recomputed; gradients that come into a
         # layer and into its attention are seen besides.
         for layer in layers:
