@@ -32,6 +32,8 @@ methods:
              together afterwards, for every skip
   random     other layers for every text
   uniform    every n-th layer
+  random_fitted, uniform_fitted
+             the same with maps in the places of what is skipped, in closed form
   published  one training for every skip: per-layer hinge on whole sequences, the strongest of the
              published settings; measured on prompts like all others, at a threshold that is
              searched afterwards, which the published code does not do

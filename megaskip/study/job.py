@@ -23,7 +23,7 @@ from megaskip.study.workbench import DENSE, Workbench
 logger = get_logger(__name__)
 
 _REPORT_SECONDS = 60.0
-_DRAWN = ("random", *BY_COST)
+_DRAWN = ("random", "random_fitted", *BY_COST)
 """Methods that have a seed, and no training."""
 
 

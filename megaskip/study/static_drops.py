@@ -22,6 +22,7 @@ from megaskip.checkpoint.routers import (
     read_router_config,
     save_routers,
 )
+from megaskip.config.commands.compare import FITTED_BASELINES
 from megaskip.errors import ConfigError
 from megaskip.routing import RouterSet
 from megaskip.study.baselines import Policy, skipping
@@ -107,13 +108,17 @@ class StaticDrops:
             write_json(self._cost_file, {"seconds": seconds, "flops": flops})
 
     def fit_cost(self, method: str, skip: float) -> dict[str, Any] | None:
-        """Return seconds, FLOPs, parameters and bytes of the fit behind a static method; None where
-        there was none. It fits the maps of all routed layers, of which those that are dropped
-        are kept."""
-        is_fitted = STATIC.get(method, ("", ""))[1] in ("fitted", "trained")
+        """Return seconds, FLOPs, parameters and bytes of the fit behind a static method, or a
+        baseline; None where there was none. It fits the maps of all routed layers, of which those
+        that are dropped are kept, or all where documents skip different ones."""
+        keeps_all = method == "random_fitted"
+        learns = "fitted" if method in FITTED_BASELINES else STATIC.get(method, ("", ""))[1]
+        is_fitted = learns in ("fitted", "trained")
         if not is_fitted or self._cost_file is None or not self._cost_file.is_file():
             return None
-        parameters = map_parameters(self._comparison, skip, self._config.compensation_rank)
+        comparison = self._comparison
+        kept = len(comparison.layers) / comparison.depth if keeps_all else skip
+        parameters = map_parameters(comparison, kept, self._config.compensation_rank)
         return read_json(self._cost_file) | {"parameters": parameters, "bytes": 4 * parameters}
 
     def policy(self, method: str, skip: float) -> Policy:

@@ -12,9 +12,10 @@ from megaskip.calibration.allocation import UnreachedError
 from megaskip.checkpoint.atomic import write_json
 from megaskip.config import DataConfig, RunConfig
 from megaskip.config.cli import parse_run_config
-from megaskip.config.commands.compare import DENSE_LORA, CompareOptions
+from megaskip.config.commands.compare import DENSE_LORA, FITTED_BASELINES, CompareOptions
 from megaskip.data import TokenizedData
 from megaskip.data.loader import DataLoader
+from megaskip.errors import CheckpointError
 from megaskip.log import get_logger
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.topology import Topology
@@ -159,8 +160,9 @@ class Workbench:
         if job.method in BY_COST and job.training is None:
             return self._measure_routed(job, self._cost_routers.run(job.method, job.seed or 0))
         if job.training is None:
-            self._drops.put(with_maps=False)
-            (order,) = comparison.orders([job.seed or 0])[job.method]
+            plain = FITTED_BASELINES.get(job.method, job.method)
+            self._drops.put(with_maps=plain != job.method)
+            (order,) = comparison.orders([job.seed or 0])[plain]
             return comparison.measure(comparison.policy(order, job.skip))
         return self._measure_routed(job, job.training.folder)
 
@@ -196,6 +198,11 @@ class Workbench:
                 measured.setdefault(key, []).append(outcome)
                 if job.training is not None:
                     runs.setdefault(key, []).append(job.training.folder)
+        if (DENSE, 0.0) not in measured:
+            raise CheckpointError(
+                f"{self._options.output}: the dense model is no longer measured there; another "
+                "comparison writes into the same folder: give each its own --output"
+            )
         (dense,) = measured.pop((DENSE, 0.0))
         points = [self._comparison.point(DENSE, 0.0, [dense], dense)]
         points += [self._point(key, of, dense, runs.get(key, [])) for key, of in measured.items()]

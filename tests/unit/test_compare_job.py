@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from megaskip.checkpoint.atomic import write_json
 from megaskip.config import ModelConfig
@@ -24,6 +25,7 @@ from megaskip.parallel.loading.source import DEMO_FOLDER, resolve_source
 from megaskip.parallel.topology import LAUNCHER_VARIABLES
 from megaskip.study.earlier_runs import START, has_start, start_settings
 from megaskip.study.job import compare
+from megaskip.study.ledger import Job, Ledger
 from megaskip.study.recipes import Training, train_missing
 
 
@@ -179,6 +181,47 @@ def test_maps_are_trained_under_routers_by_cost(options: CompareOptions) -> None
     assert points[1]["loss"] != points[2]["loss"]
     for point in points[1:]:
         assert point["skipped"] == pytest.approx(0.25, abs=0.1)
+
+
+def test_measurements_that_another_comparison_has_written_over_are_named(
+    trained: CompareOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Ledger.read
+
+    def without_dense(ledger: Ledger, job: Job) -> Any:
+        return None if job.method == "dense" else read(ledger, job)
+
+    monkeypatch.setattr(Ledger, "wait", lambda ledger, jobs: None)
+    monkeypatch.setattr(Ledger, "read", without_dense)
+    with launched(), pytest.raises(CheckpointError, match="give each its own --output"):
+        compare(trained)
+
+
+def test_baselines_skip_the_same_with_maps_in_the_places_of_what_they_skip(
+    options: CompareOptions,
+) -> None:
+    options = dataclasses.replace(
+        options,
+        methods=("random", "random_fitted", "uniform", "uniform_fitted"),
+        seeds=(1,),
+        blimp=None,
+        choice=(),
+        calibration_rows=64,
+        compensation_rank=4,
+    )
+    with launched():
+        compare(options)
+    report = json.loads((options.output / "report.json").read_text())
+    _, *points = report["points"]
+    assert [point["method"] for point in points] == list(options.methods)
+    for plain, fitted in (points[:2], points[2:]):
+        assert fitted["loss"] != plain["loss"]
+        assert fitted["skipped"] == plain["skipped"]
+        assert fitted["seeds"] == plain["seeds"] == 1
+    assert [cost["method"] for cost in report["costs"]] == ["random_fitted", "uniform_fitted"]
+    # A map is x A B + b: all six routed layers of random skipping have one, two of uniform.
+    of_a_map = AutoConfig.from_pretrained(DEMO_FOLDER / "backbone").hidden_size * (2 * 4 + 1)
+    assert [cost["parameters"] for cost in report["costs"]] == [6 * of_a_map, 2 * of_a_map]
 
 
 def test_a_run_of_another_model_is_not_taken(trained: CompareOptions, tmp_path: Path) -> None:

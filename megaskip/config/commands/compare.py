@@ -10,6 +10,8 @@ from megaskip.config.routing import SUBLAYER_GRANULARITIES
 from megaskip.config.run import COMPENSATION_LR, DTYPES
 
 BASELINES = ("static", "random", "uniform")
+FITTED_BASELINES = {"random_fitted": "random", "uniform_fitted": "uniform"}
+"""Baselines that have maps of closed form in the places of what they skip; of those without."""
 BY_COST_TRAINED = "by_cost_trained"
 BY_COST = ("by_cost", "by_cost_fitted", BY_COST_TRAINED)
 DROPS = (
@@ -35,7 +37,7 @@ TRAINED = (
     DENSE_LORA,
 )
 CONTROLS = ("dense_adapted",)
-METHODS = (*BASELINES, *DROPS, *BY_COST, *TRAINED, *CONTROLS)
+METHODS = (*BASELINES, *FITTED_BASELINES, *DROPS, *BY_COST, *TRAINED, *CONTROLS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
