@@ -153,8 +153,10 @@ class StaticDrops:
                 "another --output"
             )
         stored = RouterSet(config, layers, self._comparison.routers.hidden_size)
-        has_maps = config.compensation != "none"
-        self._comparison.attach(self._config if has_maps else plain, routers)
+        # Maps of its own rank, which --no_training need not ask for.
+        kind, rank = config.compensation, config.compensation_rank
+        own = dataclasses.replace(plain, compensation=kind, compensation_rank=rank)
+        self._comparison.attach(own, routers)
         weights = load_router_tensors(routers, stored)
         self._comparison.routers.load_state_dict(weights, strict=False)
         return dropping(layers, routed)
