@@ -10,12 +10,10 @@ from megaskip.config.value_types import shown
 def one_of(
     flag: str, value: str, choices: Iterable[str], *, elsewhere: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Yield a problem when `value` is none of `choices`, with the closest one as a suggestion; for
-    values that other commands take, `elsewhere` has what is said in its place."""
-    choices = tuple(choices)
-    if value in choices:
+    """Yield a problem when `value` is none of `choices`, with what helps: see `option`."""
+    if value in (choices := tuple(choices)):
         return
-    reason = (elsewhere or {}).get(value)
+    reason = elsewhere and elsewhere.get(value)
     hint = f"; {reason}" if reason else did_you_mean(value, choices)
     yield f"--{flag} {shown(value)} is not one of {', '.join(choices)}{hint}"
 

@@ -19,7 +19,7 @@ import pytest
 from megaskip.cli import doctor, export_static, plan, train
 from megaskip.cli.main import COMMANDS, main
 from megaskip.config import option, parse_options
-from megaskip.config.commands.compare import BASELINES, METHODS, CompareOptions
+from megaskip.config.commands.compare import BASELINES, FITTED_BASELINES, METHODS, CompareOptions
 from megaskip.config.options import Checked, exactly_one, flags_of
 from megaskip.errors import ConfigError
 from megaskip.study.cost_routers import BY_COST
@@ -200,7 +200,7 @@ def test_a_plan_is_a_training_that_is_not_run() -> None:
 
 
 def test_methods_that_can_be_named_are_those_that_there_are() -> None:
-    assert set(METHODS) == {*BASELINES, *STATIC, *BY_COST, *RECIPES}
+    assert set(METHODS) == {*BASELINES, *FITTED_BASELINES, *STATIC, *BY_COST, *RECIPES}
 
 
 # -- parse_options
