@@ -10,11 +10,11 @@ from megaskip.config.value_types import shown
 def one_of(
     flag: str, value: str, choices: Iterable[str], *, elsewhere: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Yield a problem when `value` is none of `choices`, with what helps: see `option`."""
+    """Yield a problem when `value` is none of `choices`, with the closest one as a suggestion; for
+    values that other commands take, `elsewhere` has the end of the sentence, as did_you_mean."""
     if value in (choices := tuple(choices)):
         return
-    reason = elsewhere and elsewhere.get(value)
-    hint = f"; {reason}" if reason else did_you_mean(value, choices)
+    hint = (elsewhere or {}).get(value) or did_you_mean(value, choices)
     yield f"--{flag} {shown(value)} is not one of {', '.join(choices)}{hint}"
 
 

@@ -66,8 +66,8 @@ def option(
     """Return a dataclass field whose flag needs more than a type and a default.
 
     Without a `default` the flag is required. `choices` are checked when it is parsed, and by
-    `Checked` when the dataclass is made in Python; `elsewhere` says of values that other commands
-    take, by value, why this one does not. A tuple is one flag that may be repeated, or,
+    `Checked` when the dataclass is made in Python; `elsewhere` has, by value, the end of the
+    sentence that refuses what other commands take. A tuple is one flag that may be repeated, or,
     with a `separator`, one flag that takes a list. A field that is no flag can follow the flag of
     another section: `seed: int = option(0, is_flag=False, follows="seed")`.
     """
@@ -100,7 +100,7 @@ class Flag:
     """Between the values of a tuple that one flag holds; None where the flag is repeated."""
     choices: tuple[str, ...]
     elsewhere: Mapping[str, str]
-    """Values that other commands take, and why this one does not."""
+    """Values that other commands take, with the end of the sentence that refuses them."""
     metavar: str
     takes_list: bool
     """Whether a file may give a list for it, which is passed on as it is."""

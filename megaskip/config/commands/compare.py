@@ -76,7 +76,7 @@ class CompareOptions(Checked):
         "attn_sequence",
         choices=SUBLAYER_GRANULARITIES,
         elsewhere={
-            "expert_token": "experts are not compared here: tools/bench/experts.py compares "
+            "expert_token": "; experts are not compared here: tools/bench/experts.py compares "
             "trained runs that skip them"
         },
         metavar="GRANULARITY",

@@ -19,7 +19,7 @@ class FitRoutersOptions(Checked):
         "mlp_token",
         choices=SUBLAYER_GRANULARITIES,
         elsewhere={
-            "expert_token": "routers of experts are not fitted: train them with `megaskip train`"
+            "expert_token": "; routers of experts are not fitted: train them with `megaskip train`"
         },
         metavar="GRANULARITY",
     )
