@@ -34,8 +34,8 @@ CASES: list[dict[str, Any]] = (
             ("mlp_sequence", "sparse", 4, False, LOW_RANK),
             ("mlp_token", "dense", 1, True, []),
             ("mlp_token", "sparse", 1, False, []),
-            ("block_sequence", "dense", 1, False, BIAS),
-            ("block_sequence", "sparse", 4, True, []),
+            ("block_sequence", "dense", 1, False, []),
+            ("block_sequence", "sparse", 4, True, BIAS),
             ("block_token", "dense", 4, False, []),
             ("block_token", "sparse", 1, False, []),
         ]
