@@ -20,7 +20,7 @@ from megaskip.data import Batch
 from megaskip.errors import ConfigError
 from megaskip.parallel.loading.skeleton import skeleton
 from megaskip.parallel.loading.source import ModelSource
-from megaskip.parallel.topology import Topology
+from megaskip.parallel.topology import Topology, sizes_that
 from megaskip.routing import Pooling
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -93,15 +93,13 @@ def _problems(source: ModelSource, size: int) -> Iterator[str]:
     flag, family = f"--sequence_parallel_size {size}", source.hf_config.model_type
     heads = text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or heads
+    others = sizes_that(lambda size: _fits(size, heads, keys), most=heads)
     if heads % size:
-        yield (
-            f"{flag} does not divide the {heads} attention heads of {source.folder}; "
-            f"{_sizes_for(heads, keys)}"
-        )
+        yield f"{flag} does not divide the {heads} attention heads of {source.folder}; {others}"
     elif not _fits(size, heads, keys):
         yield (
             f"{flag} neither divides the {keys} key-value heads of {source.folder} nor is a "
-            f"multiple of them; {_sizes_for(heads, keys)}"
+            f"multiple of them; {others}"
         )
     types = {settings["rope_type"] for settings in rope_settings(text)}
     dependent = sorted(types.intersection(_LENGTH_DEPENDENT_ROPE))
@@ -122,8 +120,3 @@ def _fits(size: int, heads: int, keys: int) -> bool:
     """Return whether `size` ranks can deal out attention heads, and key-value heads, which are
     repeated where they are fewer."""
     return heads % size == 0 and (keys % size == 0 or size % keys == 0)
-
-
-def _sizes_for(heads: int, keys: int) -> str:
-    sizes = [str(size) for size in range(2, heads + 1) if _fits(size, heads, keys)]
-    return f"take one of {', '.join(sizes)}" if sizes else "leave the flag out"

@@ -7,7 +7,7 @@ import datetime
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +108,7 @@ def read_topology(
     if world_size % sequence_size:
         raise ConfigError(
             f"--sequence_parallel_size {sequence_size} does not divide the {world_size} rank(s) of "
-            f"this job; start a multiple of {sequence_size}, or {sizes_for(world_size)}"
+            f"this job; start a multiple of {sequence_size}, or {sizes_of_ranks(world_size)}"
         )
     return Topology(
         rank=rank,
@@ -120,9 +120,14 @@ def read_topology(
     )
 
 
-def sizes_for(world_size: int) -> str:
+def sizes_of_ranks(world_size: int) -> str:
     """Return what to do about a --sequence_parallel_size that does not divide the ranks."""
-    sizes = [str(size) for size in range(2, world_size + 1) if world_size % size == 0]
+    return sizes_that(lambda size: world_size % size == 0, most=world_size)
+
+
+def sizes_that(fit: Callable[[int], bool], *, most: int) -> str:
+    """Return which --sequence_parallel_size to take, of those up to `most` that `fit`."""
+    sizes = [str(size) for size in range(2, most + 1) if fit(size)]
     return f"take one of {', '.join(sizes)}" if sizes else "leave the flag out"
 
 

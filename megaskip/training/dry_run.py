@@ -13,7 +13,7 @@ from megaskip.parallel.estimate import Estimate, estimate
 from megaskip.parallel.estimate_stages import estimate_stages
 from megaskip.parallel.loading.source import ModelSource
 from megaskip.parallel.shared_moments import describe_sharing
-from megaskip.parallel.topology import sizes_for
+from megaskip.parallel.topology import sizes_of_ranks
 from megaskip.reporting.summary import human_bytes, table
 from megaskip.routing.adapters import describe_adapters, is_adapter
 from megaskip.routing.compensation import describe_compensation, is_compensation
@@ -35,7 +35,7 @@ def dry_run_lines(config: RunConfig, source: ModelSource, world_size: int) -> li
     if world_size % share:
         raise ConfigError(
             f"--world_size {world_size} is not a multiple of --sequence_parallel_size {share}; "
-            f"change the ranks, or {sizes_for(world_size)}"
+            f"change the ranks, or {sizes_of_ranks(world_size)}"
         )
     if num_stages > 1:
         stages = estimate_stages(config, source, world_size)
