@@ -5,11 +5,13 @@ import functools
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
+from filelock import FileLock
 from routed_models import randomise
 
 from megaskip import RouterConfig, attach_routers, load_routers, save_routers
@@ -276,6 +278,22 @@ def test_routers_by_cost_are_fitted_once_and_put_at_the_skip(
     fill_routers(tmp_path / "start", comparison.routers)
     capacity = comparison.engine.evaluate(comparison.calibration, routed=True).capacity
     assert capacity == pytest.approx(kept, abs=1e-6)
+
+
+def test_a_rank_waits_for_routers_that_another_one_fits(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = resolve_source(ModelConfig(model="demo", dtype="float32")).describe()
+    waiting = CostRouters(comparison, base, tmp_path, rank=4, groups=4)
+    monkeypatch.setattr(CostRouters, "_fit", None)
+    run = tmp_path / "by_cost-low_rank-s0"
+    run.mkdir()
+    with ThreadPoolExecutor() as pool:
+        with FileLock(run / "fit.lock"):  # the other rank's
+            found = pool.submit(waiting.run, "by_cost_fitted", 0)
+            assert not wait([found], timeout=0.3).done
+            save_routers(run / "routers", comparison.routers, base=base)
+        assert found.result(timeout=30) == run
 
 
 @pytest.mark.parametrize(
