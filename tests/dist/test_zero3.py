@@ -22,22 +22,22 @@ CASES: list[dict[str, Any]] = (
             "execution": execution,
             "accumulate": accumulate,
             "packed": packed,
-            "extra": extra,
+            "extra": [],
         }
-        for granularity, execution, accumulate, packed, extra in [
-            ("attn_sequence", "dense", 1, False, []),
-            ("attn_sequence", "sparse", 4, False, []),
-            ("attn_sequence", "sparse", 1, True, []),
-            ("attn_sequence", "dense", 4, True, []),
-            ("attn_token", "dense", 1, False, []),
-            ("attn_token", "sparse", 1, False, BIAS),
-            ("mlp_sequence", "sparse", 4, False, LOW_RANK),
-            ("mlp_token", "dense", 1, True, []),
-            ("mlp_token", "sparse", 1, False, []),
-            ("block_sequence", "dense", 1, False, []),
-            ("block_sequence", "sparse", 4, True, BIAS),
-            ("block_token", "dense", 4, False, []),
-            ("block_token", "sparse", 1, False, []),
+        for granularity, execution, accumulate, packed in [
+            ("attn_sequence", "dense", 1, False),
+            ("attn_sequence", "sparse", 4, False),
+            ("attn_sequence", "sparse", 1, True),
+            ("attn_sequence", "dense", 4, True),
+            ("attn_token", "dense", 1, False),
+            ("attn_token", "sparse", 1, False),
+            ("mlp_sequence", "sparse", 4, False),
+            ("mlp_token", "dense", 1, True),
+            ("mlp_token", "sparse", 1, False),
+            ("block_sequence", "dense", 1, False),
+            ("block_sequence", "sparse", 4, True),
+            ("block_token", "dense", 4, False),
+            ("block_token", "sparse", 1, False),
         ]
     ]
     + [
@@ -59,6 +59,15 @@ CASES: list[dict[str, Any]] = (
     + [
         {"granularity": "mlp_token", "execution": "sparse", "accumulate": 2, "packed": False}
         | {"extra": ["--router_input", "first", "--activation_checkpointing"]}
+    ]
+    + [
+        {"granularity": granularity, "execution": "sparse", "accumulate": 2, "packed": packed}
+        | {"extra": maps}
+        for granularity, packed, maps in [
+            ("attn_token", False, BIAS),
+            ("block_sequence", True, BIAS),
+            ("mlp_sequence", False, LOW_RANK),
+        ]
     ]
 )
 
