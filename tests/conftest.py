@@ -1,10 +1,12 @@
 """What holds for all tests."""
 
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from warm_python import WarmPython
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,6 +37,25 @@ def own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
         patch.syspath_prepend(cache)
+        yield
+
+
+@pytest.fixture(scope="session")
+def warm_executable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return what runs as Python does, without seconds of imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        warm = WarmPython(str(tmp_path_factory.mktemp("warm")))
+    yield warm.executable
+    warm.close()
+
+
+@pytest.fixture(scope="module")
+def warm_python(warm_executable: str) -> Iterator[None]:
+    """Let the processes that a file's tests start, and those that commands start, be forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_executable)
+        patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
 

@@ -89,7 +89,7 @@ def start(
         log = folder / f"rank{rank}.log"
         process = forkserver().Process(
             target=run_script,
-            args=(list(argv), {**place, **(environment or {})}, log, where),
+            args=(list(argv), {**place, **(environment or {})}, log, where, sys.executable),
         )
         process.start()
         processes.append(Rank(process))
@@ -138,8 +138,11 @@ def forkserver() -> Any:
     return context
 
 
-def run_script(argv: list[str], environment: Mapping[str, str], log: Path, where: Path) -> None:
-    """Run a script in this process, a fork, as if Python had been started with it."""
+def run_script(
+    argv: list[str], environment: Mapping[str, str], log: Path, where: Path, python: str
+) -> None:
+    """Run a script in this process, a fork, as if `python` had been started with it."""
+    sys.executable = python
     os.environ.update(environment)
     os.chdir(where)
     with open(log, "wb") as out:

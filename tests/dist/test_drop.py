@@ -11,6 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from spawn import ROOT
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 FLAGS = ["--model", "demo", "--data", "demo", "--drop", "25", "--compensation_rank", "8"]
 FLAGS += ["--rows", "32", "--order_rows", "16", "--held_out", "16", "--seq_length", "64"]
 FLAGS += ["--dtype", "float32", "--steps", "2", "--batch_size", "8", "--lora_rank", "2"]

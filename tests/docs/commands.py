@@ -290,7 +290,7 @@ def run_shell(command: Command, words: list[str], workspace: Workspace, output: 
     done = subprocess.run(
         ["bash", script, *flags, *sized("plan", workspace), "--dry_run"],
         cwd=workspace.folder,
-        env={**ALIKE, **environment, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+        env={**ALIKE, **environment, "PATH": f"{sys.prefix}/bin:/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,

@@ -26,6 +26,8 @@ from megaskip import __version__
 from megaskip.cli.compare import parse as parse_compare
 from megaskip.cli.main import COMMANDS
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 DEMO = ROOT / "megaskip/demo"
 BACKBONE = DEMO / "backbone"
 OF_OTHER_PROGRAMS = {
@@ -154,7 +156,7 @@ def test_every_comparison_of_a_real_model_has_flags_that_exist(tmp_path: Path) -
     for name in ("blimp", "choice"):
         (tmp_path / name).mkdir()
     script = ["bash", "tools/bench/real_model.sh", str(BACKBONE), str(tmp_path), "out"]
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    path = f"{sys.prefix}/bin:/usr/bin:/bin"
     said = subprocess.run(
         [*script, "--steps", "20"],
         cwd=ROOT,
@@ -176,8 +178,8 @@ def test_every_comparison_of_a_real_model_has_flags_that_exist(tmp_path: Path) -
 def test_the_front_door_opens_with_its_launcher(workspace: Workspace, tmp_path: Path) -> None:
     """DeepSpeed's own launcher starts two ranks; the other tests start ranks by themselves."""
     flags = [*sized("train", workspace), "--output_dir", str(tmp_path / "run")]
-    program = str(Path(sys.executable).with_name("deepspeed"))
-    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "LOCAL_SIZE": "2"}
+    program = f"{sys.prefix}/bin/deepspeed"
+    environment = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin", "LOCAL_SIZE": "2"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     done = subprocess.run(
         [program, "launch/train.py", "--ds_config", "ds_configs/zero3.json", *flags],

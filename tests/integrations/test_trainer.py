@@ -34,6 +34,8 @@ from megaskip.integrations import route_tune
 from megaskip.parallel.engine import Engine
 from megaskip.parallel.topology import read_topology
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 DEMO = Path(megaskip.__file__).parent / "demo"
 STEPS, ROWS, MICRO_BATCHES, RATE = 6, 4, 2, 2e-3
 

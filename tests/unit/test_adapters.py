@@ -30,6 +30,8 @@ from megaskip.config import AdapterConfig, RunConfig, parse_run_config
 from megaskip.config.run import CheckpointConfig
 from megaskip.errors import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 LORA = AdapterConfig(lora_rank=2, lora_alpha=8)
 
 

@@ -28,6 +28,8 @@ from megaskip.study.job import compare
 from megaskip.study.ledger import Job, Ledger
 from megaskip.study.recipes import Training, train_missing
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 
 @pytest.fixture
 def options(tmp_path: Path) -> CompareOptions:

@@ -31,6 +31,8 @@ from megaskip.measures.costs import CostModel
 from megaskip.measures.paired import difference, standard_error
 from megaskip.parallel.inference import Placement, load_for_inference
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "megaskip/demo/backbone"
 TOKENIZER = load_tokenizer(BASE)

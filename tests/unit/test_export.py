@@ -30,6 +30,8 @@ from megaskip.export.verify import verify_folder
 from megaskip.generation.job import load_alone
 from megaskip.inference.routed import MegaskipForCausalLM
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "gemma2")
 LOADED = {**dict.fromkeys(FAMILIES, "attn_sequence"), "deepseek_v3": "expert_token"}
 MAPS = {"mistral": "bias", "qwen2": "low_rank"}
@@ -75,11 +77,14 @@ save_file({k: v.contiguous().clone() for k, v in found.items()}, root / "found.s
 """
 
 
+REAL_PYTHON = sys.executable
+
+
 def in_fresh_process(code: str, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache)}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [REAL_PYTHON, "-c", code, *arguments],
         env=environment,
         cwd=cache,
         stdin=subprocess.DEVNULL,

@@ -14,6 +14,8 @@ from megaskip.checkpoint.base import describe_base
 from megaskip.cli import convert as command
 from megaskip.export.verify import verify_folder
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 
 def trained(folder: Path, granularity: str = "attn_sequence", kind: str = "low_rank") -> Any:
     """Write base and routers of a tiny model to `folder`; return the routed model."""

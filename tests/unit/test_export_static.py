@@ -29,7 +29,7 @@ from megaskip.export.static_folder import verify_static
 from megaskip.export.static_measure import measure_capacity
 
 DEMO = Path(__file__).parents[2] / "megaskip/demo/backbone"
-pytestmark = pytest.mark.usefixtures("own_modules_cache")
+pytestmark = pytest.mark.usefixtures("own_modules_cache", "warm_python")
 
 
 def load(folder: Path) -> Any:

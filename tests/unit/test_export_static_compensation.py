@@ -30,7 +30,7 @@ from megaskip.runs.source import open_text
 
 KINDS = ("bias", "low_rank")
 LAYERS = (1, 3, 4)  # layer 1 is the first of gemma2's that attends to everything
-pytestmark = pytest.mark.usefixtures("own_modules_cache")
+pytestmark = pytest.mark.usefixtures("own_modules_cache", "warm_python")
 BEHIND = {"gemma2", "gemma3", "olmo2", "glm4"}
 """Families with norms behind sublayers."""
 

@@ -33,6 +33,8 @@ from megaskip.generation.prompts import read_prompts, typed_prompts
 from megaskip.parallel.inference import InferenceModel
 from megaskip.routing import PREFIX
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "megaskip/demo/backbone"
 

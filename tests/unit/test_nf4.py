@@ -26,6 +26,8 @@ from megaskip.parallel.loading.stage_weights import load_stage
 from megaskip.parallel.loading.whole import load_whole
 from megaskip.parallel.measure import bytes_by_kind
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the [4bit] extra is not installed")
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 35)[None]

@@ -22,6 +22,8 @@ from megaskip.checkpoint.resume import COMPLETE, checkpoints, prune, require_sam
 from megaskip.checkpoint.stored_weights import read_stored_weights
 from megaskip.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("warm_python")
+
 ROOT = Path(__file__).parents[2]
 
 
