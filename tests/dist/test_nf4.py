@@ -26,7 +26,8 @@ PACKED = BitsAndBytesConfig(
 )
 
 
-def test_replicas_and_stages_of_a_4_bit_base_are_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_replicas_and_stages_of_a_4_bit_base_are_one_process(ranks: int, tmp_path: Path) -> None:
     """Loss and gradients of a step of routers and adapters, of a base that is packed on loading and
     of one that lies packed in its folder; the first stage's layers have no router."""
     tiny_model("llama", **SHAPE).save_pretrained(tmp_path)
@@ -35,14 +36,15 @@ def test_replicas_and_stages_of_a_4_bit_base_are_one_process(tmp_path: Path) -> 
         packed
     )
     cases = [
-        {"model": str(folder), "flags": [*flags, *engine], "parts": [0, 1]}
+        {"model": str(folder), "flags": [*flags, *engine], "parts": [0, 1, 2, 3]}
         for folder, flags in ((tmp_path, NF4), (packed, FLAGS))
         for engine in ([], STAGES)
     ]
     config = parse_run_config(["--model", str(tmp_path), *NF4, *STAGES])
     source = resolve_source(config.model)
     whole = estimate(config, source, world_size=2, ds_content=None)
-    planned = [2 * (whole, stage) for stage in estimate_stages(config, source)]
+    stages = estimate_stages(config, source)
+    planned = [2 * (whole, stages[rank % 2]) for rank in range(ranks)]
     alone = run_worker("gradients", 1, model=str(tmp_path), cases=cases[:1])[0][0]
     skipped = "adapter.model.layers.2.self_attn."  # by all rows
     assert all(
@@ -51,7 +53,7 @@ def test_replicas_and_stages_of_a_4_bit_base_are_one_process(tmp_path: Path) -> 
         if not name.startswith(skipped)
     )
     for results, plans in zip(
-        run_worker("gradients", 2, model=str(tmp_path), cases=cases), planned, strict=True
+        run_worker("gradients", ranks, model=str(tmp_path), cases=cases), planned, strict=True
     ):
         for mine, plan in zip(results, plans, strict=True):
             assert mine["loss_task"] == pytest.approx(alone["loss_task"], rel=1e-6)

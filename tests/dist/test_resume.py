@@ -4,14 +4,17 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import tiny_model
 from spawn import Ranks, run_worker, start
 from spawn import train as train_on_ranks
+from transformers import AutoTokenizer
 
 from megaskip.calibration import threshold
 from megaskip.cli.train import main as train
@@ -22,6 +25,7 @@ from megaskip.training import router_trainer
 
 ZERO3 = ["--ds_config", "ds_configs/zero3.json"]
 STAGES = ["--ds_config", "ds_configs/pipeline.json", "--pipeline_stages", "2"]
+DEMO = Path(__file__).parents[2] / "megaskip/demo/backbone"
 STEPS = 10
 NOISE = {"tokens_per_second", "peak_memory_gib"}
 
@@ -270,6 +274,32 @@ def test_sigterm_on_one_stage_saves_on_all_and_resume_is_exact(data: Path, tmp_p
     again = train_on_ranks(tmp_path / "again", *settings, "--resume", "auto")
     assert [p.returncode for p in again.processes] == [0, 0], again.tails()
     assert metrics(folder) == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("engine", [[], STAGES], ids=["replicas", "stages"])
+@pytest.mark.parametrize("kind", ["experts", "nf4"])
+def test_experts_and_a_4_bit_base_resume_exactly(
+    data: Path, kind: str, engine: list[str], tmp_path: Path
+) -> None:
+    mixture = tmp_path / "mixture"
+    if kind == "experts":
+        vocabulary = len(AutoTokenizer.from_pretrained(DEMO))
+        tiny_model("mixtral", vocab_size=vocabulary).save_pretrained(mixture)
+        for file in DEMO.glob("tokenizer*"):
+            shutil.copy(file, mixture)
+        what = ["--model", str(mixture), "--granularity", "expert_token"]
+        what += ["--compensation", "none"]
+    else:
+        pytest.importorskip("bitsandbytes", reason="the [4bit] extra is not installed")
+        what = ["--base_dtype", "nf4"]
+    whole = flags(data, tmp_path / "whole", *engine, *what, "--keep_last", "9")
+    checkpoint = ["--resume", str(tmp_path / "whole/step_000006")]
+    again = flags(data, tmp_path / "again", *engine, *what, *checkpoint)
+    run_worker("trainings", 2, cases=[whole, again], watched=str(tmp_path))
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "whole")[6:]
+    for file in ("routers.safetensors", "router_config.json"):
+        files = [tmp_path / run / "routers" / file for run in ("whole", "again")]
+        assert files[0].read_bytes() == files[1].read_bytes(), file
 
 
 def test_a_rank_that_is_done_is_not_taken_for_dead_while_another_works() -> None:
