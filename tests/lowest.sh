@@ -9,7 +9,8 @@ python=.venv-lowest/bin/python
 [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv-lowest
 "$python" -m pip install -q --disable-pip-version-check uv
 # Of the tools that only the tests need, recent versions; numpy 2 for the pyarrow that datasets brings.
-"$python" -m uv pip install -q --python "$python" --resolution lowest-direct -e ".[train,eval,report,bench,4bit]" "numpy>=2" \
+"$python" -m uv pip install -q --python "$python" --resolution lowest-direct \
+  -e ".[train,eval,report,bench,4bit,wandb,mlflow,trackio]" "numpy>=2" \
   "pytest>=9" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.130" "packaging>=24"
 "$python" -m uv pip list --python "$python" | grep -E '^(torch|transformers|deepspeed|datasets|huggingface-hub|numpy) '
 export OMP_NUM_THREADS=1
