@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from routed_models import export
 
 from megaskip.checkpoint.hub import push_to_hub, require_hub
+from megaskip.cli.convert import main as convert
 from megaskip.config.commands.hub import HubTarget
 from megaskip.errors import ConfigError, MegaskipError
 
@@ -102,6 +104,20 @@ def test_a_folder_becomes_a_repository_that_is_private_unless_asked(
     (tmp_path / "config.json").write_text("{1}")
     with pytest.raises(MegaskipError, match=r"did not take it .*507.* is whole: send it with `hf"):
         push_to_hub(tmp_path, target)
+
+
+def test_convert_sends_the_folder_that_it_has_written(
+    hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export("llama", tmp_path)
+    source = ["--routers", str(tmp_path / "routers"), "--base", str(tmp_path / "base")]
+    folder = tmp_path / "out"
+    convert([*source, "--output", str(folder), "--push_to_hub", "small"])
+    assert f"{constants.ENDPOINT}/ada/small" in capsys.readouterr().out
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in written}
+    assert {"config.json", "README.md", "model.safetensors.index.json"} < files.keys()
+    assert hub.repos == {"ada/small": {"visibility": "private", "files": files}}
 
 
 def test_what_cannot_be_sent_is_said_before_the_work(

@@ -25,6 +25,7 @@ from megaskip.errors import ConfigError, DataError, MegaskipError
 from megaskip.parallel.cached_prefix import first_reads
 from megaskip.parallel.loading.source import resolve_source
 from megaskip.parallel.topology import Topology
+from megaskip.reporting.summary import human_bytes
 from megaskip.training import prefix as prefix_module
 from megaskip.training import prefix_plan
 from megaskip.training.prefix import PrefixCache
@@ -124,7 +125,7 @@ def result(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
 
 
 def test_a_run_learns_the_same_from_states_that_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two epochs of rows of one length; the second run is killed while it computes states."""
     (tmp_path / "text.txt").write_text(" ".join(f"the {n} kings of {n % 31}" for n in range(70)))
@@ -152,6 +153,11 @@ def test_a_run_learns_the_same_from_states_that_are_read(
     assert np.fromfile(folder / "checksums.bin", dtype=np.uint32)[written > 0].tolist() == (
         written[written > 0].tolist()
     )
+    assert np.fromfile(folder / "checksums.bin", dtype=np.uint32).all(), "every row is read"
+    capsys.readouterr()
+    train(flags(tmp_path, "plan", *length, *cached, "--dry_run"))
+    planned = f"{human_bytes((folder / 'states.bin').stat().st_size)} for {len(written)} rows"
+    assert planned in " ".join(capsys.readouterr().out.split())
     train(flags(tmp_path, "memory", *length, "--cache_prefix", "memory"))
     for name in ("cached", "memory"):
         others, trained = result(tmp_path / name)
