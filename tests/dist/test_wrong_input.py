@@ -143,6 +143,26 @@ def test_no_space_left_in_the_run_folder(tmp_path: Path) -> None:
     refused(tmp_path, "--output_dir", str(folder), says="No space left on device")
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--granularity", "expert_token"), "needs a mixture of experts"),
+        (("--lora_rank", "2", "--lora_targets", "mlp_proj"), "no linear layer of the decoder"),
+        (("--sequence_parallel_size", "3"), "does not divide the 2 rank(s) of this job"),
+        (
+            ("--base_dtype", "nf4", "--ds_config", "ds_configs/zero3.json"),
+            "does not go with ZeRO-3",
+        ),
+    ],
+    ids=["experts of a dense model", "adapters of nothing", "sequence", "4 bit under ZeRO-3"],
+)
+def test_what_a_model_or_its_ranks_cannot_do(
+    flags: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    data = str(rows(tmp_path / "rows.jsonl"))
+    refused(tmp_path, "--data", data, "--output_dir", str(tmp_path / "run"), *flags, says=says)
+
+
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
     text = refused(
         tmp_path,
