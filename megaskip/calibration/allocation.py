@@ -1,6 +1,6 @@
 """How much of an asked capacity each layer gets: more where skipping costs more, as measured.
 
-Training holds all layers level, so that each learns which of its units matter. Whether one layer
+Training compares units of one layer, so that each learns which of its own matter. Whether one layer
 matters more than another is measured afterwards, on calibration text.
 """
 

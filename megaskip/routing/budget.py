@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megaskip.routing.copies import copy_to
 from megaskip.routing.counts import Counts
 from megaskip.routing.decision import RoutingDecision
 
@@ -44,20 +43,16 @@ class Measured:
     units: Number
     spread: Number
     """Standard deviation of the logits."""
-    excess: Tensor | None = None
-    """float64 [R], by how much each layer's capacity is above that of all."""
 
     @classmethod
     def of(cls, counts: Counts) -> "Measured":
         """Return the measurement from the counts of the global batch, on their device."""
         units = counts.units.sum().clamp(min=1.0)
-        capacity = counts.kept.sum() / units
         mean, square = _in_order(counts.logits) / units, _in_order(counts.squares) / units
         return cls(
-            capacity=capacity,
+            capacity=counts.kept.sum() / units,
             units=units,
             spread=(square - mean.square()).clamp(min=0.0).sqrt(),
-            excess=counts.kept / counts.units.clamp(min=1.0) - capacity,
         )
 
 
@@ -81,10 +76,8 @@ class Budget:
     The price is proportional to it: a threshold that had to rise says that running is worth more
     than it costs, and the penalty price * (capacity - target) brings the logits back to it.
 
-    A layer that kept more than the average in the last global batch pays the published hinge on
-    top; one that kept less pays no less. Without that, the layers that skip first skip everything,
-    and learn no more which of their units are worth running (docs/lab.md, "A layer that keeps
-    more").
+    All layers pay the same price: what a layer is worth differs a hundredfold between layers, so
+    nothing holds them level (docs/lab.md, "Holding layers level, on the real model").
 
     The penalty is linear in every decision, so the parts of micro-batches and ranks add up to the
     global one exactly.
@@ -99,7 +92,6 @@ class Budget:
         self.position: Number = 0.0
         self.spread: Number = 0.0
         self.error: Number = 1.0 - target
-        self.excess: Tensor | None = None
 
     @property
     def offset(self) -> Number:
@@ -113,16 +105,7 @@ class Budget:
 
     def penalty(self, kept: Tensor, units: Tensor, total_units: Tensor | float) -> Tensor:
         """Return this part's share of price * (capacity - target), from float32 [R] by layer."""
-        prices = (kept.new_zeros(len(kept), dtype=torch.float64) + self._prices(kept)).to(kept)
-        return (prices * (kept - self.target * units)).sum() / total_units
-
-    def _prices(self, kept: Tensor) -> Number:
-        """Return what a unit of each layer has to be worth, for `kept` [R]."""
-        if self.excess is None:
-            return self.price
-        # The hinge's slope is in the layer's own capacity, which is 1 / layers of all.
-        hinge = self.gain * len(kept)
-        return self.price + hinge * (copy_to(self.excess, kept.device) > 0).double()
+        return (self.price * (kept - self.target * units)).sum() / total_units
 
     def steer(self, measured: Measured, progress: float | None) -> None:
         """Take in a global batch, where `measured` is. `progress` is the share of the run that is
@@ -134,7 +117,6 @@ class Budget:
         memory = _SPREAD_MEMORY * (before > 0).double()
         self.spread = (memory * before.square() + (1 - memory) * spread.square()).sqrt()
         self.error = measured.capacity - target
-        self.excess = measured.excess
         full = (units / _FULL_GAIN_UNITS).clamp(max=1.0)
         self.position = self.position + gain * full * self.error
 
@@ -162,16 +144,11 @@ class Budget:
 
     def state(self) -> dict[str, float]:
         """Return what the steering remembers; waits for a device."""
-        excess = [] if self.excess is None else self.excess.tolist()
-        steered = {"position": self.position, "spread": self.spread, "error": self.error}
-        return _floats(steered) | {f"excess_{index}": value for index, value in enumerate(excess)}
+        return _floats({"position": self.position, "spread": self.spread, "error": self.error})
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Continue from `state`."""
         self.position, self.spread, self.error = state["position"], state["spread"], state["error"]
-        layers = sum(name.startswith("excess_") for name in state)
-        excess = [state[f"excess_{index}"] for index in range(layers)]
-        self.excess = torch.tensor(excess, dtype=torch.float64) if excess else None
 
 
 def _tensor(number: Number) -> Tensor:

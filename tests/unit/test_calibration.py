@@ -266,7 +266,7 @@ def test_held_out_decisions_are_those_of_the_asked_capacity(engine: Engine) -> N
     assert engine.evaluate(batches(2), routed=True) == found
 
 
-def test_a_layer_that_keeps_more_than_the_others_pays_the_hinge_on_top() -> None:
+def test_a_layer_that_keeps_more_than_the_others_pays_the_same_price() -> None:
     budget = Budget(target=0.5, gain=0.1)
     by_layer = torch.tensor([[9.0, 3.0], [10.0, 10.0], [0.0, 0.0], [5.0, 5.0]])
     counts = Counts.unpack(by_layer.double().flatten())
@@ -274,12 +274,12 @@ def test_a_layer_that_keeps_more_than_the_others_pays_the_hinge_on_top() -> None
     kept = torch.tensor([9.0, 3.0], requires_grad=True)
     budget.penalty(kept, torch.tensor([10.0, 10.0]), 20.0).backward()
     assert kept.grad is not None
-    first, second = (20 * kept.grad).tolist()
-    assert second == pytest.approx(float(budget.price))
-    assert first == pytest.approx(float(budget.price) + 0.1 * 2)
+    assert (20 * kept.grad).tolist() == pytest.approx([float(budget.price)] * 2)
+    assert float(budget.price) > 0
     other = Budget(target=0.5, gain=0.1)
     other.restore(budget.state())
     assert other.penalty(kept, kept, 20.0) == budget.penalty(kept, kept, 20.0)
+    assert other.penalty(kept, kept, 20.0).dtype == torch.float32
 
 
 def test_steering_on_the_device_is_that_of_plain_numbers() -> None:

@@ -90,10 +90,10 @@ def test_steering_that_lacks_a_number_is_named(tmp_path: Path) -> None:
     with alone() as topology:
         path = trained(tmp_path, topology).save()
         state = json.loads((path / "trainer.json").read_text())
-        del state["steering"]["excess_1"]
+        del state["steering"]["spread"]
         (path / "trainer.json").write_text(json.dumps(state))
         after = router_trainer(tmp_path, topology, tiny_config())
-        with pytest.raises(CheckpointError, match="trainer.json is damaged: .* lacks 'excess_1'"):
+        with pytest.raises(CheckpointError, match="trainer.json is damaged: .* lacks 'spread'"):
             after.resume(path)
 
 

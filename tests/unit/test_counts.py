@@ -40,8 +40,7 @@ def test_packed_counts_add_up_as_counts_do() -> None:
 def test_nothing_seen_is_no_capacity_and_no_error() -> None:
     nothing = Counts.zeros(3)
     assert nothing.capacity() == 0.0 and nothing.capacity_per_layer() == (0.0, 0.0, 0.0)
-    excess = Measured.of(nothing).excess
-    assert excess is not None and excess.tolist() == [0.0, 0.0, 0.0]
+    assert float(Measured.of(nothing).capacity) == 0.0
 
 
 def test_counts_of_a_stage_have_their_place_among_all_layers() -> None:
