@@ -151,7 +151,7 @@ class Wandb:
 
 
 class MLflow:
-    """A database beside the run folder unless MLFLOW_TRACKING_URI says otherwise."""
+    """A database and pictures beside the run folder unless MLFLOW_TRACKING_URI says otherwise."""
 
     def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any]) -> None:
         import mlflow
@@ -159,8 +159,11 @@ class MLflow:
 
         self.errors = (MlflowException,)
         self._mlflow = mlflow
-        beside = folder.absolute().parent / "mlflow.db"
-        uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{beside}")
+        beside = folder.absolute().parent
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        # Of a database MLflow puts pictures into the folder that the command runs in.
+        self._pictures = None if uri else (beside / "mlartifacts").as_uri()
+        uri = uri or f"sqlite:///{beside / 'mlflow.db'}"
         try:
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self._run = self._find(run_id) or self._create(run_id, folder)
@@ -176,7 +179,7 @@ class MLflow:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is not None:
             return str(experiment.experiment_id)
-        return str(self._client.create_experiment(name))
+        return str(self._client.create_experiment(name, artifact_location=self._pictures))
 
     def _find(self, run_id: str) -> str | None:
         """Return MLflow's own name of the run that goes on; None for a new one."""

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from megaskip.reporting.trackers import open_trackers
 
-folder = Path("run-001")
+folder = Path(sys.argv[2]) / "run-001"
 folder.mkdir()
 for first in (0, 1):
     settings = {"router": {"capacity": 0.5}, "data": ["a", "b"]}
@@ -39,11 +39,18 @@ def record(name: str, folder: Path) -> str:
         pytest.skip(f"{name} is not installed; tests/lowest.sh has it")
     here = {"PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(folder), "TMPDIR": str(folder)}
     here |= {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_SILENT": "true"}
-    child = [sys.executable, "-c", RUN, name]
+    child = [sys.executable, "-c", RUN, name, str(folder)]
+    (elsewhere := folder / "elsewhere").mkdir()
     done = subprocess.run(
-        child, cwd=folder, env={**os.environ, **here}, capture_output=True, text=True, timeout=240
+        child,
+        cwd=elsewhere,
+        env={**os.environ, **here},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not any(elsewhere.iterdir()), "files in the folder that the command runs in"
     return str(json.loads((folder / "run-001/trackers.json").read_text())[name])
 
 
