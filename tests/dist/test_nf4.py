@@ -36,7 +36,7 @@ def test_replicas_and_stages_of_a_4_bit_base_are_one_process(ranks: int, tmp_pat
         packed
     )
     cases = [
-        {"model": str(folder), "flags": [*flags, *engine], "parts": [0, 1, 2, 3]}
+        {"model": str(folder), "flags": [*flags, *engine], "parts": list(range(ranks))}
         for folder, flags in ((tmp_path, NF4), (packed, FLAGS))
         for engine in ([], STAGES)
     ]

@@ -297,7 +297,7 @@ def test_experts_and_a_4_bit_base_resume_exactly(
     again = flags(data, tmp_path / "again", *engine, *what, *checkpoint)
     run_worker("trainings", 2, cases=[whole, again], watched=str(tmp_path))
     assert metrics(tmp_path / "again") == metrics(tmp_path / "whole")[6:]
-    for file in ("routers.safetensors", "router_config.json"):
+    for file in ("routers.safetensors", "router_config.json", "adapter/adapter_model.safetensors"):
         files = [tmp_path / run / "routers" / file for run in ("whole", "again")]
         assert files[0].read_bytes() == files[1].read_bytes(), file
 
