@@ -16,8 +16,6 @@ from megaskip.checkpoint.routers import read_router_config
 from megaskip.data.tokenizer import load_tokenizer
 from megaskip.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("warm_python")
-
 DEMO = Path(megaskip.__file__).parent / "demo"
 BACKBONE, CHATS = DEMO / "backbone", DEMO / "instruct.jsonl"
 

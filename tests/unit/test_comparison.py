@@ -39,8 +39,6 @@ from megaskip.study.scoring import short_names, spread_documents
 from megaskip.study.static_drops import StaticDrops, map_parameters
 from megaskip.study.training_costs import COST, cost_of, count_flops, over_control
 
-pytestmark = pytest.mark.usefixtures("warm_python")
-
 DOCUMENTS = 24
 ROOT = Path(__file__).parents[2]
 
