@@ -72,7 +72,9 @@ def be_python(arguments: list[str]) -> None:
     socket.send_fds(connection, [b"\0"], [0, 1, 2])
     connection.sendall(json.dumps(request).encode() + b"\n")
     answers = connection.makefile()
-    pid = int(answers.readline())
+    if not (started := answers.readline()):
+        sys.exit(f"the process behind {__file__} has ended; what it said last is why")
+    pid = int(started)
     if pid == 0:
         os.execv(sys.executable, [sys.executable, *arguments])
     for number in (signal.SIGINT, signal.SIGTERM):
