@@ -4,8 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from families import tiny_model
 from safetensors import safe_open
+from torch._dynamo.utils import counters
 
 from megaskip import RouterConfig, attach_routers
 from megaskip.export.static import sublayers
@@ -42,3 +45,16 @@ def stored_names(folder: Path) -> set[str]:
         with safe_open(file, framework="pt") as handle:
             names |= set(handle.keys())
     return names
+
+
+def decoded_as_on_a_gpu(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
+) -> tuple[torch.Tensor, int]:
+    """Return (tokens, graphs) of a generation whose steps torch.compile takes down whole, as
+    transformers does on a GPU where the cache is static; here the graphs run as they were taken."""
+    torch.compiler.reset()
+    counters.clear()
+    settings = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
+    settings._compile_all_devices = True
+    tokens = model.generate(ids, attention_mask=mask, compile_config=settings, **options)
+    return tokens, counters["stats"]["unique_graphs"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dropped_models import decoded_as_on_a_gpu
 from families import FAMILIES, tiny_model
 from routed_models import padded_ids, randomise, whole_ids
 from safetensors.torch import load_file
@@ -122,6 +123,19 @@ def test_folder_is_the_model_that_was_trained(
             dense = model(ids, attention_mask=mask).logits[mask.bool()]
     assert not torch.allclose(expected, dense, atol=1e-2)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
+def test_a_decode_step_is_one_graph(target: str, tmp_path: Path) -> None:
+    folder, _ = static(tmp_path, target=target)
+    small = load(folder)
+    ids, mask = padded_ids(rows=3)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = small.generate(ids, attention_mask=mask, **options)
+    options["cache_implementation"] = "static"
+    tokens, graphs = decoded_as_on_a_gpu(small, ids, mask, options)
+    assert graphs == 1
+    assert torch.equal(tokens, expected)
 
 
 def test_a_map_is_an_ordinary_pair_of_linears_where_the_sublayer_was(tmp_path: Path) -> None:
