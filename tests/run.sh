@@ -10,11 +10,11 @@ if [ $# -gt 0 ]; then
   exec python -m pytest "$@"
 fi
 # Small tensors gain nothing from threads, so files share the cores; ranks of one file wait for each other, and leave
-# a core to those of another.
+# a core to those of another. Files that take minutes begin first: the documents, whose every command runs at a small
+# size, and the ranks.
 export OMP_NUM_THREADS=1
-python -m pytest -n auto --dist loadfile tests/unit tests/golden tests/integrations tests/packaging tests/fuzz
-mypy &  # beside ranks, which wait for each other a lot
+mypy &
 types=$!
-python -m pytest -n 2 --dist loadfile tests/dist
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/docs tests/dist tests/unit tests/golden \
+  tests/integrations tests/packaging tests/fuzz
 wait "$types"
-exec python -m pytest -n 2 tests/docs  # every command of the documents, at a small size

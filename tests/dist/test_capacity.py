@@ -10,7 +10,7 @@ from spawn import start
 def test_asked_capacity_is_realised_at_micro_batch_1(tmp_path: Path) -> None:
     runs = {capacity: tmp_path / str(capacity) for capacity in (0.25, 0.5, 0.75)}
     flags = ["--micro_batch_size", "1", "--max_steps", "120", "--dtype", "float32"]
-    flags += ["--calibration_rows", "1024"]
+    flags += ["--calibration_rows", "512"]
     started = []
     for capacity, run in runs.items():
         argv = ["launch/train.py", *flags, "--capacity", str(capacity), "--output_dir", str(run)]

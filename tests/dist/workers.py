@@ -438,7 +438,9 @@ def built(model: str, flags: list[str]) -> Iterator[tuple[Engine, Topology]]:
         sequence_size=parallel.sequence_parallel_size,
     )
     ds_content = read_ds_config(config.parallel.ds_config, config)
+    linear = torch.nn.functional.linear
     yield build_engine(config, topology, resolve_source(config.model), ds_content), topology
+    torch.nn.functional.linear = linear  # DeepSpeed leaves its own, which no other engine runs with
 
 
 def _randomise(routers: Any) -> None:
