@@ -10,7 +10,7 @@ from families import tiny_model
 from tiny_run import alone, rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from megaskip.arch.stage import DecoderStage, layer_ranges
+from megaskip.arch.stage import DecoderStage, LayerRange, layer_ranges
 from megaskip.arch.task_loss import TaskLoss
 from megaskip.cli.convert import main as convert
 from megaskip.cli.train import main as train
@@ -20,7 +20,13 @@ from megaskip.errors import CheckpointError, ConfigError, UnsupportedModelError
 from megaskip.export import decisions as decisions_module
 from megaskip.parallel.build import build_engine
 from megaskip.parallel.estimate import estimate
-from megaskip.parallel.loading.quantised import is_quantised, quantised, require_quantised
+from megaskip.parallel.live_bytes import LiveBytes
+from megaskip.parallel.loading.quantised import (
+    bytes_of_packed,
+    is_quantised,
+    quantised,
+    require_quantised,
+)
 from megaskip.parallel.loading.source import ModelSource, resolve_source
 from megaskip.parallel.loading.stage_weights import load_stage
 from megaskip.parallel.loading.whole import load_whole
@@ -40,6 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
     tiny_model("llama", **sizes).save_pretrained(path)
     return path
+
+
+class BytesInMemory(LiveBytes):
+    """Counts no tensors without values."""
+
+    def _note(self, tensor: torch.Tensor, *, counts: bool) -> None:
+        super()._note(tensor, counts=counts and not tensor.is_meta)
 
 
 def source_of(folder: Path, **settings: Any) -> ModelSource:
@@ -66,6 +79,27 @@ def test_weights_are_those_of_transformers(folder: Path, dtype: str) -> None:
     for module in theirs.modules():
         module.support_avx512bf16_for_cpu = False
     assert torch.equal(model(IDS).logits, theirs(IDS).logits)
+
+
+def test_weights_are_packed_one_by_one_as_they_are_read(tmp_path: Path) -> None:
+    """Loading holds what is packed and copies of a single weight, on a stage as in one process."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 32}
+    model = tiny_model("llama", **sizes).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    source, depth = source_of(tmp_path), source_of(tmp_path).text_config.num_hidden_layers
+    largest = model.model.layers[0].mlp.up_proj.weight.nbytes
+    for stop in (depth, depth // 2):
+        layers = LayerRange(first=0, stop=stop, depth=depth)
+
+        def cut(whole: Any, own: LayerRange = layers) -> Any:
+            return whole if own.stop == depth else DecoderStage(whole, own, chunk_tokens=64)
+
+        with BytesInMemory() as live:
+            loaded = load_stage(source, layers, cut, CPU)
+        assert sum(map(is_quantised, loaded.parameters())) == 7 * stop
+        held = sum(p.nbytes + bytes_of_packed(p) for p in loaded.parameters())
+        assert live.peak <= held + 3 * largest
+        assert 3 * largest < sum(p.nbytes for p in model.model.layers[:stop].parameters()) / 4
 
 
 @torch.no_grad()
