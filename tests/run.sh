@@ -16,5 +16,6 @@ export OMP_NUM_THREADS=1
 mypy &
 types=$!
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/docs tests/dist tests/unit tests/golden \
-  tests/integrations tests/packaging tests/fuzz
+  tests/integrations tests/packaging tests/fuzz || failed=$?
 wait "$types"
+exit "${failed:-0}"
