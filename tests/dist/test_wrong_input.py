@@ -2,25 +2,119 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from families import tiny_model
-from spawn import train
+from spawn import Ranks, start, train
 
 RESUME = ("--resume", "auto", "--max_steps", "4", "--micro_batch_size", "2")
 DEMO = Path(__file__).parents[2] / "megaskip/demo"
 
 
-def refused(tmp_path: Path, *flags: str, says: str, ranks: int = 2) -> str:
-    """Run with `flags`; every rank must end with status 2, and rank 0 with one error line block."""
-    done = train(tmp_path / "log", "--max_steps", "2", *flags, ranks=ranks, timeout=120)
-    assert [p.returncode for p in done.processes] == [2] * ranks, done.tails()
-    text = done.text(0)
-    assert says in text, text
-    for rank in range(ranks):
+CASES: dict[str, tuple[str, list[str]]] = {
+    "a data file that is missing": ("--data {}/none.jsonl", ["none.jsonl"]),
+    "bad JSON": ("--data {}/bad.jsonl", ["bad.jsonl", "line 7"]),
+    "an unknown granularity": (
+        "--granularity attn_sequnce",
+        ["did you mean 'attn_sequence'?"],
+    ),
+    "a capacity outside its range": ("--capacity 1.5", ["--capacity"]),
+    "layers out of range": ("--layers 6-12", ["layers"]),
+    "a batch size in the DeepSpeed JSON": (
+        "--ds_config {}/ds.json --micro_batch_size 2",
+        ["train_micro_batch_size_per_gpu to 8", "--micro_batch_size is 2"],
+    ),
+    "a tokenizer without a chat template": (
+        "--model {}/model --data {}/chat.jsonl",
+        ["--chat_template"],
+    ),
+    "a run folder that cannot be made": ("--output_dir {}/file/run", ["cannot write there"]),
+    "no space left": ("--output_dir {}/full", ["No space left on device"]),
+    "experts of a dense model": (
+        "--data {}/rows.jsonl --granularity expert_token",
+        ["needs a mixture of experts"],
+    ),
+    "adapters of nothing": (
+        "--data {}/rows.jsonl --lora_rank 2 --lora_targets mlp_proj",
+        ["no linear layer of the decoder"],
+    ),
+    "ranks that a sequence does not divide": (
+        "--data {}/rows.jsonl --sequence_parallel_size 3",
+        ["does not divide the 2 rank(s) of this job"],
+    ),
+    "4 bit under ZeRO-3": (
+        "--data {}/rows.jsonl --base_dtype nf4 --ds_config ds_configs/zero3.json",
+        ["does not go with ZeRO-3"],
+    ),
+}
+"""By what is wrong: the flags of a run, where {} stands for `wrong_files`, and what is said."""
+if not Path("/dev/full").exists():
+    del CASES["no space left"]
+
+
+@pytest.fixture(scope="module")
+def wrong_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of files that are wrong, each in one way, and of rows that are not."""
+    folder = tmp_path_factory.mktemp("wrong")
+    lines = rows(folder / "rows.jsonl").read_text().splitlines()
+    lines[6] = '{"prompt": "Say 6", "completion": '
+    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    content = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 3}}
+    (folder / "ds.json").write_text(json.dumps(content))
+    model = folder / "model"
+    shutil.copytree(DEMO / "backbone", model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (folder / "chat.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
+    (folder / "file").write_text("not a folder")
+    (folder / "full").mkdir()
+    (folder / "full/.write_test").symlink_to("/dev/full")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wrong_runs(wrong_files: Path) -> Iterator[dict[str, Ranks]]:
+    """Start the runs of all cases at once: ranks leave the first of them seconds to speak."""
+    started = {}
+    for number, (name, (flags, _)) in enumerate(CASES.items()):
+        own = ["--max_steps", "2", "--output_dir", str(wrong_files / f"run{number}")]
+        words = [word.replace("{}", str(wrong_files)) for word in flags.split()]
+        started[name] = start(["launch/train.py", *own, *words], 2, wrong_files / f"log{number}")
+    yield started
+    for ranks in started.values():
+        ranks.kill()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input_ends_every_rank_with_one_message(
+    name: str, wrong_runs: dict[str, Ranks]
+) -> None:
+    wrong_runs[name].wait(120)
+    text = one_message(wrong_runs[name])
+    assert all(words in text for words in CASES[name][1]), text
+
+
+def one_message(done: Ranks) -> str:
+    """Return what the first rank printed, once every rank has ended with status 2 and one line of
+    error."""
+    assert [p.returncode for p in done.processes] == [2] * len(done.processes), done.tails()
+    for rank in range(len(done.processes)):
         assert "Traceback" not in done.text(rank), done.text(rank)
         assert done.text(rank).count("error: ") == 1, done.text(rank)
+    return done.text(0)
+
+
+def refused(tmp_path: Path, *flags: str, says: str, ranks: int = 2) -> str:
+    """Run with `flags`, which must end as `one_message` has it; return what the first rank said."""
+    text = one_message(
+        train(tmp_path / "log", "--max_steps", "2", *flags, ranks=ranks, timeout=120)
+    )
+    assert says in text, text
     return text
 
 
@@ -31,58 +125,6 @@ def rows(path: Path, count: int = 12) -> Path:
         )
     )
     return path
-
-
-def test_missing_data_file(tmp_path: Path) -> None:
-    refused(tmp_path, "--data", str(tmp_path / "none.jsonl"), says="none.jsonl")
-
-
-def test_bad_json_names_file_and_line(tmp_path: Path) -> None:
-    file = rows(tmp_path / "bad.jsonl")
-    lines = file.read_text().splitlines()
-    lines[6] = '{"prompt": "Say 6", "completion": '
-    file.write_text("\n".join(lines) + "\n")
-    text = refused(tmp_path, "--data", str(file), says="bad.jsonl")
-    assert "line 7" in text
-
-
-def test_unknown_granularity_suggests_the_nearest(tmp_path: Path) -> None:
-    refused(tmp_path, "--granularity", "attn_sequnce", says="did you mean 'attn_sequence'?")
-
-
-def test_capacity_outside_its_range(tmp_path: Path) -> None:
-    refused(tmp_path, "--capacity", "1.5", says="--capacity")
-
-
-def test_layer_out_of_range(tmp_path: Path) -> None:
-    refused(tmp_path, "--layers", "6-12", says="layers")
-
-
-def test_batch_size_in_the_deepspeed_json_conflicts(tmp_path: Path) -> None:
-    content = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 3}}
-    (tmp_path / "ds.json").write_text(json.dumps(content))
-    text = refused(
-        tmp_path,
-        *("--ds_config", str(tmp_path / "ds.json"), "--micro_batch_size", "2"),
-        says="train_micro_batch_size_per_gpu to 8",
-    )
-    assert "--micro_batch_size is 2" in text
-
-
-def test_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(DEMO / "backbone", model)
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    (model / "chat_template.jinja").unlink(missing_ok=True)
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
-    refused(
-        tmp_path,
-        *("--model", str(model), "--data", str(tmp_path / "chat.jsonl")),
-        says="--chat_template",
-    )
 
 
 def trained(tmp_path: Path) -> list[str]:
@@ -128,39 +170,6 @@ def test_wrong_base_model_on_resume(tmp_path: Path) -> None:
         *(*flags, *RESUME, "--model", str(other)),
         says="belongs to another base model",
     )
-
-
-def test_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    refused(tmp_path, "--output_dir", str(tmp_path / "file/run"), says="cannot write there")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_no_space_left_in_the_run_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / ".write_test").symlink_to("/dev/full")
-    refused(tmp_path, "--output_dir", str(folder), says="No space left on device")
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (("--granularity", "expert_token"), "needs a mixture of experts"),
-        (("--lora_rank", "2", "--lora_targets", "mlp_proj"), "no linear layer of the decoder"),
-        (("--sequence_parallel_size", "3"), "does not divide the 2 rank(s) of this job"),
-        (
-            ("--base_dtype", "nf4", "--ds_config", "ds_configs/zero3.json"),
-            "does not go with ZeRO-3",
-        ),
-    ],
-    ids=["experts of a dense model", "adapters of nothing", "sequence", "4 bit under ZeRO-3"],
-)
-def test_what_a_model_or_its_ranks_cannot_do(
-    flags: tuple[str, ...], says: str, tmp_path: Path
-) -> None:
-    data = str(rows(tmp_path / "rows.jsonl"))
-    refused(tmp_path, "--data", data, "--output_dir", str(tmp_path / "run"), *flags, says=says)
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
