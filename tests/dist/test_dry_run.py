@@ -47,6 +47,7 @@ def test_estimate_is_within_15_percent_of_what_is_measured(ranks: int, tmp_path:
     sharing = [*BATCH, "--sequence_parallel_size", "2", "--activation_checkpointing"]
     mixture = ["--model", mixture_in(tmp_path / "mixture"), "--granularity", "expert_token"]
     cases = [*CASES, sharing, SHORT, [*mixture, *SHORT], [*mixture, *BATCH, *ZERO3]]
+    cases += [[*mixture, *SHORT, "--ds_config", nothing_ahead(tmp_path / "ds.json")]]
     cases = cases if ranks == 2 else [*CASES, *NF4]
     found = run_worker("memory_of_a_step", ranks, model=str(tmp_path), cases=cases)
     for number, flags in enumerate(cases):
@@ -78,6 +79,14 @@ def test_estimate_of_each_stage_is_within_15_percent(tmp_path: Path) -> None:
             measured = found[stage][number]
             assert plan.total == pytest.approx(measured["total"], rel=0.15), (flags, stage, plan)
             assert plan.trained == pytest.approx(measured["trained"], rel=0.15), (flags, stage)
+
+
+def nothing_ahead(path: Path) -> str:
+    """Write the settings of a ZeRO-3 that fetches no weights ahead."""
+    content = json.loads(Path("ds_configs/zero3.json").read_text())
+    content["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
+    path.write_text(json.dumps(content))
+    return str(path)
 
 
 def mixture_in(folder: Path) -> str:
