@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The unit tests with the lowest versions that setup.cfg promises, in .venv-lowest. Not part of .ci/run: the lowest torch
-# comes with CUDA (4 GB), and the tests take 13 minutes on two cores. Arguments go to pytest.
+# comes with CUDA (4 GB), and the tests take 9 minutes. Arguments go to pytest.
 # Tests skip there what these versions cannot do, and say why: mixtures of experts (transformers before 5.13 calls an
 # operation that torch 2.8 has for Hopper GPUs only), reset() of a cache of token routers (transformers before 5.18).
 set -euo pipefail

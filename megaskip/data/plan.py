@@ -71,7 +71,8 @@ def plan_rows(
             f"--data {' '.join(config.data)}: no training row is left; raise the weights"
         )
     packs = pack(lengths[train].tolist(), seq_length=config.seq_length) if config.packing else None
-    leaked = int(np.isin(hashes[held_out], hashes[train]).sum())
+    # numpy 2.0 cannot make a table of numbers beyond int64, which it tries for few of them.
+    leaked = int(np.isin(hashes[held_out], hashes[train], kind="sort").sum())
     return RowPlan(
         train=train, packs=packs, held_out=held_out, duplicates=duplicates, leaked=leaked
     )

@@ -125,14 +125,29 @@ def test_folder_is_the_model_that_was_trained(
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
-def test_a_decode_step_is_one_graph(target: str, tmp_path: Path) -> None:
-    folder, _ = static(tmp_path, target=target)
-    small = load(folder)
-    ids, mask = padded_ids(rows=3)
+@pytest.fixture(scope="module")
+def compiled_generation() -> dict[str, Any]:
+    """Return the options of a generation whose steps are compiled, where those of a plain model
+    can be: torch 2.8 does not take a Llama of transformers 5.5 down whole."""
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    expected = small.generate(ids, attention_mask=mask, **options)
     options["cache_implementation"] = "static"
+    try:
+        decoded_as_on_a_gpu(tiny_model("llama"), *padded_ids(rows=3), options)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"the base itself cannot be compiled whole ({str(error).splitlines()[0]})")
+    return options
+
+
+@pytest.mark.parametrize("target", ["attn", "mlp", "block"])
+def test_a_decode_step_is_one_graph(
+    target: str, compiled_generation: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, _ = static(tmp_path, target=target)
+    small, options = load(folder), compiled_generation
+    ids, mask = padded_ids(rows=3)
+    expected = small.generate(
+        ids, attention_mask=mask, **options | {"cache_implementation": "dynamic"}
+    )
     tokens, graphs = decoded_as_on_a_gpu(small, ids, mask, options)
     assert graphs == 1
     assert torch.equal(tokens, expected)
