@@ -65,11 +65,11 @@ def estimate(
         model = build_uninitialised(source, source.dtype)
         model.train(config.model.train == "full")
         parameters = [(p.numel(), p.element_size()) for p in model.parameters()]
-        shape = _shape(model)
+        sizes_to_gather = _sizes_to_gather(model)
         trainable, activations, workspace = _micro_step(model, config)
     weights, gathers = sum(n * s for n, s in parameters), 0
     if ds_content is not None:
-        weights, gathers = _zero3_bytes(parameters, shape, world_size, ds_content)
+        weights, gathers = _zero3_bytes(parameters, sizes_to_gather, world_size, ds_content)
     if source.four_bit is not None:
         weights, largest = planned(quantised_skeleton(source))
         workspace += largest * source.dtype.itemsize
@@ -128,31 +128,30 @@ def _micro_step(
         return trainable, activations, max(live.peak - activations - gradients, 0)
 
 
-class _Shape(NamedTuple):
-    """Numbers in the weights of a model, as ZeRO-3 gathers them."""
+class _Sizes(NamedTuple):
+    """How many numbers the weights hold that ZeRO-3 gathers."""
 
     layer: int
-    """In the last layer."""
-    of_layer: int
-    """In the largest weight of it."""
-    outside: int
-    """In the largest weight that is in no layer: the embedding's or the head's."""
+    """Of the last layer."""
+    largest_in_layer: int
+    largest_outside: int
+    """The embedding's or the head's."""
 
 
-def _shape(model: Any) -> _Shape:
+def _sizes_to_gather(model: Any) -> _Sizes:
     layers = find_decoder(model).layers
     inside = {id(parameter) for parameter in layers.parameters()}
     sizes = [parameter.numel() for parameter in layers[-1].parameters()]
     outside = max(p.numel() for p in model.parameters() if id(p) not in inside)
-    return _Shape(layer=sum(sizes), of_layer=max(sizes), outside=outside)
+    return _Sizes(layer=sum(sizes), largest_in_layer=max(sizes), largest_outside=outside)
 
 
 def _zero3_bytes(
-    parameters: list[tuple[int, int]], shape: _Shape, world_size: int, content: dict[str, Any]
+    parameters: list[tuple[int, int]], sizes: _Sizes, world_size: int, content: dict[str, Any]
 ) -> tuple[int, int]:
     """Return (bytes kept on a rank, bytes of gathered parameters at the worst moment)."""
     largest = max(n for n, _ in parameters)
-    zero = zero3_config(content, layer_numel=shape.layer, largest_numel=largest)[
+    zero = zero3_config(content, layer_numel=sizes.layer, largest_numel=largest)[
         "zero_optimization"
     ]
     threshold = zero["stage3_param_persistence_threshold"]
@@ -165,19 +164,19 @@ def _zero3_bytes(
     secondary = zero.get("zero_hpz_partition_size", 1)
     shared = sum(-(-n // secondary) * s for n, s in parameters) if secondary > 1 else 0
     kept = persistent + (0 if offloaded else partitions) + shared
-    return kept, _gathered(shape, zero) * element
+    return kept, _gathered(sizes, zero) * element
 
 
-def _gathered(shape: _Shape, zero: dict[str, Any]) -> int:
+def _gathered(sizes: _Sizes, zero: dict[str, Any]) -> int:
     """Return how many numbers of gathered weights a rank holds at the worst moment.
 
-    What is fetched ahead comes in a bucket, which stays until all of its weights were used, beside
-    the weights that are copied out of it; the last weight of a bucket may stand over its size. The
-    embedding or the head is in such a bucket, too, or is fetched by itself if it is larger.
+    DeepSpeed fetches ahead into a buffer, which stays until all of its weights were used, beside
+    the weights that are copied out of it; the last weight of a buffer may exceed its size. The
+    embedding or the head is in such a buffer, too, or is fetched by itself if it is larger.
     """
-    room = zero["stage3_max_live_parameters"] - shape.layer
+    room = zero["stage3_max_live_parameters"] - sizes.layer
     ahead = max(int(min(zero["stage3_prefetch_bucket_size"], room)), 0)
-    in_layers = shape.layer + 2 * ahead + (shape.of_layer if ahead else 0)
-    if shape.outside <= ahead:
-        return in_layers + shape.outside
-    return max(in_layers, shape.outside + shape.layer + ahead)
+    in_layers = sizes.layer + 2 * ahead + (sizes.largest_in_layer if ahead else 0)
+    if sizes.largest_outside <= ahead:
+        return in_layers + sizes.largest_outside
+    return max(in_layers, sizes.largest_outside + sizes.layer + ahead)
