@@ -66,7 +66,7 @@ class RoutingConfig:
     router_input: str = field(default="own", metadata={"choices": ROUTER_INPUTS})
     """What the router of a layer reads: what its own layer reads ("own", as published), or what the
     first routed layer reads ("first": everything is decided there, a GPU is waited for once in a
-    prefill; on the one real model that was tried much more was lost with one seed of two)."""
+    prefill; on the real model that was tried, one seed of two lost much more)."""
     layers: int | str | Sequence[int] = field(default="half", metadata={"metavar": "SPEC"})
     """Routed layers: "half" (the deepest half except the last, as published), a count of deepest
     layers (the last excluded), or a list such as 8-14,16 (one layer alone is written 12-12)."""
