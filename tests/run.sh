@@ -15,7 +15,7 @@ fi
 export OMP_NUM_THREADS=1
 mypy &
 types=$!
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/docs tests/dist tests/unit tests/golden \
+python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/docs tests/dist tests/unit tests/golden \
   tests/integrations tests/packaging tests/fuzz || failed=$?
 wait "$types"
 exit "${failed:-0}"
